@@ -1,0 +1,86 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "circlet/base/dtype.h"
+
+namespace circlet {
+
+// Sizes of a dense row-major array; no axes = a scalar.
+class Shape {
+ public:
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> sizes) : sizes_(sizes) {}
+  explicit Shape(std::vector<int64_t> sizes) : sizes_(std::move(sizes)) {}
+
+  int Rank() const { return static_cast<int>(sizes_.size()); }
+  // A negative axis counts from the end.
+  int64_t operator[](int axis) const { return sizes_[axis < 0 ? axis + Rank() : axis]; }
+  int64_t& operator[](int axis) { return sizes_[axis < 0 ? axis + Rank() : axis]; }
+  std::span<const int64_t> Sizes() const { return sizes_; }
+  // Product of the sizes; throws Error when a size is negative or the product leaves int64.
+  int64_t Elements() const;
+  std::string ToString() const;  // "[1,16,64]"
+  bool operator==(const Shape&) const = default;
+
+ private:
+  std::vector<int64_t> sizes_;
+};
+
+struct TensorType {
+  DType dtype = DType::kF32;
+  Shape shape;
+
+  int64_t Bytes() const;         // ceil(elements * bits / 8)
+  std::string ToString() const;  // "float32[1,16,64]"
+  bool operator==(const TensorType&) const = default;
+};
+
+// A dense array: a type and a pointer to its first byte, kept alive by whoever owns the bytes. Copies share the bytes.
+class Tensor {
+ public:
+  Tensor() = default;
+  // New zeroed memory, aligned to 64 bytes.
+  explicit Tensor(TensorType type);
+  // Somebody else's memory; `owner` (may be null) is kept as long as the tensor lives.
+  Tensor(TensorType type, void* data, std::shared_ptr<const void> owner);
+
+  template <typename T>
+  static Tensor Of(Shape shape, std::span<const T> values);  // copies float, int32_t, int64_t, uint8_t, int8_t, int16_t
+  static Tensor Scalar(float value);                         // float32 []
+
+  const TensorType& Type() const { return type_; }
+  const Shape& GetShape() const { return type_.shape; }
+  DType GetDType() const { return type_.dtype; }
+  int64_t Elements() const { return type_.shape.Elements(); }
+  int64_t Bytes() const { return type_.Bytes(); }
+  bool Empty() const { return data_ == nullptr; }
+
+  std::byte* Raw() const { return data_; }
+  // The elements as T; CHECKs that T is the element type.
+  template <typename T>
+  std::span<T> As() const;
+  std::span<float> F32() const { return As<float>(); }
+  std::span<int64_t> I64() const { return As<int64_t>(); }
+
+  // The same bytes under another shape of equally many elements.
+  Tensor Reshaped(Shape shape) const;
+  // Own, contiguous copy.
+  Tensor Clone() const;
+
+ private:
+  TensorType type_;
+  std::byte* data_ = nullptr;
+  std::shared_ptr<const void> owner_;
+};
+
+// Any float type (f32, f16, bf16, f64) as new float32; float32 is returned as it is, without copying.
+Tensor ToF32(const Tensor& tensor);
+
+}  // namespace circlet

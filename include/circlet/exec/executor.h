@@ -1,0 +1,49 @@
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "circlet/graph/graph.h"
+
+namespace circlet {
+
+// Gives the float32 bytes of a parameter; the tensor must stay valid during the run.
+using WeightSource = std::function<Tensor(const std::string& name)>;
+
+// What a reading does at the points of a graph. Null = the float reading.
+class PointReading {
+ public:
+  virtual ~PointReading() = default;
+  // The visitor of a point, or null to pass. Called when a plan meets the point for the first time.
+  virtual PointVisitor* At(const Point& point, const TensorType& type) = 0;
+  // Whether visitors change values (fake-quantize) or only look (observe).
+  virtual bool Writes() const = 0;
+};
+
+// Runs one graph many times. Memory is planned once: buffers of dead values are reused, views share bytes, in-place
+// operators overwrite; nothing is allocated per operator at run time.
+class Executor {
+ public:
+  // `reading` may be null and must outlive the executor.
+  Executor(const Graph& graph, PointReading* reading);
+  ~Executor();
+  Executor(Executor&&) noexcept;
+
+  // `inputs` by input name; throws Error naming a missing input or one of another type. Weights are fetched once, at the
+  // first run. Results are copies, by output name. An Error inside a node names the node's operator and nearest point.
+  std::map<std::string, Tensor> Run(const std::map<std::string, Tensor>& inputs, const WeightSource& weights);
+
+  // Called behind every node with its output values (debugging, traces, comparing files with the simulation).
+  using Probe = std::function<void(const Node& node, int output, const Tensor& value)>;
+  void SetProbe(Probe probe);
+
+  int64_t PlannedBytes() const;  // size of the reused arena
+
+ private:
+  struct Plan;
+  std::unique_ptr<Plan> plan_;
+};
+
+}  // namespace circlet

@@ -1,0 +1,134 @@
+#pragma once
+
+// The contract of an operator. One operator = one struct in one header under ops/, with
+//   static constexpr std::string_view kName           the name in dumps and errors
+//   std::vector<TensorType> Infer(Types in) const     the shape rule; throws Error naming the shapes and the rule
+//   void Eval(const EvalContext&) const               the float kernel
+//   bool operator==(const T&) const = default
+// and, when Circle has the operator,
+//   static constexpr int32_t kCircleCode              builtin operator code (spec circle.md 3.2)
+//   CircleOp Emit(Types in, Types out) const          how it is written
+//   static Parsed<T> Parse(const CircleNode&)         how it is read; throws Error for options that Eval cannot honour
+// or, when it is a fused kernel,
+//   std::vector<ValueId> Expand(GraphSink&, std::span<const ValueId> in, std::span<const Point> points) const
+//                                                     the primitive graph with the same points
+// Optional traits: kView (output shares input 0's bytes), kInPlace (output may overwrite input 0),
+// kKeepsValues (moves values without arithmetic: an output keeps its input's grid, circle_execution.md 1.2).
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "circlet/base/error.h"
+#include "circlet/base/tensor.h"
+
+namespace circlet {
+
+using ValueId = int32_t;
+using Types = std::span<const TensorType>;
+
+// Which default of a recipe a point follows (spec ptq.md 4.2).
+enum class PointRole : uint8_t { kActivation, kWeight };
+
+// Where a point acts. The reference simulates points that it does not export; our export has some it does not simulate.
+enum class PointUse : uint8_t {
+  kNormal,
+  kBoundary,        // a graph input on its producer's grid: rounded and exported, but observed only by the producer
+  kSimulationOnly,  // observed and rounded, absent from the file
+  kExportOnly,      // observed and exported, not rounded
+};
+
+struct Point {
+  std::string name;  // full: "model.language_model.layers.3.self_attn.q_rot"
+  PointRole role = PointRole::kActivation;
+  PointUse use = PointUse::kNormal;
+  // The grid reaches this far below the smallest observed value. Masked keys, -120 lower, saturate there instead of
+  // stretching the grid of the kept ones (docs/dialects.md).
+  float headroom_below = 0;
+  bool operator==(const Point&) const = default;
+};
+
+// What one reading does with the values at one quantization point. Kernels hand over whole rows of the last axis, as
+// soon as they have them; disjoint pieces may come from several threads at once. `first` is the flat index of the first.
+class PointVisitor {
+ public:
+  virtual ~PointVisitor() = default;
+  virtual void Visit(std::span<float> values, int64_t first) = 0;
+};
+
+struct EvalContext {
+  std::span<const Tensor> in;
+  std::span<const Tensor> out;                  // allocated, typed by Infer
+  std::span<PointVisitor* const> points;        // of a fused kernel, in the order of its node; null: pass
+};
+
+// ---- Circle form of an operator -----------------------------------------------------------------------------------
+
+struct CircleOption {
+  std::string name;  // field name of the schema, snake_case
+  std::variant<int64_t, double, std::vector<int32_t>, std::string> value;
+  bool operator==(const CircleOption&) const = default;
+};
+
+struct CircleArg {
+  enum class Kind : uint8_t { kInput, kInts, kInt, kAbsent } kind;
+  int input = 0;               // kInput: index among the node's inputs
+  std::vector<int32_t> ints;   // kInts: constant int32 vector; kInt: constant int32 scalar (one element)
+
+  static CircleArg In(int index) { return {Kind::kInput, index, {}}; }
+  static CircleArg Ints(std::vector<int32_t> values) { return {Kind::kInts, 0, std::move(values)}; }
+  static CircleArg Int(int32_t value) { return {Kind::kInt, 0, {value}}; }
+  static CircleArg None() { return {Kind::kAbsent, 0, {}}; }
+};
+
+struct CircleOp {
+  int32_t code;
+  std::vector<CircleOption> options;
+  std::vector<CircleArg> inputs;
+};
+
+// One operator as read from a file.
+struct CircleNode {
+  int32_t code = 0;
+  std::vector<CircleOption> options;
+  std::vector<std::optional<TensorType>> types;  // by input; none = absent
+  std::vector<Tensor> constants;                 // by input; empty = computed or absent
+  std::vector<TensorType> outputs;
+
+  int64_t Int(std::string_view option, int64_t otherwise) const;
+  double Real(std::string_view option, double otherwise) const;
+  // A constant int32 or int64 input (vector or scalar); throws Error naming the input when it is absent or computed.
+  std::vector<int64_t> Constant(int input) const;
+  bool Has(int input) const { return input < static_cast<int>(types.size()) && types[input].has_value(); }
+};
+
+template <typename T>
+struct Parsed {
+  T op;
+  std::vector<int> inputs;  // which of the node's inputs the operator takes, in order
+};
+
+// ---- Expansion of a fused kernel ----------------------------------------------------------------------------------
+
+struct Op;
+
+class GraphSink {
+ public:
+  virtual ~GraphSink() = default;
+  virtual std::vector<ValueId> Add(Op op, std::vector<ValueId> in) = 0;
+  virtual ValueId AddPoint(const Point& point, ValueId value) = 0;
+  virtual const TensorType& TypeOf(ValueId value) const = 0;
+};
+
+// Shared by shape rules: "op: what; rule".
+[[noreturn]] void ShapeError(std::string_view op, Types in, std::string_view rule);
+void ExpectInputs(std::string_view op, Types in, size_t count);
+// NumPy broadcasting of two shapes; throws Error for `op`.
+Shape Broadcast(std::string_view op, const Shape& a, const Shape& b);
+
+}  // namespace circlet

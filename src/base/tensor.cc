@@ -1,0 +1,161 @@
+#include "circlet/base/tensor.h"
+
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+#include <fmt/ranges.h>
+
+#include "circlet/base/error.h"
+
+namespace circlet {
+
+int64_t Shape::Elements() const {
+  int64_t product = 1;
+  for (const int64_t size : sizes_) {
+    if (size < 0 || __builtin_mul_overflow(product, size, &product))
+      Fail("shape {} has no element count: a size is negative or the product leaves 64 bits", ToString());
+  }
+  return product;
+}
+
+std::string Shape::ToString() const { return fmt::format("[{}]", fmt::join(sizes_, ",")); }
+
+int64_t TensorType::Bytes() const {
+  const int64_t elements = shape.Elements();
+  const int bits = BitWidth(dtype);
+  if (bits < 8) return elements / (8 / bits) + (elements % (8 / bits) != 0);
+  int64_t bytes = 0;
+  if (__builtin_mul_overflow(elements, bits / 8, &bytes)) Fail("{} has more bytes than 64 bits can count", ToString());
+  return bytes;
+}
+
+std::string TensorType::ToString() const { return std::string(Name(dtype)) + shape.ToString(); }
+
+Tensor::Tensor(TensorType type) : type_(std::move(type)) {
+  constexpr int64_t kAlignment = 64;
+  const int64_t bytes = type_.Bytes();
+  const int64_t rounded = std::max(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  auto* memory = static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(rounded)));
+  if (memory == nullptr) Fail("{}: no memory for {} bytes", type_.ToString(), bytes);
+  std::memset(memory, 0, static_cast<size_t>(rounded));
+  data_ = memory;
+  owner_ = std::shared_ptr<const void>(memory, [](const void* p) { std::free(const_cast<void*>(p)); });
+}
+
+Tensor::Tensor(TensorType type, void* data, std::shared_ptr<const void> owner)
+    : type_(std::move(type)), data_(static_cast<std::byte*>(data)), owner_(std::move(owner)) {}
+
+namespace {
+
+template <typename T>
+constexpr DType kDTypeOf = [] {
+  if constexpr (std::is_same_v<T, float>) return DType::kF32;
+  if constexpr (std::is_same_v<T, double>) return DType::kF64;
+  if constexpr (std::is_same_v<T, int8_t>) return DType::kI8;
+  if constexpr (std::is_same_v<T, uint8_t>) return DType::kU8;
+  if constexpr (std::is_same_v<T, int16_t>) return DType::kI16;
+  if constexpr (std::is_same_v<T, uint16_t>) return DType::kU16;
+  if constexpr (std::is_same_v<T, int32_t>) return DType::kI32;
+  if constexpr (std::is_same_v<T, int64_t>) return DType::kI64;
+}();
+
+}  // namespace
+
+template <typename T>
+std::span<T> Tensor::As() const {
+  // bfloat16, float16 and bool are looked at through their bits.
+  const bool same = type_.dtype == kDTypeOf<T> || (std::is_same_v<T, uint8_t> && type_.dtype == DType::kBool) ||
+                    (std::is_same_v<T, uint16_t> && (type_.dtype == DType::kBF16 || type_.dtype == DType::kF16));
+  CIRCLET_CHECK(same, "the elements are {}", Name(type_.dtype));
+  CIRCLET_CHECK(reinterpret_cast<uintptr_t>(data_) % alignof(T) == 0, "{} is not aligned", type_.ToString());
+  return {reinterpret_cast<T*>(data_), static_cast<size_t>(data_ == nullptr ? 0 : Elements())};
+}
+
+template <typename T>
+Tensor Tensor::Of(Shape shape, std::span<const T> values) {
+  Tensor tensor(TensorType{kDTypeOf<T>, std::move(shape)});
+  CIRCLET_CHECK(tensor.Elements() == static_cast<int64_t>(values.size()), "{} from {} values",
+                tensor.Type().ToString(), values.size());
+  if (!values.empty()) std::memcpy(tensor.Raw(), values.data(), values.size_bytes());
+  return tensor;
+}
+
+#define CIRCLET_INSTANTIATE(T)               \
+  template std::span<T> Tensor::As() const; \
+  template Tensor Tensor::Of(Shape, std::span<const T>);
+CIRCLET_INSTANTIATE(float)
+CIRCLET_INSTANTIATE(double)
+CIRCLET_INSTANTIATE(int8_t)
+CIRCLET_INSTANTIATE(uint8_t)
+CIRCLET_INSTANTIATE(int16_t)
+CIRCLET_INSTANTIATE(uint16_t)
+CIRCLET_INSTANTIATE(int32_t)
+CIRCLET_INSTANTIATE(int64_t)
+#undef CIRCLET_INSTANTIATE
+
+Tensor Tensor::Scalar(float value) { return Of<float>(Shape{}, std::span<const float>(&value, 1)); }
+
+Tensor Tensor::Reshaped(Shape shape) const {
+  Tensor tensor = *this;
+  CIRCLET_CHECK(shape.Elements() == Elements(), "{} as {}", type_.ToString(), shape.ToString());
+  tensor.type_.shape = std::move(shape);
+  return tensor;
+}
+
+Tensor Tensor::Clone() const {
+  Tensor copy(type_);
+  if (Bytes() > 0) std::memcpy(copy.Raw(), data_, static_cast<size_t>(Bytes()));
+  return copy;
+}
+
+namespace {
+
+float HalfToFloat(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  uint32_t exponent = (half >> 10) & 0x1fu;
+  uint32_t mantissa = half & 0x3ffu;
+  if (exponent == 0x1f) return std::bit_cast<float>(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return sign != 0 ? -magnitude : magnitude;
+  }
+  return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+}  // namespace
+
+Tensor ToF32(const Tensor& tensor) {
+  if (tensor.GetDType() == DType::kF32) return tensor;
+  Tensor result(TensorType{DType::kF32, tensor.GetShape()});
+  const std::span<float> out = result.F32();
+  // Checkpoint bytes need not be aligned to their element.
+  const std::byte* in = tensor.Raw();
+  switch (tensor.GetDType()) {
+    case DType::kBF16:
+      for (size_t i = 0; i < out.size(); ++i) {
+        uint16_t bits;
+        std::memcpy(&bits, in + 2 * i, 2);
+        out[i] = std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+      }
+      break;
+    case DType::kF16:
+      for (size_t i = 0; i < out.size(); ++i) {
+        uint16_t bits;
+        std::memcpy(&bits, in + 2 * i, 2);
+        out[i] = HalfToFloat(bits);
+      }
+      break;
+    case DType::kF64:
+      for (size_t i = 0; i < out.size(); ++i) {
+        double value;
+        std::memcpy(&value, in + 8 * i, 8);
+        out[i] = static_cast<float>(value);
+      }
+      break;
+    default:
+      Fail("{} is not a float tensor", tensor.Type().ToString());
+  }
+  return result;
+}
+
+}  // namespace circlet
