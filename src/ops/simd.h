@@ -1,0 +1,52 @@
+#pragma once
+
+// The inner loops, written with Google Highway and chosen at start-up for the processor's best instruction set. Plain
+// pointers and counts; single-threaded; no alignment asked. Every function gives the same bits wherever a range is cut,
+// so callers may split work between threads as they like.
+
+#include <cstdint>
+
+#include "circlet/base/qparams.h"
+
+namespace circlet::simd {
+
+// "AVX3_DL", "AVX2", ...: what the manifest names.
+const char* InstructionSet();
+
+struct Range {
+  float min, max;      // +inf, -inf when there are no finite values
+  bool finite;         // no NaN and no infinity among the values
+};
+Range MinMax(const float* x, int64_t count);
+
+// One grid of per-tensor parameters, ready for use.
+struct Grid {
+  float scale;
+  int32_t zero_point;
+  int32_t min_code, max_code;
+  Rounding rounding;
+};
+// x[i] = (clamp(R(x[i])) - zero_point) * scale (ptq.md 2.4; circle_execution.md 4.2). NaN stays NaN.
+void Snap(float* x, int64_t count, const Grid& grid);
+void Quantize(const float* x, int64_t count, const Grid& grid, int16_t* codes);
+void Dequantize(const int16_t* codes, int64_t count, float scale, int32_t zero_point, float* x);
+
+void BF16ToF32(const uint16_t* in, int64_t count, float* out);
+
+// y = a op b, equal counts; b may be a single value (b_step 0) or a row.
+enum class BinaryOp { kAdd, kSub, kMul, kMax, kMin };
+void Binary(BinaryOp op, const float* a, const float* b, int64_t count, float* y);
+void BinaryScalar(BinaryOp op, const float* a, float b, int64_t count, float* y);
+
+void Neg(const float* x, int64_t count, float* y);
+void Tanh(const float* x, int64_t count, float* y);
+void Gelu(const float* x, int64_t count, float* y);  // tanh form
+
+// One row: y = gamma * x / sqrt(mean(x^2) + eps); the sum runs in a fixed order.
+void RmsNormRow(const float* x, const float* gamma, int64_t count, float eps, float* y);
+// One row in place: exp(x - max) / sum, terms below exp(-28) are 0. Leading or trailing terms that are 0 may be left out by
+// the caller without changing a bit of the others, provided that it starts at a multiple of kSoftmaxLanes.
+inline constexpr int64_t kSoftmaxLanes = 16;
+void SoftmaxRow(float* x, int64_t count);
+
+}  // namespace circlet::simd
