@@ -1,0 +1,75 @@
+#pragma once
+
+// The parameters of a Gemma 4 model by canonical name, whatever prefix the checkpoint uses (gemma4.md 1.1 - 1.3).
+//
+// Canonical names are those of Gemma4ForConditionalGeneration: "model.language_model.layers.0.mlp.up_proj.weight",
+// "model.vision_tower.std_scale", "model.embed_vision.embedding_projection.weight", "lm_head.weight".
+
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "circlet/io/safetensors.h"
+#include "circlet/model/config.h"
+
+namespace circlet {
+
+struct Parameter {
+  std::string name;  // canonical
+  Shape shape;
+  bool operator==(const Parameter&) const = default;
+};
+
+// Every parameter that a run of the model reads, in the order of computation: text, vision, projector, untied head. A
+// tied "lm_head.weight" is not listed (it is embed_tokens.weight), nor are K/V weights of KV-shared layers.
+std::vector<Parameter> Parameters(const Gemma4Config& config);
+
+// "language_model.norm.weight", "model.norm.weight", "norm.weight" -> "model.language_model.norm.weight": one leading
+// "model." and one leading "language_model." are stripped, then the canonical prefix is put in front (gemma4.md 1.1).
+std::string CanonicalName(std::string_view checkpoint_name);
+
+struct UnusedTensor {
+  std::string name;    // as in the checkpoint
+  std::string reason;  // "audio tower: circlet does not run audio"
+  bool operator==(const UnusedTensor&) const = default;
+};
+
+struct Inventory {
+  std::map<std::string, std::string, std::less<>> name_in_checkpoint;  // canonical -> stored name, of used tensors
+  std::vector<UnusedTensor> unused;                                    // for the report
+};
+
+// Compares a checkpoint with its config. Throws one Error that lists every parameter that is missing or has another
+// shape or a type that is no float, with its file, the expected and the found shape, and what to check.
+Inventory CheckInventory(const Gemma4Config& config, const Checkpoint& checkpoint);
+
+// A checked checkpoint as a source of parameters by canonical name. A tied lm_head.weight is embed_tokens.weight.
+class ModelWeights {
+ public:
+  // Opens DIRECTORY's tensors; throws as Checkpoint::Open and CheckInventory do.
+  static ModelWeights Open(const Gemma4Config& config, const std::filesystem::path& directory);
+
+  // The tensor as stored (mapped; bf16, f16 or f32). Throws Error naming the nearest parameter.
+  const Tensor& Stored(std::string_view name) const;
+  // The same as float32; converted anew at each call unless stored so.
+  Tensor Float(std::string_view name) const { return ToF32(Stored(name)); }
+  bool Has(std::string_view name) const;
+  // A scalar or one-element parameter, e.g. a clip bound.
+  float ScalarOf(std::string_view name) const;
+  // Lets the kernel take the pages of a parameter back.
+  void Release(std::string_view name) const;
+
+  const Inventory& GetInventory() const { return inventory_; }
+  const Checkpoint& GetCheckpoint() const { return checkpoint_; }
+
+ private:
+  ModelWeights(bool tied, Checkpoint checkpoint, Inventory inventory);
+  const std::string* StoredName(std::string_view name) const;
+
+  bool tied_;
+  Checkpoint checkpoint_;
+  Inventory inventory_;
+};
+
+}  // namespace circlet
