@@ -1,5 +1,6 @@
 #pragma once
 
+#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -61,6 +62,7 @@ class Graph final : public GraphSink {
   std::vector<Node> nodes_;
   std::vector<ValueId> inputs_;
   std::vector<Output> outputs_;
+  std::map<std::string, ValueId> weight_ids_;
 };
 
 // Stable text, one node a line: `%10 = point(%9) float32[1,4,16] "layers.0.mlp.gate_act"`.

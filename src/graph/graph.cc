@@ -1,0 +1,123 @@
+#include "circlet/graph/graph.h"
+
+#include <set>
+
+namespace circlet {
+
+ValueId Graph::AddInput(std::string name, TensorType type) {
+  for (const ValueId id : inputs_) CIRCLET_CHECK(values_[id].name != name, "two inputs are called {}", name);
+  values_.push_back({.type = std::move(type), .kind = ValueKind::kInput, .name = std::move(name)});
+  inputs_.push_back(static_cast<ValueId>(values_.size()) - 1);
+  return inputs_.back();
+}
+
+ValueId Graph::AddWeight(std::string name, Shape shape, Point point, int axis) {
+  const auto [it, inserted] = weight_ids_.try_emplace(name, static_cast<ValueId>(values_.size()));
+  if (!inserted) {
+    CIRCLET_CHECK(values_[it->second].type.shape == shape, "{} is {} and {}", name,
+                  values_[it->second].type.ToString(), shape.ToString());
+    return it->second;
+  }
+  values_.push_back({.type = {DType::kF32, std::move(shape)},
+                     .kind = ValueKind::kWeight,
+                     .name = std::move(name),
+                     .weight_point = std::move(point),
+                     .weight_axis = axis});
+  return it->second;
+}
+
+ValueId Graph::AddConstant(Tensor tensor) {
+  values_.push_back({.type = tensor.Type(), .kind = ValueKind::kConstant, .constant = std::move(tensor)});
+  return static_cast<ValueId>(values_.size()) - 1;
+}
+
+std::vector<ValueId> Graph::Add(Op op, std::vector<ValueId> in) { return Add(std::move(op), std::move(in), {}); }
+
+std::vector<ValueId> Graph::Add(Op op, std::vector<ValueId> in, std::vector<Point> points) {
+  std::vector<TensorType> types;
+  types.reserve(in.size());
+  for (const ValueId id : in) {
+    CIRCLET_CHECK(id >= 0 && id < static_cast<ValueId>(values_.size()), "{}: no value %{}", op.Name(), id);
+    types.push_back(values_[id].type);
+  }
+  std::vector<ValueId> out;
+  for (TensorType& type : op.Infer(types)) {
+    out.push_back(static_cast<ValueId>(values_.size()));
+    values_.push_back({.type = std::move(type), .kind = ValueKind::kNode, .node = static_cast<int>(nodes_.size())});
+  }
+  nodes_.push_back({std::move(op), std::move(in), out, std::move(points)});
+  return out;
+}
+
+ValueId Graph::AddPoint(const Point& point, ValueId value) { return Add(QuantPoint{}, {value}, {point}).front(); }
+
+void Graph::AddOutput(std::string name, ValueId value) { outputs_.push_back({std::move(name), value}); }
+
+std::string Dump(const Graph& graph) {
+  std::string text;
+  const auto operands = [&](const std::vector<ValueId>& ids) {
+    std::string list;
+    for (const ValueId id : ids) list += fmt::format("{}%{}", list.empty() ? "" : ", ", id);
+    return list;
+  };
+  for (size_t id = 0; id < graph.Values().size(); ++id) {
+    const Value& value = graph.Values()[id];
+    if (value.kind == ValueKind::kInput) text += fmt::format("%{} = input {} \"{}\"\n", id, value.type.ToString(), value.name);
+    if (value.kind == ValueKind::kWeight)
+      text += fmt::format("%{} = weight {} \"{}\"\n", id, value.type.ToString(), value.name);
+    if (value.kind == ValueKind::kConstant) text += fmt::format("%{} = constant {}\n", id, value.type.ToString());
+  }
+  for (const Node& node : graph.Nodes()) {
+    std::string types, points;
+    for (const ValueId id : node.out) types += " " + graph.TypeOf(id).ToString();
+    for (const Point& point : node.points)
+      if (!point.name.empty()) points += fmt::format(" \"{}\"", point.name);
+    text += fmt::format("{} = {}({}){}{}\n", operands(node.out), node.op.Name(), operands(node.in), types, points);
+  }
+  for (const Graph::Output& output : graph.Outputs()) text += fmt::format("output %{} \"{}\"\n", output.value, output.name);
+  return text;
+}
+
+std::vector<Point> PointsOf(const Graph& graph) {
+  std::vector<Point> points;
+  std::set<std::string> seen;
+  const auto add = [&](const Point& point) {
+    if (!point.name.empty() && seen.insert(point.name).second) points.push_back(point);
+  };
+  for (const Value& value : graph.Values())
+    if (value.kind == ValueKind::kWeight) add(value.weight_point);
+  for (const Node& node : graph.Nodes())
+    for (const Point& point : node.points) add(point);
+  return points;
+}
+
+Graph Expanded(const Graph& graph) {
+  Graph result;
+  std::vector<ValueId> renamed(graph.Values().size(), -1);
+  for (size_t id = 0; id < renamed.size(); ++id) {
+    const Value& value = graph.Values()[id];
+    if (value.kind == ValueKind::kInput) renamed[id] = result.AddInput(value.name, value.type);
+    if (value.kind == ValueKind::kWeight)
+      renamed[id] = result.AddWeight(value.name, value.type.shape, value.weight_point, value.weight_axis);
+    if (value.kind == ValueKind::kConstant) renamed[id] = result.AddConstant(value.constant);
+  }
+  for (const Node& node : graph.Nodes()) {
+    std::vector<ValueId> in, out;
+    for (const ValueId id : node.in) in.push_back(renamed[id]);
+    if (node.op.Fused()) {
+      std::visit(
+          [&](const auto& op) {
+            if constexpr (FusedOp<std::decay_t<decltype(op)>>) out = op.Expand(result, in, node.points);
+          },
+          node.op.kind);
+    } else {
+      out = result.Add(node.op, std::move(in), node.points);
+    }
+    CIRCLET_CHECK(out.size() == node.out.size(), "{} expands to {} values", node.op.Name(), out.size());
+    for (size_t i = 0; i < out.size(); ++i) renamed[node.out[i]] = out[i];
+  }
+  for (const Graph::Output& output : graph.Outputs()) result.AddOutput(output.name, renamed[output.value]);
+  return result;
+}
+
+}  // namespace circlet
