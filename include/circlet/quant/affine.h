@@ -1,0 +1,52 @@
+#pragma once
+
+// Integer grids: from observed ranges to scales and zero points, and from floats to codes and back (ptq.md 2).
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "circlet/base/qparams.h"
+#include "circlet/base/tensor.h"
+
+namespace circlet {
+
+// Smallest scale of a grid (ptq.md 2.3).
+inline constexpr float kScaleFloor = 1e-8f;
+
+// The grid of a whole tensor whose values lie in [min, max] (ptq.md 2.3, in float32 to the last bit). A constant tensor
+// is represented exactly on an asymmetric grid. Never observed (+inf, -inf) gives scale +inf, as in the reference.
+QParams ComputeQParams(float min, float max, DType dtype, bool symmetric);
+// One grid for each index along `axis`: min[c], max[c]; constant channels are no special case.
+QParams ComputeQParams(std::span<const float> min, std::span<const float> max, DType dtype, bool symmetric, int axis);
+
+// Exact range of a parameter: one element, or one for each row when `axis` is 0. Values are float32, bfloat16, float16
+// or float64. Throws Error naming the row and column of the first NaN or infinity.
+struct WeightRange {
+  std::vector<float> min, max;
+};
+WeightRange RangeOfWeight(const Tensor& weight, int axis);
+
+// Element types that weights can be stored in: int4, uint4, int8, uint8, int16. Throws Error for another integer type.
+void RequireWeightType(DType dtype);
+
+struct QuantizedWeight {
+  QParams qparams;
+  Tensor codes;  // shape of the weight, type qparams.dtype, 4-bit codes packed; row-major over the whole tensor
+};
+
+// Codes of a parameter of any float type. qparams.axis is -1 or 0; one grid a row, or one for all (CHECKed).
+QuantizedWeight QuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding rounding);
+// (code - zero_point) * scale as float32.
+Tensor DequantizeWeight(const QuantizedWeight& weight);
+// What Dequantize(Quantize(weight)) gives, in one pass.
+Tensor FakeQuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding rounding);
+
+// Only the rows `ids` of a table [rows, width], fake-quantized on their grids: float32 [ids, width]. An id outside the
+// table is an Error naming it.
+Tensor FakeQuantizeRows(const Tensor& table, std::span<const int64_t> ids, const QParams& qparams, Rounding rounding);
+
+// The reference's snap of one value on a grid: (clamp(R(x) + z) - z) * s. For tests and tools; loops use ops/simd.h.
+float FakeQuantize(float x, float scale, int32_t zero_point, DType dtype, Rounding rounding);
+
+}  // namespace circlet

@@ -1,0 +1,72 @@
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <nlohmann/json_fwd.hpp>
+#include <span>
+#include <string>
+
+#include "circlet/base/qparams.h"
+#include "circlet/quant/spec.h"
+
+namespace circlet {
+
+// Statistics of the values at one point (ptq.md 3). The outcome depends on the samples alone: not on how a tensor is
+// cut into chunks, not on the order of the chunks or on the thread that brings them, and, EMA aside, not on the order
+// of samples or on how they were shared between processes.
+//
+// One sample at a time: BeginSample, any number of Visits, EndSample. A point may be visited several times in a sample.
+class Observer {
+ public:
+  // An observer of the kind that `spec` asks for; points that are not affine only count.
+  static std::unique_ptr<Observer> Make(const PointSpec& spec);
+  // As it was when State() was taken; throws Error for anything else.
+  static std::unique_ptr<Observer> FromState(const nlohmann::json& state);
+  virtual ~Observer() = default;
+
+  // `sample` names the sample in the whole calibration set, whatever process sees it; `elements` is the size of the
+  // point's tensor.
+  virtual void BeginSample(int64_t sample, int64_t elements);
+  // Values first .. first + size - 1 of the tensor. Thread-safe.
+  virtual void Visit(std::span<const float> values, int64_t first);
+  virtual void EndSample();
+
+  // Adds what `other`, of the same specification, has seen of other samples. EMA depends on the order of samples: an
+  // Error.
+  virtual void Merge(const Observer& other);
+
+  // Of all finite values; +inf and -inf when there were none. EMA: the moving averages.
+  float Min() const { return min_.load(std::memory_order_relaxed); }
+  float Max() const { return max_.load(std::memory_order_relaxed); }
+  int64_t Samples() const { return samples_; }  // samples that brought values
+  int64_t NonFinite() const { return non_finite_.load(std::memory_order_relaxed); }
+
+  virtual nlohmann::json State() const;
+
+  // The grid, per tensor; its range reaches `headroom_below` below the smallest value (Point::headroom_below). Empty
+  // for a point that is not affine. Throws Error "POINT: ..." when no data reached it, or a NaN or an infinity did.
+  QParams Freeze(const PointSpec& spec, float headroom_below) const;
+
+ protected:
+  struct Bounds {
+    float min, max;
+  };
+  explicit Observer(const ObserverSpec& spec) : spec_(spec) {}
+  virtual Bounds RangeFor(const PointSpec& spec) const;
+  virtual void Restore(const nlohmann::json& state);
+  void Widen(float min, float max);
+  void ResetRange();
+
+  const ObserverSpec spec_;
+
+ private:
+  std::atomic<float> min_{std::numeric_limits<float>::infinity()};
+  std::atomic<float> max_{-std::numeric_limits<float>::infinity()};
+  std::atomic<int64_t> non_finite_{0};
+  std::atomic<bool> reached_{false};
+  int64_t samples_ = 0;
+};
+
+}  // namespace circlet

@@ -1,0 +1,56 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json_fwd.hpp>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "circlet/quant/spec.h"
+
+namespace circlet {
+
+// What calibration found out about one point.
+struct PointParams {
+  PointSpec spec;
+  std::vector<float> min, max;  // one element, or one a channel; +inf, -inf: never observed
+  QParams qparams;              // empty scale for points that are not affine
+  bool operator==(const PointParams&) const = default;
+
+  bool Observed() const { return !min.empty() && min.front() <= max.front(); }
+};
+
+// Quantization parameters by point name, in the order in which they were added. Not thread-safe while it changes.
+class ParameterStore {
+ public:
+  // Adds or replaces.
+  void Set(PointParams params);
+
+  const PointParams* Find(std::string_view point) const;
+  // Throws Error "POINT: ..." with the nearest name when it is absent, and when it was never observed.
+  const PointParams& Get(std::string_view point) const;
+  const std::vector<std::string>& Names() const { return names_; }
+  size_t Size() const { return names_.size(); }
+
+  // The schema of the reference's goldens: {..., "points": N, "quant_points": {NAME: {observer, dtype, qscheme,
+  // channel_axis, min, max, scale, zero_point}}}; numbers are the shortest decimals of their float32, one point a line.
+  // `header` is an object whose members stand in front. Written whole or not at all.
+  void Save(const std::filesystem::path& path, const nlohmann::json& header) const;
+  // Throws Error naming the file, the point and the field: unknown names, lists of different lengths, scales that are
+  // not positive, zero points outside the element type. Observer arguments are not in the file: they come back as
+  // defaults.
+  static ParameterStore Load(const std::filesystem::path& path);
+
+ private:
+  std::vector<std::string> names_;
+  std::map<std::string, PointParams, std::less<>> params_;
+};
+
+// The text that Save writes.
+std::string ToText(const ParameterStore& store, const nlohmann::json& header);
+ParameterStore ParseParameters(std::string_view text, std::string_view file);
+
+}  // namespace circlet
