@@ -15,7 +15,7 @@ struct RopeConfig {
   enum class Type { kDefault, kProportional };
   Type type = Type::kDefault;
   float theta = 10000.0f;
-  float partial_rotary_factor = 1.0f;  // kProportional: share of the head that turns
+  double partial_rotary_factor = 1.0;  // kProportional: share of the head that turns
   float factor = 1.0f;                 // kProportional: all frequencies are divided by it
   bool operator==(const RopeConfig&) const = default;
 };

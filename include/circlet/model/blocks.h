@@ -1,0 +1,31 @@
+#pragma once
+
+// The blocks that text and vision share. A block is a function of (builder, sizes, values); names of weights and points
+// follow ptq.md 6 and the dialect (docs/dialects.md).
+
+#include "circlet/graph/builder.h"
+#include "circlet/quant/dialect.h"
+
+namespace circlet {
+
+// y = x W^T. x [.., in]; weight "weight" [out,in]; points act_in (reference only), act_out.
+ValueId Linear(const Builder& b, ValueId x, int64_t out, const Dialect& dialect);
+
+// RMSNorm over the last axis; without `gain` gamma is 1 (v_norm). Points act_in (reference only), weight, act_out.
+ValueId Norm(const Builder& b, ValueId x, float eps, bool gain, const Dialect& dialect);
+
+// down(gelu(gate(x)) * up(x)) (gemma4.md 3.4; ptq.md 6.3).
+ValueId Mlp(const Builder& b, ValueId x, int64_t inner, const Dialect& dialect);
+
+// Rotary embedding with points prefix_x1 .. prefix_rot. x [1,S,H,h]; cos, sin [1,S,h].
+ValueId Rotate(const Builder& b, ValueId x, ValueId cos, ValueId sin, const std::string& prefix, const Rope& rope,
+               const Dialect& dialect);
+
+// value * factor. The reference multiplies by a bare constant; ours lies on a grid, point "scale_point".
+ValueId Scale(const Builder& b, ValueId value, float factor, std::string_view scale_point, const Dialect& dialect);
+
+// A point that the reference has besides another one on the same tensor; ours has one grid a tensor.
+ValueId ReferencePoint(const Builder& b, std::string_view name, ValueId value, const Dialect& dialect,
+                       PointUse use = PointUse::kNormal);
+
+}  // namespace circlet

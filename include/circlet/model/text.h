@@ -1,0 +1,64 @@
+#pragma once
+
+// The text side of Gemma 4 as graphs (gemma4.md 3; ptq.md 6.4 - 6.7, 7.5, 8). All graphs have batch 1.
+//
+// Shapes: S = positions, D = hidden size, L = layers, p = per-layer width, H = heads, KV = K/V heads, h = head size,
+// T = keys (prefill: S; decode: cache slots).
+
+#include <optional>
+
+#include "circlet/graph/builder.h"
+#include "circlet/model/config.h"
+#include "circlet/quant/dialect.h"
+
+namespace circlet {
+
+inline constexpr char kTextRoot[] = "model.language_model";
+
+// Full names of points that more than one graph mentions.
+std::string LayerTypeName(const LayerConfig& layer);             // "full_attention", "sliding_attention"
+std::string MaskPoint(const LayerConfig& layer);                 // model.language_model.attention_mask_TYPE
+std::string RopePoint(const LayerConfig& layer, bool cosine);    // model.language_model.position_embeddings_TYPE_cos
+std::string LayerInputPoint(int layer, const Dialect& dialect);  // grid of a layer's hidden input
+std::string KeyPoint(int layer, const Dialect& dialect);         // grid of a layer's new K (after RoPE)
+std::string ValuePoint(int layer, const Dialect& dialect);
+std::string EmbeddingPoint();                       // token embeddings, merged with images or not
+std::string TokenPlePoint(const Dialect& dialect);  // token part of the per-layer inputs
+std::string PlePoint();                             // combined per-layer inputs
+std::string HeadInputPoint(const TextConfig& config, const Dialect& dialect);
+
+// ids [1,S] int64 -> embed_tokens[ids] * sqrt(D), output "hidden" [1,S,D]. `rows` is the table's height: the
+// vocabulary, or the number of distinct ids when only those rows are at hand.
+void BuildTokenEmbedding(const Builder& b, const TextConfig& config, int64_t length, int64_t rows,
+                         const Dialect& dialect);
+
+// hidden [1,S,D], image features written over the placeholders -> "merged", behind the reference's mm_fusion point, and
+// "hidden", on the grid that the first layer and the PLE projection read.
+void BuildMergedEmbedding(const Builder& b, const TextConfig& config, int64_t length, bool has_image,
+                          const Dialect& dialect);
+
+// ids [1,S] -> embed_tokens_per_layer[ids] * sqrt(p), output "per_layer_inputs" [1,S,L,p].
+void BuildPleEmbedding(const Builder& b, const TextConfig& config, int64_t length, int64_t rows,
+                       const Dialect& dialect);
+
+// inputs_embeds [1,S,D], per_layer_token_inputs [1,S,L,p] -> combined per-layer inputs [1,S,L,p].
+void BuildPleProjection(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect);
+
+enum class Phase { kPrefill, kDecode };
+
+// One decoder layer as a unit. Inputs in order: hidden [1,S,D]; mask [1,1,S,S] (decode [1,1,T]); cos, sin [1,S,h];
+// decode of layers with own K/V: past_key, past_value [1,KV,T-1,h]; per_layer_input [1,S,p] (if p > 0); KV-shared
+// layers: shared_key, shared_value [1,KV,T,h]. Outputs: hidden; new_key, new_value [1,KV,S,h] of layers with own K/V.
+// `slots` = T; decode has S = 1. With `inner_outputs` also "attn_out" and "mlp_out" (behind o_proj and down_proj).
+void BuildDecoderLayer(const Builder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
+                       const Dialect& dialect, bool inner_outputs = false);
+
+// Fused embeddings -> last_hidden_state, the whole stack in one graph. Inputs: inputs_embeds [1,S,D]; per_layer_inputs
+// [1,S,L,p]; mask.TYPE [1,1,S,S], then cos.TYPE, sin.TYPE [1,S,h], types in alphabetical order.
+void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect);
+
+// hidden [1,S,D] -> "logits" [1,S,V] of the final norm, soft-capped, and the norm itself, "last_hidden_state". `rows`
+// is V, or fewer when the head runs in slices of the vocabulary.
+void BuildHead(const Builder& b, const TextConfig& config, int64_t length, int64_t rows, const Dialect& dialect);
+
+}  // namespace circlet

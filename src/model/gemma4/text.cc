@@ -1,0 +1,340 @@
+#include "circlet/model/text.h"
+
+#include <cmath>
+#include <map>
+
+#include "circlet/model/blocks.h"
+
+namespace circlet {
+namespace {
+
+// How far the grid of masked logits reaches below the kept ones: a masked key saturates there, and exp(-40) times any
+// context length vanishes beside the row's largest term (Softmax drops what lies 28 below it).
+constexpr float kMaskHeadroom = 40.0f;
+
+Builder LayerBuilder(const Builder& b, int layer) { return b.At(kTextRoot).At(fmt::format("layers.{}", layer)); }
+
+struct KeyValue {
+  ValueId key = -1, value = -1;
+  bool Given() const { return key >= 0; }
+};
+
+struct LayerValues {
+  ValueId hidden, mask, cos, sin;
+  ValueId ple = -1;
+  KeyValue past, shared;
+};
+
+struct LayerResults {
+  ValueId hidden, attn_out, mlp_out;
+  KeyValue fresh;    // of this call's positions
+  KeyValue present;  // with the past in front
+};
+
+ValueId Heads(const Builder& b, ValueId x, int64_t heads, int64_t head_dim) {
+  return b.Reshape(x, {1, b.ShapeOf(x)[1], heads, head_dim});
+}
+
+// [1,S,H,h] -> [1,H,S,h]; with one position nothing moves.
+ValueId HeadsFirst(const Builder& b, ValueId x) {
+  const Shape& shape = b.ShapeOf(x);
+  if (shape[1] == 1) return b.Reshape(x, {1, shape[2], 1, shape[3]});
+  return b.Transpose(x, {0, 2, 1, 3});
+}
+
+// K and V of this call's positions: norms, RoPE on K only, heads first.
+KeyValue FreshKeyValue(const Builder& b, const LayerConfig& layer, const LayerValues& in, ValueId x, float eps,
+                       const Dialect& dialect) {
+  const int64_t width = int64_t{layer.kv_heads} * layer.head_dim;
+  const ValueId raw_key = Heads(b, Linear(b.At("k_proj"), x, width, dialect), layer.kv_heads, layer.head_dim);
+  const ValueId raw_value =
+      layer.k_eq_v ? raw_key : Heads(b, Linear(b.At("v_proj"), x, width, dialect), layer.kv_heads, layer.head_dim);
+  ValueId key = Norm(b.At("k_norm"), raw_key, eps, true, dialect);
+  key = HeadsFirst(b, Rotate(b, key, in.cos, in.sin, "k", Rope{1, true}, dialect));
+  ValueId value = HeadsFirst(b, Norm(b.At("v_norm"), raw_value, eps, false, dialect));
+  key = ReferencePoint(b, "new_k", key, dialect);
+  value = ReferencePoint(b, "new_v", value, dialect);
+  return {key, value};
+}
+
+KeyValue Present(const Builder& b, const KeyValue& past, const KeyValue& fresh, const Dialect& dialect) {
+  const auto join = [&](const char* name, ValueId before, ValueId now) {
+    if (before < 0) return ReferencePoint(b, name, now, dialect);
+    return ReferencePoint(b, name, b.Concat({ReferencePoint(b, name, before, dialect), now}, 2), dialect);
+  };
+  return {join("present_key", past.key, fresh.key), join("present_value", past.value, fresh.value)};
+}
+
+struct AttentionResults {
+  ValueId out;
+  KeyValue fresh, present;
+};
+
+// gemma4.md 3.5; points of ptq.md 6.5.
+AttentionResults SelfAttention(const Builder& b, const TextConfig& config, const LayerConfig& layer,
+                               const LayerValues& in, ValueId x, const Dialect& dialect) {
+  x = ReferencePoint(b, "hidden", x, dialect);
+  LayerValues tables = in;
+  tables.cos = ReferencePoint(b, "cos", in.cos, dialect);
+  tables.sin = ReferencePoint(b, "sin", in.sin, dialect);
+
+  ValueId query = Linear(b.At("q_proj"), x, int64_t{config.num_heads} * layer.head_dim, dialect);
+  query = Norm(b.At("q_norm"), Heads(b, query, config.num_heads, layer.head_dim), config.rms_norm_eps, true, dialect);
+  query = HeadsFirst(b, Rotate(b, query, tables.cos, tables.sin, "q", Rope{1, true}, dialect));
+
+  AttentionResults results;
+  if (in.shared.Given()) {
+    results.present = Present(b, {}, in.shared, dialect);
+  } else {
+    results.fresh = FreshKeyValue(b, layer, tables, x, config.rms_norm_eps, dialect);
+    results.present = Present(b, in.past, results.fresh, dialect);
+  }
+  const ValueId mask = ReferencePoint(b, "attn_mask", in.mask, dialect);
+  const auto reference = [&](const char* name) { return Builder::NamedPoint{dialect.duplicate_points ? name : ""}; };
+  const ValueId heads = b.AddFused(
+      Attention{.skip_masked = !dialect.observe_masked_keys, .explicit_transpose = dialect.explicit_k_transpose},
+      {query, results.present.key, results.present.value, mask},
+      {reference("logits_raw"),
+       {"logits"},
+       {"mask_add", PointUse::kNormal, dialect.observe_masked_keys ? 0 : kMaskHeadroom},
+       {"softmax"},
+       {"attn_out"},
+       reference("attn_weights"),
+       reference("attn_out_h")});
+  results.out = Linear(b.At("o_proj"), heads, config.hidden_size, dialect);
+  return results;
+}
+
+// gemma4.md 3.4; points of ptq.md 6.6.
+LayerResults Layer(const Builder& b, const TextConfig& config, int index, const LayerValues& in,
+                   const Dialect& dialect) {
+  const LayerConfig& layer = config.layers[index];
+  const auto norm = [&](const char* name, ValueId x) {
+    return Norm(b.At(name), x, config.rms_norm_eps, true, dialect);
+  };
+  const auto residual = [&](const char* point, ValueId x, ValueId branch) {
+    return b.Point(point, b.Add(Add{}, {x, branch}));
+  };
+
+  const ValueId h0 = ReferencePoint(b, "act_in", in.hidden, dialect);
+  const AttentionResults attention =
+      SelfAttention(b.At("self_attn"), config, layer, in, norm("input_layernorm", h0), dialect);
+  const ValueId h1 = residual("attn_residual_out", h0, norm("post_attention_layernorm", attention.out));
+
+  const ValueId mlp = Mlp(b.At("mlp"), norm("pre_feedforward_layernorm", h1), layer.intermediate, dialect);
+  ValueId h = residual("mlp_residual_out", h1, norm("post_feedforward_layernorm", mlp));
+
+  if (config.HasPle()) {
+    const ValueId gate = Linear(b.At("per_layer_input_gate"), h, config.ple_dim, dialect);
+    const ValueId act = b.Point("per_layer_gate_act", b.Add(Gelu{}, {gate}));
+    const ValueId product = b.Point("per_layer_mul", b.Add(Mul{}, {act, in.ple}));
+    const ValueId projected = Linear(b.At("per_layer_projection"), product, config.hidden_size, dialect);
+    h = residual("per_layer_residual_out", h, norm("post_per_layer_input_norm", projected));
+  }
+  // The scalar is a tensor of the checkpoint but rounds like an activation (ptq.md 4.2).
+  const ValueId raw_scalar = b.graph().AddWeight(b.Path("layer_scalar"), {1}, {}, -1);
+  const ValueId scalar = b.Point("layer_scalar", raw_scalar);
+  const ValueId out = b.Point("layer_scalar_out", b.Add(Mul{}, {h, scalar}));
+  return {out, attention.out, mlp, attention.fresh, attention.present};
+}
+
+// Rows of a table times sqrt(width) (ptq.md 6.4), up to the point that the caller puts behind the product.
+ValueId ScaledRows(const Builder& b, ValueId ids, int64_t rows, int64_t row_width, float scale,
+                   const Dialect& dialect) {
+  ValueId row = b.Add(Gather{}, {b.Weight("weight", {rows, row_width}, /*axis=*/0), ids});
+  // Every row of the table has a grid of its own; the file says where they meet the common one (findings B14).
+  if (!dialect.duplicate_points) row = b.Add(Requantize{}, {row});
+  row = b.Point("embedding", row);
+  return b.Add(Mul{}, {row, b.Point("embed_scale", b.Constant(Tensor::Scalar(scale)))});
+}
+
+ValueId FinalNorm(const Builder& b, const TextConfig& config, ValueId hidden, const Dialect& dialect) {
+  return Norm(b.At(kTextRoot).At("norm"), hidden, config.rms_norm_eps, true, dialect);
+}
+
+}  // namespace
+
+std::string LayerTypeName(const LayerConfig& layer) { return layer.full ? "full_attention" : "sliding_attention"; }
+
+std::string MaskPoint(const LayerConfig& layer) {
+  return fmt::format("{}.attention_mask_{}", kTextRoot, LayerTypeName(layer));
+}
+
+std::string RopePoint(const LayerConfig& layer, bool cosine) {
+  return fmt::format("{}.position_embeddings_{}_{}", kTextRoot, LayerTypeName(layer), cosine ? "cos" : "sin");
+}
+
+std::string LayerInputPoint(int layer, const Dialect& dialect) {
+  if (dialect.duplicate_points) return fmt::format("{}.layers.{}.act_in", kTextRoot, layer);
+  return layer == 0 ? EmbeddingPoint() : fmt::format("{}.layers.{}.layer_scalar_out", kTextRoot, layer - 1);
+}
+
+std::string KeyPoint(int layer, const Dialect& dialect) {
+  return fmt::format("{}.layers.{}.self_attn.{}", kTextRoot, layer, dialect.duplicate_points ? "present_key" : "k_rot");
+}
+
+std::string ValuePoint(int layer, const Dialect& dialect) {
+  return fmt::format("{}.layers.{}.self_attn.{}", kTextRoot, layer,
+                     dialect.duplicate_points ? "present_value" : "v_norm.act_out");
+}
+
+std::string EmbeddingPoint() { return fmt::format("{}.inputs_embeds", kTextRoot); }
+
+std::string TokenPlePoint(const Dialect& dialect) {
+  return fmt::format("{}.{}", kTextRoot,
+                     dialect.duplicate_points ? "per_layer_token_inputs" : "embed_tokens_per_layer.act_out");
+}
+
+std::string PlePoint() { return fmt::format("{}.per_layer_inputs", kTextRoot); }
+
+std::string HeadInputPoint(const TextConfig& config, const Dialect& dialect) {
+  if (dialect.duplicate_points) return fmt::format("{}.norm.act_in", kTextRoot);
+  return LayerInputPoint(config.NumLayers(), dialect);
+}
+
+void BuildTokenEmbedding(const Builder& b, const TextConfig& config, int64_t length, int64_t rows,
+                         const Dialect& dialect) {
+  const ValueId ids = b.Input("ids", {1, length}, DType::kI64);
+  const Builder table = b.At(kTextRoot).At("embed_tokens");
+  const float scale = std::sqrt(static_cast<float>(config.hidden_size));
+  const ValueId hidden = ScaledRows(table, ids, rows, config.hidden_size, scale, dialect);
+  // In decode the next layer takes the embedding as it is, so it lies on the grid of the merged sequence.
+  b.Output("hidden", dialect.duplicate_points ? table.Point("act_out", hidden) : b.Boundary(EmbeddingPoint(), hidden));
+}
+
+void BuildMergedEmbedding(const Builder& b, const TextConfig& config, int64_t length, bool has_image,
+                          const Dialect& dialect) {
+  ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
+  if (has_image && dialect.duplicate_points) hidden = b.Point("model.mm_fusion", hidden);
+  b.Output("merged", hidden);
+  b.Output("hidden", b.Point(EmbeddingPoint(), hidden));
+}
+
+void BuildPleEmbedding(const Builder& b, const TextConfig& config, int64_t length, int64_t rows,
+                       const Dialect& dialect) {
+  const ValueId ids = b.Input("ids", {1, length}, DType::kI64);
+  const Builder root = b.At(kTextRoot);
+  const Builder table = root.At("embed_tokens_per_layer");
+  const int64_t layers = config.NumLayers();
+  ValueId row =
+      ScaledRows(table, ids, rows, layers * config.ple_dim, std::sqrt(static_cast<float>(config.ple_dim)), dialect);
+  row = b.Reshape(table.Point("act_out", row), {1, length, layers, config.ple_dim});
+  // The reference also watches this tensor under the name of the combined one (findings B6).
+  row = ReferencePoint(b, "model.per_layer_inputs", row, dialect, PointUse::kExportOnly);
+  b.Output("per_layer_token_inputs", ReferencePoint(root, "per_layer_token_inputs", row, dialect));
+}
+
+void BuildPleProjection(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
+  const Builder root = b.At(kTextRoot);
+  const int64_t layers = config.NumLayers();
+  const Shape by_layer{1, length, layers, config.ple_dim};
+  const ValueId embeds = b.Boundary(EmbeddingPoint(), b.Input("inputs_embeds", {1, length, config.hidden_size}));
+  const ValueId tokens = b.Boundary(TokenPlePoint(dialect), b.Input("per_layer_token_inputs", by_layer));
+
+  ValueId context = Linear(root.At("per_layer_model_projection"), embeds, layers * config.ple_dim, dialect);
+  context = Scale(root, context, 1.0f / std::sqrt(static_cast<float>(config.hidden_size)), "per_layer_projection_scale",
+                  dialect);
+  const Builder norm = root.At("per_layer_projection_norm");
+  if (!dialect.duplicate_points) context = norm.Point("act_in", context);
+  context = Norm(norm, b.Reshape(context, by_layer), config.rms_norm_eps, true, dialect);
+  context = ReferencePoint(root, "per_layer_projection", context, dialect);
+
+  const PointUse sum_use = dialect.ple_float_holes ? PointUse::kExportOnly : PointUse::kNormal;
+  const ValueId sum = root.Point("per_layer_sum", b.Add(Add{}, {context, tokens}), sum_use);
+  b.Output("per_layer_inputs",
+           b.Point(PlePoint(), Scale(root, sum, std::sqrt(0.5f), "per_layer_input_scale", dialect)));
+}
+
+void BuildDecoderLayer(const Builder& b, const TextConfig& config, int index, Phase phase, int64_t slots,
+                       const Dialect& dialect, bool inner_outputs) {
+  const LayerConfig& layer = config.layers[index];
+  const bool decode = phase == Phase::kDecode;
+  const int64_t length = decode ? 1 : slots;
+  const auto cache = [&](const char* name, const std::string& point, int64_t keys) {
+    return b.Boundary(point, b.Input(name, {1, layer.kv_heads, keys, layer.head_dim}));
+  };
+  const ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
+  LayerValues in;
+  // The reference's layer rounds its input at a point of its own.
+  in.hidden = dialect.duplicate_points ? hidden : b.Boundary(LayerInputPoint(index, dialect), hidden);
+  in.mask = b.Boundary(MaskPoint(layer), b.Input("mask", decode ? Shape{1, 1, slots} : Shape{1, 1, length, slots}));
+  in.cos = b.Boundary(RopePoint(layer, true), b.Input("cos", {1, length, layer.head_dim}));
+  in.sin = b.Boundary(RopePoint(layer, false), b.Input("sin", {1, length, layer.head_dim}));
+  if (decode && !layer.kv_shared) {
+    in.past.key = cache("past_key", KeyPoint(index, dialect), slots - 1);
+    in.past.value = cache("past_value", ValuePoint(index, dialect), slots - 1);
+  }
+  if (config.HasPle()) in.ple = b.Boundary(PlePoint(), b.Input("per_layer_input", {1, length, config.ple_dim}));
+  if (layer.kv_shared) {
+    in.shared.key = cache("shared_key", KeyPoint(layer.kv_source, dialect), slots);
+    in.shared.value = cache("shared_value", ValuePoint(layer.kv_source, dialect), slots);
+  }
+  const LayerResults out = Layer(LayerBuilder(b, index), config, index, in, dialect);
+  b.Output("hidden", out.hidden);
+  if (out.fresh.Given()) {
+    b.Output("new_key", out.fresh.key);
+    b.Output("new_value", out.fresh.value);
+  }
+  if (inner_outputs) {
+    b.Output("attn_out", out.attn_out);
+    b.Output("mlp_out", out.mlp_out);
+  }
+}
+
+void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
+  ValueId hidden = b.Input("inputs_embeds", {1, length, config.hidden_size});
+  if (!dialect.duplicate_points) hidden = b.Boundary(EmbeddingPoint(), hidden);
+  const ValueId ple =
+      config.HasPle()
+          ? b.Boundary(PlePoint(), b.Input("per_layer_inputs", {1, length, config.NumLayers(), config.ple_dim}))
+          : -1;
+  std::map<std::string, LayerValues> by_type;
+  for (const LayerConfig& layer : config.layers) by_type.try_emplace(LayerTypeName(layer));
+  const auto example = [&](const std::string& type) {
+    for (const LayerConfig& layer : config.layers)
+      if (LayerTypeName(layer) == type) return layer;
+    return LayerConfig{};
+  };
+  for (auto& [type, values] : by_type)
+    values.mask = b.Boundary(MaskPoint(example(type)), b.Input("mask." + type, {1, 1, length, length}));
+  for (auto& [type, values] : by_type) {
+    const LayerConfig layer = example(type);
+    values.cos = b.Boundary(RopePoint(layer, true), b.Input("cos." + type, {1, length, layer.head_dim}));
+    values.sin = b.Boundary(RopePoint(layer, false), b.Input("sin." + type, {1, length, layer.head_dim}));
+  }
+
+  std::map<int, KeyValue> stored;
+  for (int i = 0; i < config.NumLayers(); ++i) {
+    const LayerConfig& layer = config.layers[i];
+    LayerValues in = by_type[LayerTypeName(layer)];
+    in.hidden = hidden;
+    if (config.HasPle()) {
+      const ValueId slice = b.Add(Slice{{0, 0, i, 0}, {1, static_cast<int32_t>(length), i + 1, config.ple_dim}}, {ple});
+      in.ple = b.Reshape(slice, {1, length, config.ple_dim});
+    }
+    if (layer.kv_shared) in.shared = stored.at(layer.kv_source);
+    const LayerResults out = Layer(LayerBuilder(b, i), config, i, in, dialect);
+    if (layer.stores_kv) stored[i] = out.present;
+    hidden = out.hidden;
+  }
+  b.Output("last_hidden_state", FinalNorm(b, config, hidden, dialect));
+}
+
+void BuildHead(const Builder& b, const TextConfig& config, int64_t length, int64_t rows, const Dialect& dialect) {
+  ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
+  if (!dialect.duplicate_points) hidden = b.Boundary(HeadInputPoint(config, dialect), hidden);
+  const ValueId normed = FinalNorm(b, config, hidden, dialect);
+  ValueId logits = Linear(b.At("lm_head"), normed, rows, dialect);
+  if (config.final_logit_softcapping) {
+    const float cap = *config.final_logit_softcapping;
+    logits = b.Point("logit_softcapping_div", Scale(b, logits, 1.0f / cap, "logit_softcapping_div_scale", dialect));
+    logits = b.Point("logit_softcapping_tanh", b.Add(Tanh{}, {logits}));
+    logits = b.Point("logits", Scale(b, logits, cap, "logit_softcapping_scale", dialect));
+  } else {
+    logits = ReferencePoint(b, "logits", logits, dialect);
+  }
+  b.Output("logits", logits);
+  b.Output("last_hidden_state", normed);
+}
+
+}  // namespace circlet

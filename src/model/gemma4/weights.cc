@@ -1,0 +1,263 @@
+#include "circlet/model/weights.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <charconv>
+#include <optional>
+#include <set>
+
+#include "circlet/base/error.h"
+#include "circlet/io/names.h"
+
+namespace circlet {
+namespace {
+
+constexpr std::string_view kText = "model.language_model.";
+constexpr std::string_view kVision = "model.vision_tower.";
+constexpr std::string_view kHead = "lm_head.weight";
+constexpr std::string_view kEmbedding = "model.language_model.embed_tokens.weight";
+constexpr size_t kListedProblems = 12;
+
+class ParameterList {
+ public:
+  void Add(std::string_view prefix, std::string_view name, Shape shape) {
+    list_.push_back({fmt::format("{}{}", prefix, name), std::move(shape)});
+  }
+  std::vector<Parameter> Take() { return std::move(list_); }
+
+ private:
+  std::vector<Parameter> list_;
+};
+
+void AddTextLayer(const TextConfig& text, int index, ParameterList& list) {
+  const LayerConfig& layer = text.layers[index];
+  const int64_t hidden = text.hidden_size;
+  const int64_t q_width = int64_t{text.num_heads} * layer.head_dim;
+  const int64_t kv_width = int64_t{layer.kv_heads} * layer.head_dim;
+  const std::string prefix = fmt::format("{}layers.{}.", kText, index);
+  list.Add(prefix, "input_layernorm.weight", {hidden});
+  list.Add(prefix, "self_attn.q_proj.weight", {q_width, hidden});
+  list.Add(prefix, "self_attn.q_norm.weight", {layer.head_dim});
+  if (!layer.kv_shared) {
+    list.Add(prefix, "self_attn.k_proj.weight", {kv_width, hidden});
+    list.Add(prefix, "self_attn.k_norm.weight", {layer.head_dim});
+    if (!layer.k_eq_v) list.Add(prefix, "self_attn.v_proj.weight", {kv_width, hidden});
+  }
+  list.Add(prefix, "self_attn.o_proj.weight", {hidden, q_width});
+  list.Add(prefix, "post_attention_layernorm.weight", {hidden});
+  list.Add(prefix, "pre_feedforward_layernorm.weight", {hidden});
+  list.Add(prefix, "mlp.gate_proj.weight", {layer.intermediate, hidden});
+  list.Add(prefix, "mlp.up_proj.weight", {layer.intermediate, hidden});
+  list.Add(prefix, "mlp.down_proj.weight", {hidden, layer.intermediate});
+  list.Add(prefix, "post_feedforward_layernorm.weight", {hidden});
+  if (text.HasPle()) {
+    list.Add(prefix, "per_layer_input_gate.weight", {text.ple_dim, hidden});
+    list.Add(prefix, "per_layer_projection.weight", {hidden, text.ple_dim});
+    list.Add(prefix, "post_per_layer_input_norm.weight", {hidden});
+  }
+  list.Add(prefix, "layer_scalar", {1});
+}
+
+void AddText(const TextConfig& text, ParameterList& list) {
+  list.Add(kText, "embed_tokens.weight", {text.vocab_size, text.hidden_size});
+  if (text.HasPle()) {
+    const int64_t ple_width = int64_t{text.NumLayers()} * text.ple_dim;
+    list.Add(kText, "embed_tokens_per_layer.weight", {text.ple_vocab_size, ple_width});
+    list.Add(kText, "per_layer_model_projection.weight", {ple_width, text.hidden_size});
+    list.Add(kText, "per_layer_projection_norm.weight", {text.ple_dim});
+  }
+  for (int i = 0; i < text.NumLayers(); ++i) AddTextLayer(text, i, list);
+  list.Add(kText, "norm.weight", {text.hidden_size});
+}
+
+void AddClippableLinear(const VisionConfig& vision, std::string_view prefix, std::string_view name, int64_t out,
+                        int64_t in, ParameterList& list) {
+  list.Add(prefix, fmt::format("{}.linear.weight", name), {out, in});
+  if (!vision.use_clipped_linears) return;
+  for (const char* bound : {"input_min", "input_max", "output_min", "output_max"})
+    list.Add(prefix, fmt::format("{}.{}", name, bound), {});
+}
+
+void AddVision(const VisionConfig& vision, ParameterList& list) {
+  const int64_t hidden = vision.hidden_size;
+  const int64_t q_width = int64_t{vision.num_heads} * vision.head_dim;
+  const int64_t kv_width = int64_t{vision.kv_heads} * vision.head_dim;
+  list.Add(kVision, "patch_embedder.input_proj.weight", {hidden, vision.PatchValues()});
+  list.Add(kVision, "patch_embedder.position_embedding_table", {2, vision.position_embedding_size, hidden});
+  for (int i = 0; i < vision.num_layers; ++i) {
+    const std::string prefix = fmt::format("{}encoder.layers.{}.", kVision, i);
+    list.Add(prefix, "input_layernorm.weight", {hidden});
+    AddClippableLinear(vision, prefix, "self_attn.q_proj", q_width, hidden, list);
+    AddClippableLinear(vision, prefix, "self_attn.k_proj", kv_width, hidden, list);
+    AddClippableLinear(vision, prefix, "self_attn.v_proj", kv_width, hidden, list);
+    list.Add(prefix, "self_attn.q_norm.weight", {vision.head_dim});
+    list.Add(prefix, "self_attn.k_norm.weight", {vision.head_dim});
+    AddClippableLinear(vision, prefix, "self_attn.o_proj", hidden, q_width, list);
+    list.Add(prefix, "post_attention_layernorm.weight", {hidden});
+    list.Add(prefix, "pre_feedforward_layernorm.weight", {hidden});
+    AddClippableLinear(vision, prefix, "mlp.gate_proj", vision.intermediate_size, hidden, list);
+    AddClippableLinear(vision, prefix, "mlp.up_proj", vision.intermediate_size, hidden, list);
+    AddClippableLinear(vision, prefix, "mlp.down_proj", hidden, vision.intermediate_size, list);
+    list.Add(prefix, "post_feedforward_layernorm.weight", {hidden});
+  }
+  if (vision.standardize) {
+    list.Add(kVision, "std_bias", {hidden});
+    list.Add(kVision, "std_scale", {hidden});
+  }
+}
+
+bool Strip(std::string_view& text, std::string_view prefix) {
+  if (!text.starts_with(prefix)) return false;
+  text.remove_prefix(prefix.size());
+  return true;
+}
+
+// The layer of "model.language_model.layers.7.mlp..." and what follows it; nothing for other names.
+struct LayerName {
+  int index;
+  std::string_view rest;
+};
+std::optional<LayerName> ParseTextLayer(std::string_view canonical) {
+  if (!Strip(canonical, kText) || !Strip(canonical, "layers.")) return std::nullopt;
+  int index = 0;
+  const auto [end, error] = std::from_chars(canonical.data(), canonical.data() + canonical.size(), index);
+  if (error != std::errc() || index < 0) return std::nullopt;
+  canonical.remove_prefix(end - canonical.data());
+  return LayerName{index, canonical};
+}
+
+std::string WhyUnused(const Gemma4Config& config, std::string_view canonical) {
+  if (canonical.starts_with("model.audio_tower.") || canonical.starts_with("model.embed_audio."))
+    return "audio tower: circlet does not run audio";
+  if (!config.vision && (canonical.starts_with(kVision) || canonical.starts_with("model.embed_vision.")))
+    return "vision tower: config.json has no vision_config";
+  if (canonical == kHead) return "tie_word_embeddings is true: logits use embed_tokens.weight";
+  if (const std::optional<LayerName> layer = ParseTextLayer(canonical)) {
+    if (layer->index >= config.text.NumLayers())
+      return fmt::format("config.json says {} layers", config.text.NumLayers());
+    const LayerConfig& geometry = config.text.layers[layer->index];
+    const std::string_view rest = layer->rest;
+    if (geometry.kv_shared && (rest.starts_with(".self_attn.k_") || rest.starts_with(".self_attn.v_")))
+      return fmt::format("layer {} reads the keys and values of layer {}", layer->index, geometry.kv_source);
+    if (geometry.k_eq_v && rest.starts_with(".self_attn.v_proj."))
+      return fmt::format("attention_k_eq_v: layer {} makes its values of k_proj", layer->index);
+  }
+  return "circlet knows no such Gemma 4 tensor";
+}
+
+bool IsFloat(DType type) {
+  return type == DType::kF32 || type == DType::kF16 || type == DType::kBF16 || type == DType::kF64;
+}
+
+std::string FilesOf(const Checkpoint& checkpoint) {
+  std::set<std::string> files;
+  for (const std::string& name : checkpoint.Names()) files.insert(checkpoint.FileOf(name));
+  if (files.size() > 1) return fmt::format("{} to {}", *files.begin(), *files.rbegin());
+  return files.empty() ? "model.safetensors" : *files.begin();
+}
+
+[[noreturn]] void FailInventory(const Gemma4Config& config, const std::vector<std::string>& problems) {
+  const size_t listed = std::min(problems.size(), kListedProblems);
+  std::string text = fmt::format("{}", fmt::join(problems.begin(), problems.begin() + listed, "\n"));
+  if (listed < problems.size()) text += fmt::format("\n... and {} more", problems.size() - listed);
+  throw Error(
+      fmt::format("{}; config.json says {} layers: was a shard left out of the download, or is config.json that of "
+                  "another model?",
+                  text, config.text.NumLayers()));
+}
+
+}  // namespace
+
+std::vector<Parameter> Parameters(const Gemma4Config& config) {
+  ParameterList list;
+  AddText(config.text, list);
+  if (config.vision) {
+    AddVision(*config.vision, list);
+    list.Add("", "model.embed_vision.embedding_projection.weight",
+             {config.text.hidden_size, config.vision->hidden_size});
+  }
+  if (!config.tie_word_embeddings) list.Add("", kHead, {config.text.vocab_size, config.text.hidden_size});
+  return list.Take();
+}
+
+std::string CanonicalName(std::string_view checkpoint_name) {
+  std::string_view name = checkpoint_name;
+  Strip(name, "model.");
+  if (Strip(name, "language_model.")) return fmt::format("{}{}", kText, name);
+  if (name == kHead) return std::string(kHead);
+  for (const char* part : {"vision_tower.", "embed_vision.", "audio_tower.", "embed_audio."})
+    if (name.starts_with(part)) return fmt::format("model.{}", name);
+  return fmt::format("{}{}", kText, name);
+}
+
+Inventory CheckInventory(const Gemma4Config& config, const Checkpoint& checkpoint) {
+  std::map<std::string, std::string, std::less<>> stored_names;
+  for (const std::string& stored : checkpoint.Names()) {
+    const auto [it, inserted] = stored_names.emplace(CanonicalName(stored), stored);
+    if (!inserted) {
+      throw Error(fmt::format("{}: tensors \"{}\" and \"{}\" (in {}) are the same parameter; keep one of them",
+                              checkpoint.FileOf(stored), stored, it->second, checkpoint.FileOf(it->second)));
+    }
+  }
+  Inventory inventory;
+  std::vector<std::string> problems;
+  for (const Parameter& parameter : Parameters(config)) {
+    auto entry = stored_names.extract(parameter.name);
+    if (entry.empty()) {
+      problems.push_back(fmt::format("{}: tensor \"{}\" {} is missing", FilesOf(checkpoint), parameter.name,
+                                     parameter.shape.ToString()));
+      continue;
+    }
+    const TensorType& type = checkpoint.Find(entry.mapped())->Type();
+    if (type.shape != parameter.shape || !IsFloat(type.dtype)) {
+      problems.push_back(fmt::format("{}: tensor \"{}\" is {}, expected a float type of shape {}",
+                                     checkpoint.FileOf(entry.mapped()), entry.mapped(), type.ToString(),
+                                     parameter.shape.ToString()));
+    }
+    inventory.name_in_checkpoint.insert(std::move(entry));
+  }
+  if (!problems.empty()) FailInventory(config, problems);
+  for (const auto& [canonical, stored] : stored_names)
+    inventory.unused.push_back({stored, WhyUnused(config, canonical)});
+  return inventory;
+}
+
+ModelWeights::ModelWeights(bool tied, Checkpoint checkpoint, Inventory inventory)
+    : tied_(tied), checkpoint_(std::move(checkpoint)), inventory_(std::move(inventory)) {}
+
+ModelWeights ModelWeights::Open(const Gemma4Config& config, const std::filesystem::path& directory) {
+  Checkpoint checkpoint = Checkpoint::Open(directory);
+  Inventory inventory = Within(directory.string(), [&] { return CheckInventory(config, checkpoint); });
+  return ModelWeights(config.tie_word_embeddings, std::move(checkpoint), std::move(inventory));
+}
+
+const std::string* ModelWeights::StoredName(std::string_view name) const {
+  if (tied_ && name == kHead) name = kEmbedding;
+  const auto it = inventory_.name_in_checkpoint.find(name);
+  return it == inventory_.name_in_checkpoint.end() ? nullptr : &it->second;
+}
+
+bool ModelWeights::Has(std::string_view name) const { return StoredName(name) != nullptr; }
+
+const Tensor& ModelWeights::Stored(std::string_view name) const {
+  const std::string* stored = StoredName(name);
+  if (stored == nullptr) {
+    std::vector<std::string> names;
+    for (const auto& entry : inventory_.name_in_checkpoint) names.push_back(entry.first);
+    throw Error(fmt::format("the model has no parameter \"{}\"{}", name, NearestHint(name, names)));
+  }
+  return *checkpoint_.Find(*stored);
+}
+
+float ModelWeights::ScalarOf(std::string_view name) const {
+  const Tensor value = Float(name);
+  CIRCLET_CHECK(value.Elements() == 1, "{} has shape {}", name, value.GetShape().ToString());
+  return value.F32()[0];
+}
+
+void ModelWeights::Release(std::string_view name) const {
+  if (const std::string* stored = StoredName(name)) checkpoint_.Release(*stored);
+}
+
+}  // namespace circlet
