@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -61,6 +62,8 @@ class SafetensorsWriter {
   // Types and names of all tensors first, bytes after that in the same order.
   void Declare(std::string name, TensorType type);
   void Write(const Tensor& tensor);  // the next declared tensor
+  // The next bytes of the tensor that is being written, in pieces of any size, for tensors larger than memory.
+  void Append(std::span<const std::byte> bytes);
   void Finish();
 
  private:
