@@ -1,0 +1,212 @@
+#include "circlet/circle/export.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace circlet::circle {
+namespace {
+
+constexpr int32_t kQuantizeCode = Requantize::kCircleCode;
+
+class Exporter {
+ public:
+  Exporter(const Graph& graph, const GridSource& grids, const ExportOptions& options)
+      : graph_(graph), source_(grids), options_(options), tensor_of_(graph.Values().size(), -1) {}
+
+  Model Run() {
+    for (const ValueId id : graph_.Inputs()) {
+      tensor_of_[id] = NewTensor(graph_.At(id).name, graph_.TypeOf(id), /*computed=*/true);
+      model_.inputs.push_back(tensor_of_[id]);
+    }
+    for (const Node& node : graph_.Nodes()) {
+      if (std::holds_alternative<QuantPoint>(node.op.kind)) {
+        EmitPoint(node);
+      } else {
+        EmitOperator(node);
+      }
+    }
+    for (const Graph::Output& output : graph_.Outputs()) model_.outputs.push_back(TensorOf(output.value));
+    FillHoles();
+    QuantizeConstants();
+    return std::move(model_);
+  }
+
+ private:
+  // What is known of a tensor beside what the file stores.
+  struct Origin {
+    int producer = -1;       // index of the operator
+    bool keeps = false;      // the producer only moves values
+    std::string name;        // for errors
+    ValueId constant = -1;   // a float constant or parameter that may still get a grid
+  };
+
+  int32_t NewTensor(std::string name, const TensorType& type, bool computed) {
+    Tensor tensor{.name = name, .type = type};
+    if (computed && options_.dynamic_length && type.shape.Rank() >= 2) {
+      for (const int64_t size : type.shape.Sizes()) tensor.signature.push_back(static_cast<int32_t>(size));
+      tensor.signature[1] = -1;
+    }
+    model_.tensors.push_back(std::move(tensor));
+    origins_.push_back({.name = std::move(name)});
+    return static_cast<int32_t>(model_.tensors.size()) - 1;
+  }
+
+  // Inputs and computed values have their tensor already; parameters and constants get theirs when first read.
+  int32_t TensorOf(ValueId id) {
+    if (tensor_of_[id] >= 0) return tensor_of_[id];
+    const Value& value = graph_.At(id);
+    CIRCLET_CHECK(value.kind != ValueKind::kNode, "%{} is read before it is computed", id);
+    const int32_t index = NewTensor(value.name.empty() ? "constant" : value.name, value.type, /*computed=*/false);
+    tensor_of_[id] = index;
+    const QParams* grid = value.weight_point.name.empty() ? nullptr : source_.Find(value.weight_point);
+    if (grid != nullptr) {
+      Assign(index, *grid);
+      model_.tensors[index].data = source_.WeightCodes(value.name, *grid);
+    } else {
+      model_.tensors[index].data = value.kind == ValueKind::kConstant ? value.constant : source_.WeightFloat(value.name);
+      origins_[index].constant = id;
+    }
+    return index;
+  }
+
+  void Assign(int32_t index, const QParams& grid) {
+    model_.tensors[index].qparams = grid;
+    model_.tensors[index].type.dtype = grid.dtype;
+  }
+
+  // Gives a tensor its grid; the operators behind which it only moved share it.
+  void AssignBack(int32_t index, const QParams& grid) {
+    Tensor& tensor = model_.tensors[index];
+    if (tensor.qparams.has_value() || tensor.type.dtype != DType::kF32) return;
+    Assign(index, grid);
+    const Origin& origin = origins_[index];
+    if (origin.producer < 0 || !origin.keeps) return;
+    for (const int32_t input : model_.operators[origin.producer].inputs)
+      if (input >= 0 && origins_[input].constant < 0) AssignBack(input, grid);
+    for (const int32_t output : model_.operators[origin.producer].outputs) AssignBack(output, grid);
+  }
+
+  void EmitPoint(const Node& node) {
+    const Point& point = node.points[0];
+    int32_t index = TensorOf(node.in[0]);
+    const QParams* grid = source_.Find(point);
+    if (grid != nullptr && point.use != PointUse::kSimulationOnly) {
+      Tensor& tensor = model_.tensors[index];
+      if (!tensor.qparams.has_value()) {
+        if (origins_[index].producer >= 0) tensor.name = origins_[index].name = point.name;
+        AssignBack(index, *grid);
+      } else if (*tensor.qparams != *grid) {
+        const int32_t requantized = NewTensor(point.name, graph_.TypeOf(node.in[0]), /*computed=*/true);
+        Assign(requantized, *grid);
+        origins_[requantized].producer = static_cast<int>(model_.operators.size());
+        model_.operators.push_back({.code = kQuantizeCode, .inputs = {index}, .outputs = {requantized}});
+        index = requantized;
+      }
+    }
+    tensor_of_[node.out[0]] = index;
+  }
+
+  int32_t IntConstant(const CircleArg& arg) {
+    const bool scalar = arg.kind == CircleArg::Kind::kInt;
+    const Shape shape = scalar ? Shape{} : Shape{static_cast<int64_t>(arg.ints.size())};
+    const int32_t index = NewTensor("shape", {DType::kI32, shape}, /*computed=*/false);
+    model_.tensors[index].data = circlet::Tensor::Of<int32_t>(shape, arg.ints);
+    return index;
+  }
+
+  void EmitOperator(const Node& node) {
+    std::vector<TensorType> in, out;
+    for (const ValueId id : node.in) in.push_back(graph_.TypeOf(id));
+    for (const ValueId id : node.out) out.push_back(graph_.TypeOf(id));
+    CircleOp op = std::visit(
+        [&](const auto& kind) -> CircleOp {
+          if constexpr (CircleOpDef<std::decay_t<decltype(kind)>>) return kind.Emit(in, out);
+          throw Bug(fmt::format("{} has no Circle form", kind.kName));
+        },
+        node.op.kind);
+    if (options_.dynamic_length) OpenLength(op, out);
+
+    Operator emitted{.code = op.code, .options = std::move(op.options)};
+    for (const CircleArg& arg : op.inputs) {
+      switch (arg.kind) {
+        case CircleArg::Kind::kInput: emitted.inputs.push_back(TensorOf(node.in[arg.input])); break;
+        case CircleArg::Kind::kAbsent: emitted.inputs.push_back(-1); break;
+        default: emitted.inputs.push_back(IntConstant(arg));
+      }
+    }
+    const bool keeps = node.op.KeepsValues() || std::holds_alternative<Requantize>(node.op.kind);
+    for (size_t i = 0; i < node.out.size(); ++i) {
+      const int32_t index = NewTensor(std::string(node.op.Name()), out[i], /*computed=*/true);
+      origins_[index].producer = static_cast<int>(model_.operators.size());
+      origins_[index].keeps = keeps;
+      emitted.outputs.push_back(tensor_of_[node.out[i]] = index);
+    }
+    const std::vector<int32_t> inputs = emitted.inputs, outputs = emitted.outputs;
+    model_.operators.push_back(std::move(emitted));
+    if (node.op.KeepsValues()) InheritGrid(inputs[node.op.kind.index() == Op(Split{}).kind.index() ? 1 : 0], outputs);
+  }
+
+  // A per-channel grid belongs to the table, not to the rows that leave it.
+  void InheritGrid(int32_t input, const std::vector<int32_t>& outputs) {
+    const std::optional<QParams> grid = model_.tensors[input].qparams;
+    if (!grid.has_value() || grid->PerChannel()) return;
+    for (const int32_t output : outputs) Assign(output, *grid);
+  }
+
+  // RESHAPE targets of dynamic units carry the length as -1.
+  static void OpenLength(CircleOp& op, const std::vector<TensorType>& out) {
+    if (op.code != Reshape::kCircleCode || out[0].shape.Rank() < 2) return;
+    for (CircleArg& arg : op.inputs)
+      if (arg.kind == CircleArg::Kind::kInts) arg.ints[1] = -1;
+    for (CircleOption& option : op.options)
+      if (auto* sizes = std::get_if<std::vector<int32_t>>(&option.value)) (*sizes)[1] = -1;
+  }
+
+  // A product with a bare constant whose result has a grid: the constant gets the grid that holds it exactly, and a
+  // factor without a grid the result's grid divided by the constant (the reference leaves both in float, findings B4).
+  void FillHoles() {
+    for (auto op = model_.operators.rbegin(); op != model_.operators.rend(); ++op) {
+      if (op->code != Mul::kCircleCode) continue;
+      const int32_t constant = op->inputs[1];
+      const auto& result = model_.tensors[op->outputs[0]].qparams;
+      if (origins_[constant].constant < 0 || model_.tensors[constant].qparams || !result) continue;
+      const float value = model_.tensors[constant].data.F32()[0];
+      Assign(constant, {.dtype = result->dtype, .scale = {std::abs(value) / Top(result->dtype)}, .zero_point = {0}});
+      QParams factor = *result;
+      factor.scale[0] /= std::abs(value);
+      AssignBack(op->inputs[0], factor);
+    }
+    const bool quantized =
+        std::any_of(model_.tensors.begin(), model_.tensors.end(), [](const Tensor& t) { return t.qparams.has_value(); });
+    for (size_t i = 0; quantized && i < model_.tensors.size(); ++i) {
+      const Tensor& tensor = model_.tensors[i];
+      if (tensor.type.dtype == DType::kF32 && !tensor.qparams && origins_[i].producer >= 0)
+        Fail("{}: this {} output has no quantization point; give it one, or set the whole unit to float",
+             origins_[i].name, OperatorName(model_.operators[origins_[i].producer].code));
+    }
+  }
+
+  static float Top(DType dtype) { return static_cast<float>(CodesOf(dtype).max); }
+
+  void QuantizeConstants() {
+    for (size_t i = 0; i < model_.tensors.size(); ++i) {
+      Tensor& tensor = model_.tensors[i];
+      if (origins_[i].constant >= 0 && tensor.qparams) tensor.data = source_.Quantize(tensor.data, *tensor.qparams);
+    }
+  }
+
+  Graph graph_;
+  const GridSource& source_;
+  ExportOptions options_;
+  std::vector<int32_t> tensor_of_;  // by value
+  Model model_;
+  std::vector<Origin> origins_;  // by tensor
+};
+
+}  // namespace
+
+Model ToCircle(const Graph& graph, const GridSource& grids, const ExportOptions& options) {
+  return Exporter(Expanded(graph), grids, options).Run();
+}
+
+}  // namespace circlet::circle
