@@ -13,8 +13,8 @@ namespace circlet {
 // Largest text file (JSON, YAML, templates) that is read as a whole: 256 MiB.
 inline constexpr int64_t kTextLimitBytes = int64_t{256} << 20;
 
-// The bytes of a regular file. An Error names the path and whether it is missing, a directory, unreadable or larger than
-// `limit_bytes`.
+// The bytes of a regular file. An Error names the path and whether it is missing, a directory, unreadable or larger
+// than `limit_bytes`.
 std::string ReadFile(const std::filesystem::path& path, int64_t limit_bytes = kTextLimitBytes);
 
 // A file that appears whole or not at all: bytes go to a temporary name in the same directory; Commit() flushes them to
@@ -44,10 +44,10 @@ void WriteFile(const std::filesystem::path& path, std::string_view text);
 std::string Sha256(std::span<const std::byte> bytes);
 std::string Sha256File(const std::filesystem::path& path);
 
-// Makes `path` a directory that a run may fill: creates it with its parents, or takes it when it is empty. One that holds
-// files is an Error, unless `force`: then the files that circlet wrote go (those listed under "outputs" in its
-// manifest.json, the manifest itself, and leftovers of AtomicFile) and everything else stays. A path that is no directory
-// or cannot be written is an Error.
+// Makes `path` a directory that a run may fill: creates it with its parents, or takes it when it is empty. One that
+// holds files is an Error, unless `force`: then the files that circlet wrote go (those listed under "outputs" in its
+// manifest.json, the manifest itself, and leftovers of AtomicFile) and everything else stays. A path that is no
+// directory or cannot be written is an Error.
 void PrepareOutputDirectory(const std::filesystem::path& path, bool force);
 
 // Throws Error naming both figures when the file system of `directory` has less than `needed_bytes` free.

@@ -28,8 +28,8 @@ std::string DumpJson(const nlohmann::json& value);
 // Written whole or not at all.
 void WriteJson(const std::filesystem::path& path, const nlohmann::json& value);
 
-// A float32 as the shortest decimal that reads back as the same float32; "inf", "-inf", "nan" as strings, since JSON has
-// no such numbers.
+// A float32 as the shortest decimal that reads back as the same float32; "inf", "-inf", "nan" as strings, since JSON
+// has no such numbers.
 nlohmann::json F32(float value);
 // The way back; `where` stands in front of the Error for anything else.
 float F32(const nlohmann::json& value, std::string_view where);
@@ -40,8 +40,8 @@ float F32(const nlohmann::json& value, std::string_view where);
 // It remembers which keys were asked for. Refers to the tree, which must outlive it.
 class JsonObject {
  public:
-  // `file` is how errors call the file. `lines`, when given, is the tree that `value` was made from and gives line numbers.
-  // Throws Error unless `value` is an object.
+  // `file` is how errors call the file. `lines`, when given, is the tree that `value` was made from and gives line
+  // numbers. Throws Error unless `value` is an object.
   JsonObject(const nlohmann::json& value, std::string file, const YamlNode* lines = nullptr);
 
   // T: bool, int, int64_t, float, double, std::string, and std::vector of these (not bool). Integers are accepted as

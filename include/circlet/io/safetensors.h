@@ -12,9 +12,12 @@
 
 namespace circlet {
 
-// A safetensors file, mapped read-only (gemma4.md 1). Tensors point into the mapping and keep it alive. Anything wrong
-// with the header (length, JSON, dtype, offsets that overlap, leave gaps, run out or overflow, product of the shape) is
-// an Error naming file, tensor, expected and found.
+class MappedFile;
+
+// A safetensors file, mapped read-only (gemma4.md 1). Tensors point into the mapping and keep it alive, but for those
+// whose bytes the file does not align to their element type: these are copied. Anything wrong with the header (length,
+// JSON, dtype, offsets that overlap, leave gaps, run out or overflow, product of the shape) is an Error naming file,
+// tensor, expected and found.
 class SafetensorsFile {
  public:
   static SafetensorsFile Open(const std::filesystem::path& path);
@@ -25,14 +28,19 @@ class SafetensorsFile {
   const Tensor* Find(std::string_view name) const;
   // Throws Error naming the file, the tensor and the nearest name.
   const Tensor& Get(std::string_view name) const;
+  // Tells the kernel that the pages of a tensor are not needed any more (they are clean; a later read maps them again).
+  void Release(const Tensor& tensor) const;
 
  private:
   std::filesystem::path path_;
+  std::shared_ptr<const MappedFile> mapping_;
   std::map<std::string, Tensor> tensors_;
   std::map<std::string, std::string> metadata_;
 };
 
-// The tensors of a checkpoint directory: model.safetensors, or the shards of model.safetensors.index.json.
+// The tensors of a checkpoint directory (gemma4.md 1): model.safetensors, or the shards that the weight_map of
+// model.safetensors.index.json lists. The index decides: a tensor that it lists and a shard lacks, a shard that is
+// missing or lies outside the directory are Errors.
 class Checkpoint {
  public:
   static Checkpoint Open(const std::filesystem::path& directory);
@@ -43,7 +51,7 @@ class Checkpoint {
   std::vector<std::string> Names() const;
   // Where a tensor lies, for errors: "model-00002-of-00003.safetensors".
   std::string FileOf(std::string_view name) const;
-  // Tells the kernel that the pages of a tensor are not needed any more (they are clean; a later read maps them again).
+  // SafetensorsFile::Release by name.
   void Release(std::string_view name) const;
 
  private:
@@ -52,11 +60,12 @@ class Checkpoint {
   std::map<std::string, int, std::less<>> file_of_;
 };
 
-// Writes tensors (dtype, shape, bytes as they are) in the order of their names; appears whole or not at all. Tensors may
-// be appended one by one, so that a file larger than memory can be written.
+// Writes tensors (dtype, shape, bytes as they are) in the order of their declaration; appears whole or not at all.
+// Tensors are appended one by one, so that a file larger than memory can be written. The bytes of the first tensor are
+// 8-aligned; those of the others are when tensors are declared by falling element size.
 class SafetensorsWriter {
  public:
-  explicit SafetensorsWriter(std::filesystem::path path);
+  explicit SafetensorsWriter(std::filesystem::path path, std::map<std::string, std::string> metadata = {});
   ~SafetensorsWriter();  // an unfinished file is removed
   SafetensorsWriter(SafetensorsWriter&&) noexcept;
   // Types and names of all tensors first, bytes after that in the same order.
@@ -71,6 +80,7 @@ class SafetensorsWriter {
   std::unique_ptr<State> state_;
 };
 
+// In the order of the names.
 void WriteSafetensors(const std::filesystem::path& path, const std::map<std::string, Tensor>& tensors,
                       const std::map<std::string, std::string>& metadata = {});
 

@@ -27,9 +27,11 @@ std::string TupleText(const Shape& shape);
 //   ┌───────────── TITLE ─────────────
 //   │ label : value
 //   └─────────────────────────────────
-std::string Box(std::string_view title, std::span<const std::pair<std::string, std::string>> lines, int label_width = 0);
+std::string Box(std::string_view title, std::span<const std::pair<std::string, std::string>> lines,
+                int label_width = 0);
 
-// Box of `quantize` and of the examples: output shapes, mean |diff|, max |diff| when asked, PEIR in percent; 6 decimals.
+// Box of `quantize` and of the examples: output shapes, mean |diff|, max |diff| when asked, PEIR in percent; 6
+// decimals.
 std::string ErrorSummary(std::string_view title, const Shape& reference, const Shape& quantized,
                          const ErrorMetrics& metrics, bool with_max = false);
 
@@ -45,9 +47,9 @@ struct SmokeSummary {
 };
 std::string SmokeSummaryText(const SmokeSummary& summary);
 
-// Scatter plot of pairs (ptq.md 10.3): x = reference, y = quantized, both axes [min-5%, max+5%] of the joint range (an empty
-// range counts as 1). `columns` and `rows` take in frame and labels. Perfect agreement is the diagonal; pairs with a
-// non-finite member are left out.
+// Scatter plot of pairs (ptq.md 10.3): x = reference, y = quantized, both axes [min-5%, max+5%] of the joint range (an
+// empty range counts as 1). `columns` and `rows` take in frame and labels. Perfect agreement is the diagonal; pairs
+// with a non-finite member are left out.
 struct PlotSize {
   int columns = 50;
   int rows = 25;

@@ -1,0 +1,189 @@
+#include "circlet/io/file.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <nlohmann/json.hpp>
+
+#include "circlet/base/error.h"
+#include "circlet/io/json.h"
+#include "io/mapped_file.h"
+#include "io/system_error.h"
+
+namespace circlet {
+namespace fs = std::filesystem;
+namespace {
+
+constexpr std::string_view kTemporaryMark = ".circlet-partial-";
+
+}  // namespace
+
+std::string ReadFile(const fs::path& path, int64_t limit_bytes) {
+  const auto file = MappedFile::Open(path);
+  const auto size = static_cast<int64_t>(file->Bytes().size());
+  if (size > limit_bytes) {
+    Fail("{}: has {}, at most {} are read; is it the right file?", path.string(), HumanBytes(size),
+         HumanBytes(limit_bytes));
+  }
+  return std::string(reinterpret_cast<const char*>(file->Bytes().data()), file->Bytes().size());
+}
+
+struct AtomicFile::State {
+  fs::path path;
+  fs::path temporary;
+  int file = -1;
+  int64_t size = 0;
+  std::string pending;  // small writes are gathered
+
+  void Flush(std::string_view bytes) {
+    while (!bytes.empty()) {
+      const ssize_t put = write(file, bytes.data(), bytes.size());
+      if (put < 0 && errno == EINTR) continue;
+      if (put < 0) FailErrno(path, "written");
+      bytes.remove_prefix(static_cast<size_t>(put));
+    }
+  }
+
+  ~State() {
+    if (file >= 0) close(file);
+    if (!temporary.empty()) unlink(temporary.c_str());
+  }
+};
+
+AtomicFile::AtomicFile(fs::path path) : state_(std::make_unique<State>()) {
+  static std::atomic<int> serial{0};
+  state_->path = std::move(path);
+  const std::string name =
+      fmt::format(".{}{}{}-{}", state_->path.filename().string(), kTemporaryMark, getpid(), serial++);
+  const fs::path temporary = state_->path.parent_path() / name;
+  state_->file = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (state_->file < 0) FailErrno(state_->path, "written");
+  state_->temporary = temporary;
+}
+
+AtomicFile::~AtomicFile() = default;
+AtomicFile::AtomicFile(AtomicFile&&) noexcept = default;
+
+void AtomicFile::Write(std::span<const std::byte> bytes) {
+  constexpr size_t kGatherBytes = size_t{256} << 10;
+  CIRCLET_CHECK(state_ != nullptr && state_->file >= 0, "written after Commit()");
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  state_->size += static_cast<int64_t>(text.size());
+  if (state_->pending.size() + text.size() < kGatherBytes) {
+    state_->pending += text;
+    return;
+  }
+  state_->Flush(state_->pending);
+  state_->pending.clear();
+  state_->Flush(text);
+}
+
+int64_t AtomicFile::Size() const { return state_->size; }
+const fs::path& AtomicFile::Path() const { return state_->path; }
+
+void AtomicFile::Commit() {
+  CIRCLET_CHECK(state_ != nullptr && state_->file >= 0, "committed twice");
+  State& state = *state_;
+  state.Flush(state.pending);
+  state.pending.clear();
+  if (fsync(state.file) != 0) FailErrno(state.path, "written");
+  const int file = std::exchange(state.file, -1);
+  if (close(file) != 0) FailErrno(state.path, "written");
+  if (rename(state.temporary.c_str(), state.path.c_str()) != 0) FailErrno(state.path, "written");
+  state.temporary.clear();
+  // The new name lasts through a power cut only once its directory is on the disk; a file system that cannot do it is
+  // fine.
+  const fs::path directory = state.path.parent_path().empty() ? fs::path(".") : state.path.parent_path();
+  if (const int handle = open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); handle >= 0) {
+    fsync(handle);
+    close(handle);
+  }
+}
+
+void WriteFile(const fs::path& path, std::string_view text) {
+  AtomicFile file(path);
+  file.Write(text);
+  file.Commit();
+}
+
+namespace {
+
+// A manifest may be damaged or foreign: only plain relative paths that stay inside the directory count.
+std::vector<fs::path> OwnOutputs(const fs::path& directory) {
+  std::vector<fs::path> outputs;
+  const fs::path manifest_path = directory / "manifest.json";
+  if (!fs::is_regular_file(fs::symlink_status(manifest_path))) return outputs;
+  const nlohmann::json manifest = ReadJson(manifest_path);
+  if (!manifest.is_object() || !manifest.contains("outputs")) return outputs;
+  outputs.push_back("manifest.json");
+  const auto add = [&](const nlohmann::json& entry) {
+    const nlohmann::json& name = entry.is_object() && entry.contains("path") ? entry["path"] : entry;
+    if (!name.is_string()) return;
+    const fs::path path = fs::path(name.get<std::string>()).lexically_normal();
+    if (path.is_relative() && !path.empty() && *path.begin() != "..") outputs.push_back(path);
+  };
+  const nlohmann::json& listed = manifest["outputs"];
+  if (listed.is_array()) std::ranges::for_each(listed, add);
+  if (listed.is_object()) {
+    for (const auto& [name, unused] : listed.items()) add(name);
+  }
+  return outputs;
+}
+
+void RemoveOwnOutputs(const fs::path& directory) {
+  for (const fs::path& output : OwnOutputs(directory)) {
+    // A link on the way could lead out of the directory.
+    const fs::path parent = fs::weakly_canonical(directory / output.parent_path());
+    const fs::path inside = parent.lexically_relative(fs::canonical(directory));
+    if (inside.empty() || *inside.begin() == "..") continue;
+    if (fs::is_regular_file(fs::symlink_status(parent / output.filename()))) fs::remove(parent / output.filename());
+  }
+  for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with('.') && name.find(kTemporaryMark) != std::string::npos && !entry.is_directory()) {
+      fs::remove(entry.path());
+    }
+  }
+}
+
+}  // namespace
+
+void PrepareOutputDirectory(const fs::path& path, bool force) {
+  try {
+    if (fs::exists(path) && !fs::is_directory(path)) {
+      Fail("{}: is a file, the output must be a directory; choose another name", path.string());
+    }
+    fs::create_directories(path);
+    if (access(path.c_str(), R_OK | W_OK | X_OK) != 0) FailErrno(path, "written");
+    if (fs::is_empty(path)) return;
+    if (!force) {
+      Fail("{}: is not empty (it holds \"{}\"); pass --force to replace it, or choose another directory", path.string(),
+           fs::directory_iterator(path)->path().filename().string());
+    }
+    RemoveOwnOutputs(path);
+  } catch (const fs::filesystem_error& error) {
+    FailErrno(path, "used for output", error.code().value());
+  }
+}
+
+void RequireFreeSpace(const fs::path& directory, int64_t needed_bytes) {
+  std::error_code error;
+  const fs::space_info space = fs::space(directory, error);
+  if (error) FailErrno(directory, "examined", error.value());
+  if (space.available < static_cast<uintmax_t>(needed_bytes)) {
+    Fail("{}: {} are free, {} are needed; free some space or choose another place", directory.string(),
+         HumanBytes(static_cast<int64_t>(space.available)), HumanBytes(needed_bytes));
+  }
+}
+
+std::string HumanBytes(int64_t bytes) {
+  if (bytes < 1024) return fmt::format("{} B", bytes);
+  double amount = static_cast<double>(bytes);
+  const char* const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  int unit = 0;
+  for (; amount >= 1023.95 && unit < 4; ++unit) amount /= 1024;
+  return fmt::format("{:.1f} {}", amount, units[unit]);
+}
+
+}  // namespace circlet

@@ -1,0 +1,48 @@
+#include "circlet/io/names.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace circlet {
+namespace {
+
+// Optimal string alignment distance by rows: insert, delete, replace, or swap two neighbours, each 1.
+size_t Distance(std::string_view a, std::string_view b) {
+  std::vector<size_t> before(b.size() + 1), above(b.size() + 1), row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) above[j] = j;
+  for (size_t i = 1; i <= a.size(); ++i) {
+    row[0] = i;
+    for (size_t j = 1; j <= b.size(); ++j) {
+      row[j] = std::min({above[j] + 1, row[j - 1] + 1, above[j - 1] + (a[i - 1] != b[j - 1])});
+      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) row[j] = std::min(row[j], before[j - 2] + 1);
+    }
+    std::swap(before, above);
+    std::swap(above, row);
+  }
+  return above[b.size()];
+}
+
+}  // namespace
+
+std::string Nearest(std::string_view name, std::span<const std::string> candidates) {
+  size_t best = name.size() / 2 + 1;
+  std::string nearest;
+  for (const std::string& candidate : candidates) {
+    const size_t difference = std::max(name.size(), candidate.size()) - std::min(name.size(), candidate.size());
+    if (difference >= best) continue;
+    if (const size_t distance = Distance(name, candidate); distance < best) {
+      best = distance;
+      nearest = candidate;
+    }
+  }
+  return nearest;
+}
+
+std::string NearestHint(std::string_view name, std::span<const std::string> candidates) {
+  const std::string nearest = Nearest(name, candidates);
+  return nearest.empty() ? "" : fmt::format("; nearest: \"{}\"", nearest);
+}
+
+}  // namespace circlet
