@@ -1,0 +1,190 @@
+#include "circlet/quant/calibration.h"
+
+#include "circlet/quant/affine.h"
+#include "circlet/quant/mx.h"
+#include "ops/simd.h"
+
+namespace circlet {
+
+void Calibration::UseFrozen(ParameterStore params) {
+  params_ = std::move(params);
+  all_frozen_ = true;
+}
+
+Observer* Calibration::ObserverOf(const Point& point) {
+  if (all_frozen_ || point.use == PointUse::kBoundary || params_.Find(point.name) != nullptr) return nullptr;
+  auto [it, inserted] = observers_.try_emplace(point.name);
+  if (inserted) it->second = Observer::Make(recipe_.SpecFor(point, dialect_));
+  return it->second.get();
+}
+
+void Calibration::Freeze(const Graph& graph, const WeightSource& weights) {
+  if (all_frozen_) return;
+  for (const Value& value : graph.Values()) {
+    const std::string& name = value.weight_point.name;
+    if (value.kind != ValueKind::kWeight || name.empty() || params_.Find(name) != nullptr) continue;
+    PointParams params{.spec = recipe_.SpecFor(value.weight_point, dialect_)};
+    if (params.spec.kind == QuantKind::kAffine) {
+      const WeightRange range = Within(name, [&] { return RangeOfWeight(weights(value.name), params.spec.axis); });
+      params.min = range.min;
+      params.max = range.max;
+      params.qparams = params.spec.axis < 0
+                           ? ComputeQParams(range.min[0], range.max[0], params.spec.dtype, params.spec.scheme.symmetric)
+                           : ComputeQParams(range.min, range.max, params.spec.dtype, params.spec.scheme.symmetric,
+                                            params.spec.axis);
+    }
+    params_.Set(std::move(params));
+  }
+  for (const Node& node : graph.Nodes()) {
+    for (const Point& point : node.points) {
+      if (point.name.empty() || point.use == PointUse::kBoundary || params_.Find(point.name) != nullptr) continue;
+      const auto observer = observers_.find(point.name);
+      CIRCLET_CHECK(observer != observers_.end(), "{} was not observed before its graph was frozen", point.name);
+      PointParams params{.spec = recipe_.SpecFor(point, dialect_)};
+      params.qparams = observer->second->Freeze(params.spec, point.headroom_below);
+      params.min = {observer->second->Min()};
+      params.max = {observer->second->Max()};
+      params_.Set(std::move(params));
+      observers_.erase(observer);
+    }
+  }
+}
+
+const PointParams& Calibration::ParamsOf(const std::string& name) const { return params_.Get(name); }
+
+const QParams* Calibration::GridOf(const std::string& name) const {
+  const PointParams& params = params_.Get(name);
+  return params.spec.kind == QuantKind::kAffine ? &params.qparams : nullptr;
+}
+
+WeightSource Calibration::RoundedWeights(WeightSource weights) {
+  return [this, weights = std::move(weights)](const std::string& name) {
+    auto [it, inserted] = rounded_.try_emplace(name);
+    if (!inserted) return it->second;
+    const PointParams* params = params_.Find(name);
+    const Tensor stored = weights(name);
+    if (params == nullptr) {
+      it->second = ToF32(stored);
+    } else if (params->spec.kind == QuantKind::kMx) {
+      it->second = ToF32(stored).Clone();
+      MxFakeQuantize(it->second, params->spec.mx);
+    } else if (params->spec.kind == QuantKind::kNone) {
+      it->second = ToF32(stored);
+    } else {
+      it->second = FakeQuantizeWeight(stored, params->qparams, dialect_.rounding);
+    }
+    return it->second;
+  };
+}
+
+// ---- Observing ----------------------------------------------------------------------------------------------------
+
+class ObserveReading::Visitor final : public PointVisitor {
+ public:
+  Visitor(const ObserveReading& reading, Observer& observer, const TensorType& type)
+      : reading_(reading), observer_(observer), elements_(type.shape.Elements()) {
+    length_ = type.shape.Rank() > 1 ? type.shape[1] : 1;
+  }
+  void Visit(std::span<float> values, int64_t first) override {
+    observer_.Visit(values, first + reading_.position_ * (elements_ / std::max<int64_t>(1, length_)));
+  }
+  void Begin(int64_t sample, int64_t whole_length) {
+    observer_.BeginSample(sample, whole_length == 0 ? elements_ : elements_ / length_ * whole_length);
+  }
+  void End() { observer_.EndSample(); }
+
+ private:
+  const ObserveReading& reading_;
+  Observer& observer_;
+  int64_t elements_, length_;
+};
+
+ObserveReading::~ObserveReading() = default;
+
+PointVisitor* ObserveReading::At(const Point& point, const TensorType& type) {
+  Observer* observer = calibration_.ObserverOf(point);
+  if (observer == nullptr) return nullptr;
+  visitors_.push_back(std::make_unique<Visitor>(*this, *observer, type));
+  return visitors_.back().get();
+}
+
+void ObserveReading::Begin(int64_t sample, int64_t whole_length) {
+  position_ = 0;
+  for (const auto& visitor : visitors_) visitor->Begin(sample, whole_length);
+}
+
+void ObserveReading::End() {
+  for (const auto& visitor : visitors_) visitor->End();
+}
+
+// ---- Rounding -----------------------------------------------------------------------------------------------------
+
+namespace {
+
+class AffineVisitor final : public PointVisitor {
+ public:
+  AffineVisitor(const QParams& qparams, Rounding rounding) {
+    const CodeRange codes = CodesOf(qparams.dtype);
+    grid_ = {qparams.scale[0], qparams.zero_point[0], static_cast<int32_t>(codes.min), static_cast<int32_t>(codes.max),
+             rounding};
+  }
+  void Visit(std::span<float> values, int64_t) override {
+    simd::Snap(values.data(), static_cast<int64_t>(values.size()), grid_);
+  }
+
+ private:
+  simd::Grid grid_;
+};
+
+class MxVisitor final : public PointVisitor {
+ public:
+  MxVisitor(const MxSpec& spec, int64_t width) : spec_(spec), width_(width) {}
+  void Visit(std::span<float> values, int64_t) override {
+    const int64_t rows = static_cast<int64_t>(values.size()) / width_;
+    Tensor tensor({DType::kF32, {rows, width_}}, values.data(), nullptr);
+    MxFakeQuantize(tensor, spec_);
+  }
+
+ private:
+  MxSpec spec_;
+  int64_t width_;
+};
+
+}  // namespace
+
+FakeQuantReading::~FakeQuantReading() = default;
+
+PointVisitor* FakeQuantReading::At(const Point& point, const TensorType& type) {
+  if (point.use == PointUse::kExportOnly) return nullptr;
+  const PointParams& params = calibration_.ParamsOf(point.name);
+  if (params.spec.kind == QuantKind::kNone) return nullptr;
+  auto [it, inserted] = visitors_.try_emplace(point.name);
+  if (inserted && params.spec.kind == QuantKind::kMx) {
+    const int64_t width = type.shape.Rank() == 0 ? 1 : type.shape[-1];
+    it->second = std::make_unique<MxVisitor>(params.spec.mx, width);
+  } else if (inserted) {
+    it->second = std::make_unique<AffineVisitor>(params.qparams, calibration_.GetDialect().rounding);
+  }
+  return it->second.get();
+}
+
+// ---- Export -------------------------------------------------------------------------------------------------------
+
+const QParams* CalibratedGrids::Find(const Point& point) const {
+  const PointParams* params = calibration_.Params().Find(point.name);
+  // The reference's files of grids know nothing of points that only our export has; the exporter derives those.
+  if (params == nullptr && point.use == PointUse::kExportOnly) return nullptr;
+  return calibration_.GridOf(point.name);
+}
+
+Tensor CalibratedGrids::WeightCodes(const std::string& name, const QParams& grid) const {
+  return QuantizeWeight(stored_(name), grid, calibration_.GetDialect().rounding).codes;
+}
+
+Tensor CalibratedGrids::WeightFloat(const std::string& name) const { return ToF32(stored_(name)); }
+
+Tensor CalibratedGrids::Quantize(const Tensor& values, const QParams& grid) const {
+  return QuantizeWeight(values, grid, calibration_.GetDialect().rounding).codes;
+}
+
+}  // namespace circlet
