@@ -28,10 +28,10 @@ void Calibration::Freeze(const Graph& graph, const WeightSource& weights) {
       const WeightRange range = Within(name, [&] { return RangeOfWeight(weights(value.name), params.spec.axis); });
       params.min = range.min;
       params.max = range.max;
-      params.qparams = params.spec.axis < 0
-                           ? ComputeQParams(range.min[0], range.max[0], params.spec.dtype, params.spec.scheme.symmetric)
-                           : ComputeQParams(range.min, range.max, params.spec.dtype, params.spec.scheme.symmetric,
-                                            params.spec.axis);
+      params.qparams =
+          params.spec.axis < 0
+              ? ComputeQParams(range.min[0], range.max[0], params.spec.dtype, params.spec.scheme.symmetric)
+              : ComputeQParams(range.min, range.max, params.spec.dtype, params.spec.scheme.symmetric, params.spec.axis);
     }
     params_.Set(std::move(params));
   }
@@ -99,6 +99,7 @@ class ObserveReading::Visitor final : public PointVisitor {
   int64_t elements_, length_;
 };
 
+ObserveReading::ObserveReading(Calibration& calibration) : calibration_(calibration) {}
 ObserveReading::~ObserveReading() = default;
 
 PointVisitor* ObserveReading::At(const Point& point, const TensorType& type) {
@@ -152,6 +153,7 @@ class MxVisitor final : public PointVisitor {
 
 }  // namespace
 
+FakeQuantReading::FakeQuantReading(const Calibration& calibration) : calibration_(calibration) {}
 FakeQuantReading::~FakeQuantReading() = default;
 
 PointVisitor* FakeQuantReading::At(const Point& point, const TensorType& type) {

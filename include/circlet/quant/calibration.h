@@ -33,7 +33,8 @@ class Calibration final {
   const Recipe& GetRecipe() const { return recipe_; }
   const Dialect& GetDialect() const { return dialect_; }
 
-  // Frozen points from a file: nothing is observed any more, and a point that the file lacks is an Error when it is met.
+  // Frozen points from a file: nothing is observed any more, and a point that the file lacks is an Error when it is
+  // met.
   void UseFrozen(ParameterStore params);
   bool Frozen() const { return all_frozen_; }
 
@@ -49,7 +50,8 @@ class Calibration final {
   const QParams* GridOf(const std::string& name) const;
   const PointParams& ParamsOf(const std::string& name) const;
 
-  // Parameters rounded to their grids, once each; the float ones of parameters without a grid. `weights` must stay valid.
+  // Parameters rounded to their grids, once each; the float ones of parameters without a grid. `weights` must stay
+  // valid.
   WeightSource RoundedWeights(WeightSource weights);
   // Forgets the rounded parameters (a stage is over).
   void DropWeights() { rounded_.clear(); }
@@ -70,7 +72,7 @@ class Calibration final {
 // Feeds observers. One reading for each executor.
 class ObserveReading final : public PointReading {
  public:
-  explicit ObserveReading(Calibration& calibration) : calibration_(calibration) {}
+  explicit ObserveReading(Calibration& calibration);
   ~ObserveReading() override;
   PointVisitor* At(const Point& point, const TensorType& type) override;
   bool Writes() const override { return false; }
@@ -91,7 +93,7 @@ class ObserveReading final : public PointReading {
 // Rounds values at frozen points.
 class FakeQuantReading final : public PointReading {
  public:
-  explicit FakeQuantReading(const Calibration& calibration) : calibration_(calibration) {}
+  explicit FakeQuantReading(const Calibration& calibration);
   ~FakeQuantReading() override;
   PointVisitor* At(const Point& point, const TensorType& type) override;
   bool Writes() const override { return true; }

@@ -20,7 +20,7 @@ namespace circlet {
 // One sample at a time: BeginSample, any number of Visits, EndSample. A point may be visited several times in a sample.
 class Observer {
  public:
-  // An observer of the kind that `spec` asks for; points that are not affine only count.
+  // An observer of the kind that `spec` asks for; at points that are not affine it only watches.
   static std::unique_ptr<Observer> Make(const PointSpec& spec);
   // As it was when State() was taken; throws Error for anything else.
   static std::unique_ptr<Observer> FromState(const nlohmann::json& state);
@@ -31,17 +31,18 @@ class Observer {
   virtual void BeginSample(int64_t sample, int64_t elements);
   // Values first .. first + size - 1 of the tensor. Thread-safe.
   virtual void Visit(std::span<const float> values, int64_t first);
-  virtual void EndSample();
+  void EndSample();
 
   // Adds what `other`, of the same specification, has seen of other samples. EMA depends on the order of samples: an
   // Error.
   virtual void Merge(const Observer& other);
 
-  // Of all finite values; +inf and -inf when there were none. EMA: the moving averages.
-  float Min() const { return min_.load(std::memory_order_relaxed); }
-  float Max() const { return max_.load(std::memory_order_relaxed); }
-  int64_t Samples() const { return samples_; }  // samples that brought values
-  int64_t NonFinite() const { return non_finite_.load(std::memory_order_relaxed); }
+  // Over all finished samples: smallest and largest finite value (+inf, -inf when there were none), or their moving
+  // averages.
+  float Min() const { return min_; }
+  float Max() const { return max_; }
+  int64_t Samples() const { return samples_; }       // samples that brought values
+  int64_t NonFinite() const { return non_finite_; }  // NaNs and infinities among the values
 
   virtual nlohmann::json State() const;
 
@@ -54,18 +55,22 @@ class Observer {
     float min, max;
   };
   explicit Observer(const ObserverSpec& spec) : spec_(spec) {}
-  virtual Bounds RangeFor(const PointSpec& spec) const;
+  // Takes in the range of one finished sample, or of another observer.
+  virtual void Fold(Bounds range);
+  // The range that the grid shall cover.
+  virtual Bounds Covered(const PointSpec&) const { return {min_, max_}; }
   virtual void Restore(const nlohmann::json& state);
-  void Widen(float min, float max);
-  void ResetRange();
 
   const ObserverSpec spec_;
+  float min_ = std::numeric_limits<float>::infinity();
+  float max_ = -std::numeric_limits<float>::infinity();
 
  private:
-  std::atomic<float> min_{std::numeric_limits<float>::infinity()};
-  std::atomic<float> max_{-std::numeric_limits<float>::infinity()};
-  std::atomic<int64_t> non_finite_{0};
+  // Of the sample that is under way.
+  std::atomic<float> sample_min_{std::numeric_limits<float>::infinity()};
+  std::atomic<float> sample_max_{-std::numeric_limits<float>::infinity()};
   std::atomic<bool> reached_{false};
+  std::atomic<int64_t> non_finite_{0};
   int64_t samples_ = 0;
 };
 

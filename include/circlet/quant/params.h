@@ -9,6 +9,9 @@
 #include <string_view>
 #include <vector>
 
+#include "circlet/base/qparams.h"
+#include "circlet/base/tensor.h"
+#include "circlet/quant/observer.h"
 #include "circlet/quant/spec.h"
 
 namespace circlet {
@@ -23,6 +26,12 @@ struct PointParams {
   bool Observed() const { return !min.empty() && min.front() <= max.front(); }
 };
 
+// Of a parameter, whose values are all at hand: exact ranges, one a row or one in all as `spec` says. Throws Error
+// "POINT: ..." when a weight is not finite.
+PointParams ParamsOfWeight(const Tensor& weight, const PointSpec& spec);
+// Of a point that was observed; throws what Observer::Freeze throws. min and max are those observed, unclipped.
+PointParams ParamsOf(const Observer& observer, const PointSpec& spec, float headroom_below);
+
 // Quantization parameters by point name, in the order in which they were added. Not thread-safe while it changes.
 class ParameterStore {
  public:
@@ -30,7 +39,8 @@ class ParameterStore {
   void Set(PointParams params);
 
   const PointParams* Find(std::string_view point) const;
-  // Throws Error "POINT: ..." with the nearest name when it is absent, and when it was never observed.
+  // Throws Error "POINT: ..." with the nearest name when it is absent, and when it needs a range but was never
+  // observed.
   const PointParams& Get(std::string_view point) const;
   const std::vector<std::string>& Names() const { return names_; }
   size_t Size() const { return names_.size(); }

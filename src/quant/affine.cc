@@ -1,0 +1,314 @@
+#include "circlet/quant/affine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "circlet/base/error.h"
+#include "circlet/base/threads.h"
+#include "ops/simd.h"
+
+namespace circlet {
+namespace {
+
+// Large enough that starting a piece costs nothing beside it, small enough to share a 256 x 1536 projection.
+constexpr int64_t kPieceElements = int64_t{1} << 16;
+
+struct Grid {
+  float scale;
+  int32_t zero_point;
+};
+
+Grid SymmetricGrid(float min, float max, float qmax) {
+  const float reach = std::max(std::abs(min), std::abs(max));
+  return {std::max(reach / qmax, kScaleFloor), 0};
+}
+
+Grid AsymmetricGrid(float min, float max, float qmin, float qmax) {
+  float range = max - min;
+  if (min > 0) range = max;
+  if (max < 0) range = -min;
+  const float scale = std::max(range / (qmax - qmin), kScaleFloor);
+  const float zero_point = std::clamp(std::nearbyint(qmin - min / scale), qmin, qmax);
+  return {scale, static_cast<int32_t>(zero_point)};
+}
+
+// A weight as a matrix: one row for each index of axis 0. Hands out rows as float32.
+class Rows {
+ public:
+  explicit Rows(const Tensor& tensor) : tensor_(tensor) {
+    const int64_t elements = tensor.Elements();
+    count_ = tensor.GetShape().Rank() > 1 ? tensor.GetShape()[0] : 1;
+    width_ = count_ == 0 ? 0 : elements / count_;
+    bytes_ = width_ * BitWidth(tensor.GetDType()) / 8;
+  }
+
+  int64_t Count() const { return count_; }
+  int64_t Width() const { return width_; }
+  // Even, so that pieces of packed 4-bit codes never share a byte.
+  int64_t Grain() const { return std::max<int64_t>(1, kPieceElements / std::max<int64_t>(1, width_)) * 2; }
+
+  // Row `index`, in place where it is float32 already, else in `buffer`.
+  const float* Get(int64_t index, std::vector<float>& buffer) const {
+    const std::byte* row = tensor_.Raw() + index * bytes_;
+    const auto address = reinterpret_cast<uintptr_t>(row);
+    if (tensor_.GetDType() == DType::kF32 && address % alignof(float) == 0) return reinterpret_cast<const float*>(row);
+    buffer.resize(width_);
+    CopyTo(row, buffer.data());
+    return buffer.data();
+  }
+
+  void Copy(int64_t index, float* out) const { CopyTo(tensor_.Raw() + index * bytes_, out); }
+
+ private:
+  void CopyTo(const std::byte* row, float* out) const {
+    const auto address = reinterpret_cast<uintptr_t>(row);
+    if (tensor_.GetDType() == DType::kF32) {
+      std::memcpy(out, row, bytes_);
+    } else if (tensor_.GetDType() == DType::kBF16 && address % alignof(uint16_t) == 0) {
+      simd::BF16ToF32(reinterpret_cast<const uint16_t*>(row), width_, out);
+    } else {
+      const Tensor view({tensor_.GetDType(), {width_}}, const_cast<std::byte*>(row), nullptr);
+      const Tensor converted = ToF32(view);
+      std::memcpy(out, converted.Raw(), converted.Bytes());
+    }
+  }
+
+  const Tensor& tensor_;
+  int64_t count_, width_, bytes_;
+};
+
+void CheckGrids(const QParams& qparams, int64_t rows) {
+  CIRCLET_CHECK(qparams.axis <= 0, "channel axis {} of a weight", qparams.axis);
+  const size_t grids = qparams.PerChannel() ? rows : 1;
+  CIRCLET_CHECK(qparams.scale.size() == grids && qparams.zero_point.size() == grids,
+                "{} scales, {} zero points, {} grids", qparams.scale.size(), qparams.zero_point.size(), grids);
+}
+
+simd::Grid GridOf(const QParams& qparams, int64_t row, Rounding rounding) {
+  const size_t index = qparams.PerChannel() ? row : 0;
+  const CodeRange codes = CodesOf(qparams.dtype);
+  return {qparams.scale[index], qparams.zero_point[index], static_cast<int32_t>(codes.min),
+          static_cast<int32_t>(codes.max), rounding};
+}
+
+// Rank 1 has a grid for each element when it has an axis at all; such a weight is a matrix of width 1.
+Tensor AsMatrix(const Tensor& weight, int axis) {
+  if (weight.GetShape().Rank() == 1 && axis == 0) return weight.Reshaped({weight.Elements(), 1});
+  return weight;
+}
+
+void PackNibbles(const int16_t* codes, int64_t count, int64_t first, uint8_t* bytes) {
+  int64_t i = 0;
+  if (first % 2 != 0 && count > 0) {
+    bytes[first / 2] |= static_cast<uint8_t>(codes[0] << 4);
+    i = 1;
+  }
+  uint8_t* out = bytes + (first + i) / 2;
+  const int64_t pairs = (count - i) / 2;
+  const int16_t* in = codes + i;
+#pragma omp simd
+  for (int64_t p = 0; p < pairs; ++p) out[p] = static_cast<uint8_t>((in[2 * p] & 15) | (in[2 * p + 1] << 4));
+  if ((count - i) % 2 != 0) out[pairs] = static_cast<uint8_t>(in[2 * pairs] & 15);
+}
+
+void UnpackNibbles(const uint8_t* bytes, int64_t first, int64_t count, bool is_signed, int16_t* codes) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = first + i;
+    const int nibble = (bytes[at / 2] >> (at % 2 * 4)) & 15;
+    codes[i] = static_cast<int16_t>(is_signed ? (nibble ^ 8) - 8 : nibble);
+  }
+}
+
+// Codes of one row into storage; `first` is the flat index of the row's first element.
+void Store(const int16_t* codes, int64_t count, int64_t first, DType dtype, std::byte* storage) {
+  if (BitWidth(dtype) == 4) {
+    PackNibbles(codes, count, first, reinterpret_cast<uint8_t*>(storage));
+    return;
+  }
+  auto* out = reinterpret_cast<uint8_t*>(storage) + first;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint8_t>(codes[i]);
+}
+
+void Load(const std::byte* storage, int64_t first, int64_t count, DType dtype, int16_t* codes) {
+  if (BitWidth(dtype) == 4) {
+    UnpackNibbles(reinterpret_cast<const uint8_t*>(storage), first, count, dtype == DType::kI4, codes);
+  } else if (dtype == DType::kI8) {
+    const auto* in = reinterpret_cast<const int8_t*>(storage) + first;
+    std::copy(in, in + count, codes);
+  } else {
+    const auto* in = reinterpret_cast<const uint8_t*>(storage) + first;
+    std::copy(in, in + count, codes);
+  }
+}
+
+}  // namespace
+
+QParams ComputeQParams(float min, float max, DType dtype, bool symmetric) {
+  const CodeRange codes = CodesOf(dtype);
+  const auto qmin = static_cast<float>(codes.min);
+  const auto qmax = static_cast<float>(codes.max);
+  Grid grid;
+  if (symmetric) {
+    grid = SymmetricGrid(min, max, qmax);
+  } else if (std::abs(max - min) < kScaleFloor) {
+    const float value = min;
+    if (std::abs(value) <= kScaleFloor) {
+      grid = {1.0f, 0};
+    } else {
+      grid = {std::abs(value), value > 0 ? 0 : static_cast<int32_t>(codes.max)};
+    }
+  } else {
+    grid = AsymmetricGrid(min, max, qmin, qmax);
+  }
+  return {dtype, -1, {grid.scale}, {grid.zero_point}};
+}
+
+QParams ComputeQParams(std::span<const float> min, std::span<const float> max, DType dtype, bool symmetric, int axis) {
+  CIRCLET_CHECK(min.size() == max.size() && axis >= 0, "{} minima, {} maxima, axis {}", min.size(), max.size(), axis);
+  const CodeRange codes = CodesOf(dtype);
+  const auto qmin = static_cast<float>(codes.min);
+  const auto qmax = static_cast<float>(codes.max);
+  QParams qparams{dtype, axis, std::vector<float>(min.size()), std::vector<int32_t>(min.size())};
+  for (size_t c = 0; c < min.size(); ++c) {
+    const Grid grid = symmetric ? SymmetricGrid(min[c], max[c], qmax) : AsymmetricGrid(min[c], max[c], qmin, qmax);
+    qparams.scale[c] = grid.scale;
+    qparams.zero_point[c] = grid.zero_point;
+  }
+  return qparams;
+}
+
+WeightRange RangeOfWeight(const Tensor& weight, int axis) {
+  CIRCLET_CHECK(axis <= 0, "channel axis {} of a weight", axis);
+  const Tensor matrix = AsMatrix(weight, axis);
+  const Rows rows(matrix);
+  WeightRange range{std::vector<float>(rows.Count()), std::vector<float>(rows.Count())};
+  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+  std::atomic<int64_t> first_bad_row{kNone};
+  ParallelFor(rows.Count(), rows.Grain(), [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer;
+    for (int64_t row = begin; row < end; ++row) {
+      const simd::Range found = simd::MinMax(rows.Get(row, buffer), rows.Width());
+      range.min[row] = found.min;
+      range.max[row] = found.max;
+      if (found.finite) continue;
+      int64_t seen = first_bad_row.load();
+      while (row < seen && !first_bad_row.compare_exchange_weak(seen, row)) {
+      }
+    }
+  });
+  if (const int64_t row = first_bad_row.load(); row != kNone) {
+    std::vector<float> buffer;
+    const float* values = rows.Get(row, buffer);
+    const float* bad = std::find_if_not(values, values + rows.Width(), [](float x) { return std::isfinite(x); });
+    Fail("row {}, column {} of the weight is {}; a grid needs finite weights: is the checkpoint damaged?", row,
+         bad - values, *bad);
+  }
+  if (axis < 0 && rows.Count() > 0) {
+    range.min = {*std::min_element(range.min.begin(), range.min.end())};
+    range.max = {*std::max_element(range.max.begin(), range.max.end())};
+  }
+  return range;
+}
+
+void RequireWeightType(DType dtype) {
+  switch (dtype) {
+    case DType::kI4:
+    case DType::kU4:
+    case DType::kI8:
+    case DType::kU8:
+    case DType::kI16:
+      return;
+    default:
+      Fail("weights cannot be stored as {}; choose int4, uint4, int8, uint8 or int16", Name(dtype));
+  }
+}
+
+QuantizedWeight QuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding rounding) {
+  RequireWeightType(qparams.dtype);
+  const Tensor matrix = AsMatrix(weight, qparams.axis);
+  const Rows rows(matrix);
+  CheckGrids(qparams, rows.Count());
+  QuantizedWeight result{qparams, Tensor({qparams.dtype, weight.GetShape()})};
+  const bool direct = qparams.dtype == DType::kI16;
+  ParallelFor(rows.Count(), rows.Grain(), [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer;
+    std::vector<int16_t> codes(direct ? 0 : rows.Width());
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t first = row * rows.Width();
+      int16_t* out = direct ? reinterpret_cast<int16_t*>(result.codes.Raw()) + first : codes.data();
+      simd::Quantize(rows.Get(row, buffer), rows.Width(), GridOf(qparams, row, rounding), out);
+      if (!direct) Store(codes.data(), rows.Width(), first, qparams.dtype, result.codes.Raw());
+    }
+  });
+  return result;
+}
+
+Tensor DequantizeWeight(const QuantizedWeight& weight) {
+  const QParams& qparams = weight.qparams;
+  RequireWeightType(qparams.dtype);
+  Tensor result({DType::kF32, weight.codes.GetShape()});
+  const Tensor matrix = AsMatrix(result, qparams.axis);
+  const Rows rows(matrix);
+  CheckGrids(qparams, rows.Count());
+  const bool direct = qparams.dtype == DType::kI16;
+  auto* out = reinterpret_cast<float*>(result.Raw());
+  ParallelFor(rows.Count(), rows.Grain(), [&](int64_t begin, int64_t end) {
+    std::vector<int16_t> codes(direct ? 0 : rows.Width());
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t first = row * rows.Width();
+      if (!direct) Load(weight.codes.Raw(), first, rows.Width(), qparams.dtype, codes.data());
+      const int16_t* in = direct ? reinterpret_cast<const int16_t*>(weight.codes.Raw()) + first : codes.data();
+      const size_t index = qparams.PerChannel() ? row : 0;
+      simd::Dequantize(in, rows.Width(), qparams.scale[index], qparams.zero_point[index], out + first);
+    }
+  });
+  return result;
+}
+
+Tensor FakeQuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding rounding) {
+  const Tensor matrix = AsMatrix(weight, qparams.axis);
+  const Rows rows(matrix);
+  CheckGrids(qparams, rows.Count());
+  Tensor result({DType::kF32, weight.GetShape()});
+  auto* out = reinterpret_cast<float*>(result.Raw());
+  ParallelFor(rows.Count(), rows.Grain(), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      rows.Copy(row, out + row * rows.Width());
+      simd::Snap(out + row * rows.Width(), rows.Width(), GridOf(qparams, row, rounding));
+    }
+  });
+  return result;
+}
+
+Tensor FakeQuantizeRows(const Tensor& table, std::span<const int64_t> ids, const QParams& qparams, Rounding rounding) {
+  CIRCLET_CHECK(table.GetShape().Rank() == 2, "a table of shape {}", table.GetShape().ToString());
+  const Rows rows(table);
+  CheckGrids(qparams, rows.Count());
+  for (const int64_t id : ids)
+    if (id < 0 || id >= rows.Count())
+      Fail("id {} is outside the table of {} rows; check the tokenizer", id, rows.Count());
+  Tensor result({DType::kF32, {static_cast<int64_t>(ids.size()), rows.Width()}});
+  auto* out = reinterpret_cast<float*>(result.Raw());
+  ParallelFor(static_cast<int64_t>(ids.size()), rows.Grain(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      rows.Copy(ids[i], out + i * rows.Width());
+      simd::Snap(out + i * rows.Width(), rows.Width(), GridOf(qparams, ids[i], rounding));
+    }
+  });
+  return result;
+}
+
+float FakeQuantize(float x, float scale, int32_t zero_point, DType dtype, Rounding rounding) {
+  const CodeRange codes = CodesOf(dtype);
+  const float steps =
+      rounding == Rounding::kHalfEvenReciprocal ? std::nearbyint(x * (1.0f / scale)) : std::round(x / scale);
+  const auto low = static_cast<float>(codes.min - zero_point);
+  const auto high = static_cast<float>(codes.max - zero_point);
+  return std::clamp(steps, low, high) * scale;
+}
+
+}  // namespace circlet
