@@ -65,6 +65,7 @@ struct EvalContext {
   std::span<const Tensor> in;
   std::span<const Tensor> out;                  // allocated, typed by Infer
   std::span<PointVisitor* const> points;        // of a fused kernel, in the order of its node; null: pass
+  bool points_write = false;                    // whether visitors change values (fake-quantize) or only look
 };
 
 // ---- Circle form of an operator -----------------------------------------------------------------------------------

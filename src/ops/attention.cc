@@ -1,0 +1,250 @@
+#include "circlet/ops/attention.h"
+
+#include <cstring>
+#include <limits>
+
+#include "circlet/base/threads.h"
+#include "circlet/ops/ops.h"
+#include "hwy/aligned_allocator.h"
+#include "ops/gemm.h"
+#include "ops/internal.h"
+#include "ops/simd.h"
+
+namespace circlet {
+namespace {
+
+enum AttentionPoint { kLogitsRaw, kLogits, kMaskAdd, kSoftmax, kAttnOut, kAttnWeights, kAttnOutH };
+
+// Query rows that share one product: enough to keep the processor's multipliers busy, few enough that their scores fit
+// the second-level cache and that a causal mask wastes little.
+constexpr int64_t kBlockRows = 48;
+
+struct Sizes {
+  int64_t heads, kv_heads, queries, keys, head_size;
+
+  explicit Sizes(const Shape& q, const Shape& k)
+      : heads(q[1]), kv_heads(k[1]), queries(q[2]), keys(k[2]), head_size(q[3]) {}
+  int64_t KvHead(int64_t head) const { return head / (heads / kv_heads); }
+};
+
+struct KeyRun {
+  int64_t begin, end;
+};
+
+// The keys that one query row computes with.
+struct RowKeys {
+  std::vector<KeyRun> runs;
+  bool visited = true;  // by observing visitors
+};
+
+// A row that keeps no key (a padded query) weighs all of them, as its expansion does; but its mask values, which no
+// kept key has, stay out of the statistics.
+RowKeys KeysOfRow(const float* mask, int64_t keys, bool skip_masked, float limit) {
+  if (!skip_masked) return {{{0, keys}}, true};
+  RowKeys row;
+  for (int64_t key = 0; key < keys; ++key) {
+    if (mask[key] <= limit) continue;
+    const int64_t begin = key;
+    while (key < keys && !(mask[key] <= limit)) ++key;
+    row.runs.push_back({begin, key});
+  }
+  if (row.runs.empty()) row = {{{0, keys}}, false};
+  return row;
+}
+
+// One run of Attention::Eval: operands, and for each kv head k^T and v packed for the products.
+class AttentionRun {
+ public:
+  AttentionRun(const Attention& op, const EvalContext& context)
+      : context_(context),
+        sizes_(context.in[0].GetShape(), context.in[1].GetShape()),
+        score_stride_((sizes_.keys + simd::kSoftmaxLanes - 1) / simd::kSoftmaxLanes * simd::kSoftmaxLanes +
+                      simd::kSoftmaxLanes),  // not a power of two: rows must not share cache sets
+        k_floats_(gemm::PackedFloats(sizes_.head_size, sizes_.keys)),
+        v_floats_(gemm::PackedFloats(sizes_.keys, sizes_.head_size)),
+        packed_(hwy::AllocateAligned<float>(static_cast<size_t>(sizes_.kv_heads * (k_floats_ + v_floats_)))),
+        row_keys_(static_cast<size_t>(sizes_.queries)) {
+    PackAll();
+    const float* mask = context.in[3].F32().data();
+    ParallelFor(sizes_.queries, RowGrain(sizes_.keys), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        row_keys_[static_cast<size_t>(row)] =
+            KeysOfRow(mask + row * sizes_.keys, sizes_.keys, op.skip_masked, op.mask_fill / 2);
+    });
+  }
+
+  void Run() const {
+    const int64_t blocks = (sizes_.queries + kBlockRows - 1) / kBlockRows;
+    ParallelFor(blocks * sizes_.heads, 1, [&](int64_t begin, int64_t end) {
+      const auto scratch =
+          hwy::AllocateAligned<float>(static_cast<size_t>(kBlockRows * (score_stride_ + 2 * sizes_.head_size + 16)));
+      // The last blocks first: under a causal mask they are the longest, and threads should end together.
+      for (int64_t task = begin; task < end; ++task)
+        RunBlock(task % sizes_.heads, (blocks - 1 - task / sizes_.heads) * kBlockRows, scratch.get());
+    });
+    if (PointVisitor* visitor = At(kAttnOutH)) {
+      const int64_t width = sizes_.heads * sizes_.head_size;
+      ParallelFor(sizes_.queries, RowGrain(width), [&](int64_t begin, int64_t end) {
+        visitor->Visit(context_.out[0].F32().subspan(static_cast<size_t>(begin * width),
+                                                     static_cast<size_t>((end - begin) * width)),
+                       begin * width);
+      });
+    }
+  }
+
+ private:
+  PointVisitor* At(AttentionPoint point) const { return context_.points.empty() ? nullptr : context_.points[point]; }
+
+  gemm::Panels KeyPanels(int64_t kv_head) const {
+    return {packed_.get() + kv_head * (k_floats_ + v_floats_), sizes_.head_size, sizes_.keys};
+  }
+  gemm::Panels ValuePanels(int64_t kv_head) const {
+    return {packed_.get() + kv_head * (k_floats_ + v_floats_) + k_floats_, sizes_.keys, sizes_.head_size};
+  }
+
+  void PackAll() const {
+    const int64_t elements = sizes_.keys * sizes_.head_size;
+    const int64_t key_panels = gemm::PanelCount(sizes_.keys), value_panels = gemm::PanelCount(sizes_.head_size);
+    const int64_t panels = key_panels + value_panels;
+    ParallelFor(sizes_.kv_heads * panels, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t kv_head = i / panels, panel = i % panels;
+        const float* k = context_.in[1].F32().data() + kv_head * elements;
+        const float* v = context_.in[2].F32().data() + kv_head * elements;
+        if (panel < key_panels)
+          gemm::Pack(k, sizes_.head_size, true, KeyPanels(kv_head), panel, panel + 1);
+        else
+          gemm::Pack(v, sizes_.head_size, false, ValuePanels(kv_head), panel - key_panels, panel - key_panels + 1);
+      }
+    });
+  }
+
+  void Visit(AttentionPoint point, const RowKeys& row, float* scores, int64_t first) const {
+    PointVisitor* visitor = At(point);
+    if (visitor == nullptr || !(row.visited || context_.points_write)) return;
+    for (const KeyRun& run : row.runs)
+      visitor->Visit({scores + run.begin, static_cast<size_t>(run.end - run.begin)}, first + run.begin);
+  }
+
+  // Scores of one row in [low, high) to probabilities; what the row does not keep becomes exactly 0.
+  void SoftmaxRow(const RowKeys& row, const float* mask, float* scores, int64_t first, KeyRun range) const {
+    Visit(kLogitsRaw, row, scores, first);
+    Visit(kLogits, row, scores, first);
+    for (const KeyRun& run : row.runs)
+      simd::Binary(simd::BinaryOp::kAdd, scores + run.begin, mask + run.begin, run.end - run.begin,
+                   scores + run.begin);
+    Visit(kMaskAdd, row, scores, first);
+    const KeyRun kept{row.runs.front().begin / simd::kSoftmaxLanes * simd::kSoftmaxLanes, row.runs.back().end};
+    int64_t masked = kept.begin;
+    for (const KeyRun& run : row.runs) {
+      std::fill(scores + masked, scores + run.begin, -std::numeric_limits<float>::infinity());
+      masked = run.end;
+    }
+    simd::SoftmaxRow(scores + kept.begin, kept.end - kept.begin);
+    std::fill(scores + range.begin, scores + kept.begin, 0.0f);
+    std::fill(scores + kept.end, scores + range.end, 0.0f);
+    Visit(kSoftmax, row, scores, first);
+  }
+
+  void RunBlock(int64_t head, int64_t first_row, float* scratch) const {
+    const auto& [heads, kv_heads, queries, keys, head_size] = sizes_;
+    const int64_t rows = std::min(kBlockRows, queries - first_row);
+    const RowKeys* row_keys = row_keys_.data() + first_row;
+    KeyRun range{keys, 0};
+    for (int64_t row = 0; row < rows; ++row) {
+      range.begin = std::min(range.begin, row_keys[row].runs.front().begin);
+      range.end = std::max(range.end, row_keys[row].runs.back().end);
+    }
+    range.begin = range.begin / simd::kSoftmaxLanes * simd::kSoftmaxLanes;
+
+    // Copied, so that rows a power of two apart do not evict each other.
+    const int64_t q_stride = head_size + 16;
+    float* scores = scratch;                                  // [rows, score_stride_]
+    float* q = scores + kBlockRows * score_stride_;           // [rows, q_stride]
+    float* out = q + kBlockRows * q_stride;                   // [rows, head_size]
+    const float* q_from = context_.in[0].F32().data() + (head * queries + first_row) * head_size;
+    for (int64_t row = 0; row < rows; ++row)
+      std::memcpy(q + row * q_stride, q_from + row * head_size, static_cast<size_t>(head_size) * sizeof(float));
+
+    const int64_t columns = gemm::PanelColumns();
+    gemm::Multiply(q, q_stride, rows, KeyPanels(sizes_.KvHead(head)),
+                   {range.begin / columns, (range.end + columns - 1) / columns, 0, head_size}, scores, score_stride_);
+    const float* mask = context_.in[3].F32().data();
+    for (int64_t row = 0; row < rows; ++row)
+      SoftmaxRow(row_keys[row], mask + (first_row + row) * keys, scores + row * score_stride_,
+                 (head * queries + first_row + row) * keys, range);
+    gemm::Multiply(scores, score_stride_, rows, ValuePanels(sizes_.KvHead(head)),
+                   {0, gemm::PanelCount(head_size), range.begin, range.end}, out, head_size);
+    if (PointVisitor* visitor = At(kAttnOut))
+      visitor->Visit({out, static_cast<size_t>(rows * head_size)}, (head * queries + first_row) * head_size);
+    float* to = context_.out[0].F32().data() + (first_row * heads + head) * head_size;
+    for (int64_t row = 0; row < rows; ++row)
+      std::memcpy(to + row * heads * head_size, out + row * head_size, static_cast<size_t>(head_size) * sizeof(float));
+    // Last: the probabilities as a result of their own reach no product.
+    for (int64_t row = 0; row < rows; ++row)
+      Visit(kAttnWeights, row_keys[row], scores + row * score_stride_, (head * queries + first_row + row) * keys);
+  }
+
+  const EvalContext& context_;
+  Sizes sizes_;
+  int64_t score_stride_;
+  int64_t k_floats_, v_floats_;
+  hwy::AlignedFreeUniquePtr<float[]> packed_;
+  std::vector<RowKeys> row_keys_;
+};
+
+}  // namespace
+
+std::vector<TensorType> Attention::Infer(Types in) const {
+  ExpectInputs(kName, in, 4);
+  ExpectFloat(kName, in);
+  const Shape &q = in[0].shape, &k = in[1].shape, &v = in[2].shape, &mask = in[3].shape;
+  if (q.Rank() != 4 || k.Rank() != 4 || q[0] != 1 || k[0] != 1 || k != v || q[3] != k[3])
+    ShapeError(kName, in, "q must be [1,H,S,h], k and v [1,KV,T,h]");
+  if (k[1] == 0 || q[1] % k[1] != 0)
+    ShapeError(kName, in, fmt::format("{} query heads do not share {} key heads evenly", q[1], k[1]));
+  if (q[2] == 0 || k[2] == 0 || q[3] == 0) ShapeError(kName, in, "there must be at least one query and one key");
+  if (mask != Shape{1, 1, q[2], k[2]} && mask != Shape{1, q[2], k[2]})
+    ShapeError(kName, in, fmt::format("the mask must be [1,1,{0},{1}] or [1,{0},{1}]", q[2], k[2]));
+  return {{DType::kF32, {1, q[2], q[1] * q[3]}}};
+}
+
+void Attention::Eval(const EvalContext& context) const { AttentionRun(*this, context).Run(); }
+
+std::vector<ValueId> Attention::Expand(GraphSink& sink, std::span<const ValueId> in,
+                                       std::span<const Point> points) const {
+  const Sizes sizes(sink.TypeOf(in[0]).shape, sink.TypeOf(in[1]).shape);
+  const auto one = [&](Op op, std::vector<ValueId> operands) { return sink.Add(std::move(op), std::move(operands))[0]; };
+  const auto point = [&](AttentionPoint index, ValueId value) {
+    return points.empty() || points[index].name.empty() ? value : sink.AddPoint(points[index], value);
+  };
+  // Head `head` of x [1,count,rows,h] as [1,rows,h].
+  const auto head_of = [&](ValueId x, int64_t head, int64_t count, int64_t rows) {
+    if (count > 1) {
+      const auto h = static_cast<int32_t>(head);
+      x = one(Slice{{0, h, 0, 0}, {1, h + 1, static_cast<int32_t>(rows), static_cast<int32_t>(sizes.head_size)}}, {x});
+    }
+    return one(Reshape{{1, rows, sizes.head_size}}, {x});
+  };
+
+  ValueId mask = in[3];
+  if (sink.TypeOf(mask).shape.Rank() == 4) mask = one(Reshape{{1, sizes.queries, sizes.keys}}, {mask});
+  std::vector<ValueId> outs;
+  ValueId k = -1, v = -1;
+  for (int64_t head = 0; head < sizes.heads; ++head) {
+    if (head % (sizes.heads / sizes.kv_heads) == 0) {
+      k = head_of(in[1], sizes.KvHead(head), sizes.kv_heads, sizes.keys);
+      v = head_of(in[2], sizes.KvHead(head), sizes.kv_heads, sizes.keys);
+    }
+    const ValueId q = head_of(in[0], head, sizes.heads, sizes.queries);
+    const ValueId k_operand = explicit_transpose ? one(Transpose{{0, 2, 1}}, {k}) : k;
+    ValueId scores = one(BatchMatMul{.transpose_b = !explicit_transpose}, {q, k_operand});
+    scores = point(kLogits, point(kLogitsRaw, scores));
+    scores = point(kMaskAdd, one(Add{}, {scores, mask}));
+    scores = point(kSoftmax, one(Softmax{}, {scores}));
+    outs.push_back(point(kAttnOut, one(BatchMatMul{}, {scores, v})));
+  }
+  return {point(kAttnOutH, one(Concat{.axis = 2}, std::move(outs)))};
+}
+
+}  // namespace circlet

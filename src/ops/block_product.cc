@@ -1,0 +1,142 @@
+#include <algorithm>
+#include <cstring>
+
+#include "ops/gemm.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "ops/block_product.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace circlet::gemm::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+using Floats = hn::ScalableTag<float>;
+using V = hn::Vec<Floats>;
+constexpr Floats kD;
+constexpr int64_t kLanes = hn::MaxLanes(kD);
+constexpr int64_t kColumns = 2 * kLanes;
+// Rows of a tile: two accumulators a row, two vectors of b and one of a must fit the registers (32 with AVX-512, else 16).
+constexpr int kTileRows = kLanes == 16 ? 12 : 6;
+// Steps of k after which the sums go back to memory: the rows of a that a tile walks stay in the first-level cache.
+constexpr int64_t kSteps = 512;
+
+int64_t PanelColumnsImpl() { return kColumns; }
+
+// c[r][0, kColumns) (+)= a[r][0, steps) b, for kRows rows; `fresh`: c holds nothing yet.
+template <int kRows>
+HWY_INLINE void Tile(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTRICT b, int64_t steps,
+                     bool fresh, float* HWY_RESTRICT c, int64_t c_stride) {
+  V left[kRows], right[kRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    left[r] = fresh ? hn::Zero(kD) : hn::LoadU(kD, c + r * c_stride);
+    right[r] = fresh ? hn::Zero(kD) : hn::LoadU(kD, c + r * c_stride + kLanes);
+  }
+  for (int64_t k = 0; k < steps; ++k) {
+    const V b_left = hn::Load(kD, b + k * kColumns);
+    const V b_right = hn::Load(kD, b + k * kColumns + kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const V a_value = hn::Set(kD, a[r * a_stride + k]);
+      left[r] = hn::MulAdd(a_value, b_left, left[r]);
+      right[r] = hn::MulAdd(a_value, b_right, right[r]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    hn::StoreU(left[r], kD, c + r * c_stride);
+    hn::StoreU(right[r], kD, c + r * c_stride + kLanes);
+  }
+}
+
+// A tile at the right edge: c has `columns` columns only.
+template <int kRows>
+HWY_INLINE void EdgeTile(const float* a, int64_t a_stride, const float* b, int64_t steps, bool fresh, float* c,
+                         int64_t c_stride, int64_t columns) {
+  HWY_ALIGN float whole[kRows * kColumns] = {};
+  const size_t bytes = static_cast<size_t>(columns) * sizeof(float);
+  if (!fresh)
+    for (int r = 0; r < kRows; ++r) std::memcpy(whole + r * kColumns, c + r * c_stride, bytes);
+  Tile<kRows>(a, a_stride, b, steps, fresh, whole, kColumns);
+  for (int r = 0; r < kRows; ++r) std::memcpy(c + r * c_stride, whole + r * kColumns, bytes);
+}
+
+template <int kRows>
+HWY_NOINLINE void AnyTile(const float* a, int64_t a_stride, const float* b, int64_t steps, bool fresh, float* c,
+                          int64_t c_stride, int64_t columns) {
+  if (columns == kColumns)
+    Tile<kRows>(a, a_stride, b, steps, fresh, c, c_stride);
+  else
+    EdgeTile<kRows>(a, a_stride, b, steps, fresh, c, c_stride, columns);
+}
+
+void MultiplyImpl(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
+                  int64_t c_stride) {
+  for (int64_t k = part.k_begin; k < part.k_end; k += kSteps) {
+    const int64_t steps = std::min(kSteps, part.k_end - k);
+    const bool fresh = k == part.k_begin;
+    for (int64_t panel = part.first; panel < part.last; ++panel) {
+      const float* b_rows = b.data + (panel * b.k + k) * kColumns;
+      const int64_t columns = std::min(kColumns, b.n - panel * kColumns);
+      float* c_left = c + panel * kColumns;
+      int64_t row = 0;
+      const auto advance = [&](auto tile, int64_t rows) HWY_ATTR {
+        for (; row + rows <= m; row += rows)
+          tile(a + row * a_stride + k, a_stride, b_rows, steps, fresh, c_left + row * c_stride, c_stride, columns);
+      };
+      advance(AnyTile<kTileRows>, kTileRows);
+      advance(AnyTile<4>, 4);
+      advance(AnyTile<1>, 1);
+    }
+  }
+}
+
+// Sixteen rows of the transposed operand at a time would need a shuffle network; columns of a panel are few enough that
+// reading them side by side stays within the cache.
+void PackImpl(const float* b, int64_t stride, bool transposed, const Panels& panels, int64_t first, int64_t last) {
+  for (int64_t panel = first; panel < last; ++panel) {
+    float* to = panels.data + panel * panels.k * kColumns;
+    const int64_t columns = std::min(kColumns, panels.n - panel * kColumns);
+    if (transposed) {
+      const float* from = b + panel * kColumns * stride;
+      constexpr int64_t kBlock = 16;
+      for (int64_t k0 = 0; k0 < panels.k; k0 += kBlock)
+        for (int64_t j = 0; j < kColumns; ++j)
+          for (int64_t k = k0; k < std::min(panels.k, k0 + kBlock); ++k)
+            to[k * kColumns + j] = j < columns ? from[j * stride + k] : 0.0f;
+    } else {
+      const float* from = b + panel * kColumns;
+      for (int64_t k = 0; k < panels.k; ++k) {
+        std::memcpy(to + k * kColumns, from + k * stride, static_cast<size_t>(columns) * sizeof(float));
+        std::fill(to + k * kColumns + columns, to + (k + 1) * kColumns, 0.0f);
+      }
+    }
+  }
+}
+
+}  // namespace circlet::gemm::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace circlet::gemm {
+
+HWY_EXPORT(PanelColumnsImpl);
+HWY_EXPORT(MultiplyImpl);
+HWY_EXPORT(PackImpl);
+
+int64_t PanelColumns() { return HWY_DYNAMIC_DISPATCH(PanelColumnsImpl)(); }
+int64_t PanelCount(int64_t n) { return (n + PanelColumns() - 1) / PanelColumns(); }
+int64_t PackedFloats(int64_t k, int64_t n) { return PanelCount(n) * PanelColumns() * k; }
+
+void Pack(const float* b, int64_t stride, bool transposed, const Panels& panels, int64_t first, int64_t last) {
+  HWY_DYNAMIC_DISPATCH(PackImpl)(b, stride, transposed, panels, first, last);
+}
+void Multiply(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
+              int64_t c_stride) {
+  HWY_DYNAMIC_DISPATCH(MultiplyImpl)(a, a_stride, m, b, part, c, c_stride);
+}
+
+}  // namespace circlet::gemm
+#endif  // HWY_ONCE

@@ -1,0 +1,40 @@
+#pragma once
+
+// All matrix products of circlet (architecture.md, rule 6), float32.
+//
+// Linear is for weights: oneDNN, threaded, its order of summation chosen by shape; the same bits for every thread count.
+// Panels and Multiply are for attention and BATCH_MATMUL. Each element is one chain of fused multiply-adds in the order
+// of k, so that its bits do not depend on the sizes, on where rows, columns or k are cut, or on how many threads share
+// the work, and terms that are 0 may be left out. That is what makes the fused attention, which skips masked keys, equal
+// its expansion bit for bit.
+
+#include <cstdint>
+
+namespace circlet::gemm {
+
+// y[m,n] = x[m,k] w[n,k]^T (+ bias[n], when not null). Uses Threads() threads.
+void Linear(const float* x, const float* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y);
+
+// Columns of a panel: two vectors of the processor.
+int64_t PanelColumns();
+
+// The right operand b [k,n], stored as panels of PanelColumns() columns: panel p holds, row by row, the columns from
+// p * PanelColumns() on, padded with zeros.
+struct Panels {
+  float* data;  // PackedFloats(k, n) of them
+  int64_t k, n;
+};
+int64_t PackedFloats(int64_t k, int64_t n);
+// Fills the panels [first, last) from b [k,n] of row stride `stride`, or from its transpose [n,k] when `transposed`.
+void Pack(const float* b, int64_t stride, bool transposed, const Panels& panels, int64_t first, int64_t last);
+int64_t PanelCount(int64_t n);
+
+// c[i,j] = sum over k_begin <= k < k_end of a[i,k] b[k,j], for i < m and the columns of the panels [first, last).
+// a and c point at their element (0, 0); their strides are row strides.
+struct Part {
+  int64_t first, last;      // panels
+  int64_t k_begin, k_end;
+};
+void Multiply(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c, int64_t c_stride);
+
+}  // namespace circlet::gemm

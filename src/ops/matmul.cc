@@ -1,0 +1,144 @@
+#include "circlet/ops/matmul.h"
+
+#include <cstring>
+
+#include "circlet/base/threads.h"
+#include "hwy/aligned_allocator.h"
+#include "ops/gemm.h"
+#include "ops/internal.h"
+
+namespace circlet {
+
+// ---- FullyConnected -----------------------------------------------------------------------------------------------
+
+std::vector<TensorType> FullyConnected::Infer(Types in) const {
+  if (in.size() != 2 && in.size() != 3) ShapeError(kName, in, "it takes x, W and perhaps a bias");
+  ExpectFloat(kName, in);
+  const Shape& x = in[0].shape;
+  const Shape& w = in[1].shape;
+  if (x.Rank() == 0 || w.Rank() != 2 || x[-1] != w[1])
+    ShapeError(kName, in, "W must be [N,K] with K the size of x's last axis");
+  if (in.size() == 3 && in[2].shape != Shape{w[0]}) ShapeError(kName, in, fmt::format("the bias must be [{}]", w[0]));
+  TensorType out = in[0];
+  out.shape[-1] = w[0];
+  return {out};
+}
+
+void FullyConnected::Eval(const EvalContext& context) const {
+  const Shape& w = context.in[1].GetShape();
+  const Shape& y = context.out[0].GetShape();
+  const int64_t rows = Product(y.Sizes().first(static_cast<size_t>(y.Rank() - 1)));
+  const float* bias = context.in.size() == 3 ? context.in[2].F32().data() : nullptr;
+  gemm::Linear(context.in[0].F32().data(), context.in[1].F32().data(), bias, rows, w[0], w[1],
+               context.out[0].F32().data());
+}
+
+CircleOp FullyConnected::Emit(Types in, Types) const {
+  return {kCircleCode,
+          {{"keep_num_dims", int64_t{1}}},
+          {CircleArg::In(0), CircleArg::In(1), in.size() == 3 ? CircleArg::In(2) : CircleArg::None()}};
+}
+
+Parsed<FullyConnected> FullyConnected::Parse(const CircleNode& node) {
+  ExpectArgs(kName, node, 2);
+  ExpectNoActivation(kName, node);
+  ExpectOption(kName, node, "weights_format", 0, 0);
+  // Of rank 2 the two forms are one.
+  if (node.types[0]->shape.Rank() != 2) ExpectOption(kName, node, "keep_num_dims", 1, 0);
+  Parsed<FullyConnected> parsed{{}, {0, 1}};
+  if (node.Has(2)) parsed.inputs.push_back(2);
+  return parsed;
+}
+
+// ---- BatchMatMul --------------------------------------------------------------------------------------------------
+
+namespace {
+
+Shape Leading(const Shape& shape) {
+  return Shape({shape.Sizes().begin(), shape.Sizes().end() - 2});
+}
+
+// For each matrix of a broadcast batch, which matrix of an operand it takes.
+std::vector<int64_t> BatchIndices(const Shape& operand, const Shape& batch) {
+  std::vector<int64_t> indices(static_cast<size_t>(batch.Elements()), 0);
+  for (size_t i = 0; i < indices.size(); ++i) {
+    int64_t rest = static_cast<int64_t>(i), stride = 1;
+    for (int axis = 1; axis <= operand.Rank(); ++axis) {
+      if (operand[-axis] != 1) indices[i] += rest % batch[-axis] * stride;
+      rest /= batch[-axis];
+      stride *= operand[-axis];
+    }
+  }
+  return indices;
+}
+
+}  // namespace
+
+std::vector<TensorType> BatchMatMul::Infer(Types in) const {
+  ExpectInputs(kName, in, 2);
+  ExpectFloat(kName, in);
+  const Shape& a = in[0].shape;
+  const Shape& b = in[1].shape;
+  if (a.Rank() < 2 || b.Rank() < 2 || a[-1] != b[transpose_b ? -1 : -2])
+    ShapeError(kName, in, transpose_b ? "a must be [..,M,K] and b [..,N,K]" : "a must be [..,M,K] and b [..,K,N]");
+  std::vector<int64_t> sizes;
+  const Shape batch = Broadcast(kName, Leading(a), Leading(b));
+  sizes.assign(batch.Sizes().begin(), batch.Sizes().end());
+  sizes.push_back(a[-2]);
+  sizes.push_back(b[transpose_b ? -2 : -1]);
+  return {{DType::kF32, Shape(std::move(sizes))}};
+}
+
+void BatchMatMul::Eval(const EvalContext& context) const {
+  const Shape& a_shape = context.in[0].GetShape();
+  const Shape& b_shape = context.in[1].GetShape();
+  const Shape& y_shape = context.out[0].GetShape();
+  const int64_t m = y_shape[-2], n = y_shape[-1], k = a_shape[-1];
+  if (context.out[0].Elements() == 0) return;
+  float* y = context.out[0].F32().data();
+  if (k == 0) return std::memset(y, 0, static_cast<size_t>(context.out[0].Bytes())), void();
+
+  const Shape batch = Leading(y_shape);
+  const std::vector<int64_t> a_index = BatchIndices(Leading(a_shape), batch);
+  const std::vector<int64_t> b_index = BatchIndices(Leading(b_shape), batch);
+  const auto buffer = hwy::AllocateAligned<float>(static_cast<size_t>(gemm::PackedFloats(k, n)));
+  const gemm::Panels panels{buffer.get(), k, n};
+  const int64_t panel_count = gemm::PanelCount(n);
+  // Pieces of about 64 rows by 256 columns keep both operands in the cache and give each thread several.
+  constexpr int64_t kRows = 64;
+  const int64_t piece_panels = std::max<int64_t>(1, 256 / gemm::PanelColumns());
+  const int64_t row_pieces = (m + kRows - 1) / kRows;
+  const int64_t column_pieces = (panel_count + piece_panels - 1) / piece_panels;
+  for (size_t i = 0; i < a_index.size(); ++i) {
+    if (i == 0 || b_index[i] != b_index[i - 1]) {
+      const float* b = context.in[1].F32().data() + b_index[i] * k * n;
+      ParallelFor(panel_count, RowGrain(k * gemm::PanelColumns()), [&](int64_t begin, int64_t end) {
+        gemm::Pack(b, transpose_b ? k : n, transpose_b, panels, begin, end);
+      });
+    }
+    const float* a = context.in[0].F32().data() + a_index[i] * m * k;
+    float* c = y + static_cast<int64_t>(i) * m * n;
+    ParallelFor(row_pieces * column_pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        const int64_t row = piece % row_pieces * kRows;
+        const int64_t first = piece / row_pieces * piece_panels;
+        gemm::Multiply(a + row * k, k, std::min(kRows, m - row), panels,
+                       {first, std::min(panel_count, first + piece_panels), 0, k}, c + row * n, n);
+      }
+    });
+  }
+}
+
+CircleOp BatchMatMul::Emit(Types, Types) const {
+  CircleOp op{kCircleCode, {}, {CircleArg::In(0), CircleArg::In(1)}};
+  if (transpose_b) op.options = {{"adjoint_rhs", int64_t{1}}};
+  return op;
+}
+
+Parsed<BatchMatMul> BatchMatMul::Parse(const CircleNode& node) {
+  ExpectArgs(kName, node, 2);
+  ExpectOption(kName, node, "adjoint_lhs", 0, 0);
+  return {{.transpose_b = node.Int("adjoint_rhs", 0) != 0}, {0, 1}};
+}
+
+}  // namespace circlet

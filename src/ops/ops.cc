@@ -1,0 +1,50 @@
+#include "circlet/ops/ops.h"
+
+namespace circlet {
+namespace {
+
+template <typename Read>
+auto OfKind(const Op::List& kind, Read read) {
+  return std::visit([&](const auto& op) { return read(op); }, kind);
+}
+
+}  // namespace
+
+std::string_view Op::Name() const {
+  return OfKind(kind, [](const auto& op) { return std::string_view(op.kName); });
+}
+
+bool Op::IsView() const {
+  return OfKind(kind, [](const auto& op) {
+    if constexpr (requires { op.kView; }) return op.kView;
+    return false;
+  });
+}
+
+bool Op::InPlace() const {
+  return OfKind(kind, [](const auto& op) {
+    if constexpr (requires { op.kInPlace; }) return op.kInPlace;
+    return false;
+  });
+}
+
+bool Op::KeepsValues() const {
+  return OfKind(kind, [](const auto& op) {
+    if constexpr (requires { op.kKeepsValues; }) return op.kKeepsValues;
+    return false;
+  });
+}
+
+bool Op::Fused() const {
+  return OfKind(kind, [](const auto& op) { return FusedOp<std::decay_t<decltype(op)>>; });
+}
+
+std::vector<TensorType> Op::Infer(Types in) const {
+  return OfKind(kind, [&](const auto& op) { return op.Infer(in); });
+}
+
+void Op::Eval(const EvalContext& context) const {
+  OfKind(kind, [&](const auto& op) { op.Eval(context); });
+}
+
+}  // namespace circlet

@@ -1,0 +1,379 @@
+#include "ops/simd.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "ops/simd.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+// Needs highway.h before it.
+#include "hwy/contrib/math/math-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace circlet::simd::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+using Floats = hn::CappedTag<float, kSoftmaxLanes>;
+using V = hn::Vec<Floats>;
+constexpr Floats kD;
+constexpr int64_t kLanes = hn::MaxLanes(kD);
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+const char* InstructionSetImpl() { return hwy::TargetName(HWY_TARGET); }
+
+// x86 min and max give their second operand when either is NaN: the value stands second so that NaN survives.
+HWY_INLINE V ClampKeepingNaN(V low, V high, V value) { return hn::Min(high, hn::Max(low, value)); }
+
+// Runs f over all values, the last ones through a padded copy so that each value takes the same path.
+template <class F>
+HWY_INLINE void Map(const float* x, int64_t count, float* y, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) hn::StoreU(f(hn::LoadU(kD, x + i)), kD, y + i);
+  if (i == count) return;
+  HWY_ALIGN float rest[kLanes] = {};
+  std::memcpy(rest, x + i, static_cast<size_t>(count - i) * sizeof(float));
+  hn::Store(f(hn::Load(kD, rest)), kD, rest);
+  std::memcpy(y + i, rest, static_cast<size_t>(count - i) * sizeof(float));
+}
+
+template <class F>
+HWY_INLINE void Map2(const float* a, const float* b, int64_t count, float* y, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) hn::StoreU(f(hn::LoadU(kD, a + i), hn::LoadU(kD, b + i)), kD, y + i);
+  if (i == count) return;
+  HWY_ALIGN float rest_a[kLanes] = {};
+  HWY_ALIGN float rest_b[kLanes] = {};
+  const size_t bytes = static_cast<size_t>(count - i) * sizeof(float);
+  std::memcpy(rest_a, a + i, bytes);
+  std::memcpy(rest_b, b + i, bytes);
+  hn::Store(f(hn::Load(kD, rest_a), hn::Load(kD, rest_b)), kD, rest_a);
+  std::memcpy(y + i, rest_a, bytes);
+}
+
+// ---- Statistics and grids -----------------------------------------------------------------------------------------
+
+// The same for pieces that hold infinities or NaN: these take no part.
+Range MinMaxOfFinite(const float* x, int64_t count) {
+  Range range{kInf, -kInf, false};
+  for (int64_t i = 0; i < count; ++i) {
+    if (!std::isfinite(x[i])) continue;
+    range.min = std::min(range.min, x[i]);
+    range.max = std::max(range.max, x[i]);
+  }
+  return range;
+}
+
+Range MinMaxImpl(const float* x, int64_t count) {
+  const V inf = hn::Set(kD, kInf), minus_inf = hn::Set(kD, -kInf);
+  // Four of each: one chain would wait for itself.
+  V low0 = inf, low1 = inf, low2 = inf, low3 = inf;
+  V high0 = minus_inf, high1 = minus_inf, high2 = minus_inf, high3 = minus_inf;
+  V odd0 = hn::Zero(kD), odd1 = hn::Zero(kD), odd2 = hn::Zero(kD), odd3 = hn::Zero(kD);
+  // x - x is 0 for finite x and NaN otherwise, and a NaN stays in a sum.
+  const auto take = [](V v, V& low, V& high, V& odd) HWY_ATTR {
+    low = hn::Min(low, v);
+    high = hn::Max(high, v);
+    odd = hn::Add(odd, hn::Sub(v, v));
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    take(hn::LoadU(kD, x + i), low0, high0, odd0);
+    take(hn::LoadU(kD, x + i + kLanes), low1, high1, odd1);
+    take(hn::LoadU(kD, x + i + 2 * kLanes), low2, high2, odd2);
+    take(hn::LoadU(kD, x + i + 3 * kLanes), low3, high3, odd3);
+  }
+  for (; i + kLanes <= count; i += kLanes) take(hn::LoadU(kD, x + i), low0, high0, odd0);
+  const V low = hn::Min(hn::Min(low0, low1), hn::Min(low2, low3));
+  const V high = hn::Max(hn::Max(high0, high1), hn::Max(high2, high3));
+  const V odd = hn::Add(hn::Add(odd0, odd1), hn::Add(odd2, odd3));
+  Range range{hn::GetLane(hn::MinOfLanes(kD, low)), hn::GetLane(hn::MaxOfLanes(kD, high)), true};
+  float rest_odd = hn::GetLane(hn::SumOfLanes(kD, odd));
+  for (; i < count; ++i) {
+    range.min = std::min(range.min, x[i]);
+    range.max = std::max(range.max, x[i]);
+    rest_odd += x[i] - x[i];
+  }
+  if (std::isnan(rest_odd)) return MinMaxOfFinite(x, count);
+  return range;
+}
+
+// The code of a value, as a float and before it is clamped.
+template <Rounding kRounding>
+HWY_INLINE V CodeOf(V x, V scale_or_reciprocal, V zero_point) {
+  if constexpr (kRounding == Rounding::kHalfEvenReciprocal) {
+    return hn::Add(hn::Round(hn::Mul(x, scale_or_reciprocal)), zero_point);
+  } else {
+    const V quotient = hn::Div(x, scale_or_reciprocal);
+    return hn::Add(hn::Trunc(hn::Add(quotient, hn::CopySignToAbs(hn::Set(kD, 0.5f), quotient))), zero_point);
+  }
+}
+
+struct GridVectors {
+  explicit GridVectors(const Grid& grid)
+      : scale(hn::Set(kD, grid.scale)),
+        step(grid.rounding == Rounding::kHalfEvenReciprocal ? hn::Set(kD, 1.0f / grid.scale) : scale),
+        zero_point(hn::Set(kD, static_cast<float>(grid.zero_point))),
+        low(hn::Set(kD, static_cast<float>(grid.min_code))),
+        high(hn::Set(kD, static_cast<float>(grid.max_code))) {}
+  V scale, step, zero_point, low, high;
+};
+
+template <Rounding kRounding>
+HWY_INLINE void SnapWith(float* x, int64_t count, const GridVectors& g) {
+  Map(x, count, x, [&](V v) HWY_ATTR {
+    const V code = ClampKeepingNaN(g.low, g.high, CodeOf<kRounding>(v, g.step, g.zero_point));
+    return hn::Mul(hn::Sub(code, g.zero_point), g.scale);
+  });
+}
+
+void SnapImpl(float* x, int64_t count, const Grid& grid) {
+  const GridVectors vectors(grid);
+  if (grid.rounding == Rounding::kHalfEvenReciprocal)
+    SnapWith<Rounding::kHalfEvenReciprocal>(x, count, vectors);
+  else
+    SnapWith<Rounding::kHalfAwayDivide>(x, count, vectors);
+}
+
+template <Rounding kRounding>
+HWY_INLINE void QuantizeWith(const float* x, int64_t count, const GridVectors& g, int16_t* codes) {
+  const hn::RebindToSigned<Floats> d32;
+  const hn::Rebind<int16_t, Floats> d16;
+  const auto convert = [&](V v) HWY_ATTR {
+    // The value stands first: NaN becomes the smallest code, as in the reference.
+    const V code = hn::Min(hn::Max(CodeOf<kRounding>(v, g.step, g.zero_point), g.low), g.high);
+    return hn::DemoteTo(d16, hn::ConvertTo(d32, code));
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) hn::StoreU(convert(hn::LoadU(kD, x + i)), d16, codes + i);
+  if (i == count) return;
+  HWY_ALIGN float rest[kLanes] = {};
+  HWY_ALIGN int16_t rest_codes[kLanes];
+  std::memcpy(rest, x + i, static_cast<size_t>(count - i) * sizeof(float));
+  hn::Store(convert(hn::Load(kD, rest)), d16, rest_codes);
+  std::memcpy(codes + i, rest_codes, static_cast<size_t>(count - i) * sizeof(int16_t));
+}
+
+void QuantizeImpl(const float* x, int64_t count, const Grid& grid, int16_t* codes) {
+  const GridVectors vectors(grid);
+  if (grid.rounding == Rounding::kHalfEvenReciprocal)
+    QuantizeWith<Rounding::kHalfEvenReciprocal>(x, count, vectors, codes);
+  else
+    QuantizeWith<Rounding::kHalfAwayDivide>(x, count, vectors, codes);
+}
+
+void DequantizeImpl(const int16_t* codes, int64_t count, float scale, int32_t zero_point, float* x) {
+  const hn::RebindToSigned<Floats> d32;
+  const hn::Rebind<int16_t, Floats> d16;
+  const auto zero = hn::Set(d32, zero_point);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const auto code = hn::PromoteTo(d32, hn::LoadU(d16, codes + i));
+    hn::StoreU(hn::Mul(hn::ConvertTo(kD, hn::Sub(code, zero)), hn::Set(kD, scale)), kD, x + i);
+  }
+  for (; i < count; ++i) x[i] = static_cast<float>(codes[i] - zero_point) * scale;
+}
+
+void BF16ToF32Impl(const uint16_t* in, int64_t count, float* out) {
+  const hn::RebindToUnsigned<Floats> d32;
+  const hn::Rebind<uint16_t, Floats> d16;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const auto bits = hn::ShiftLeft<16>(hn::PromoteTo(d32, hn::LoadU(d16, in + i)));
+    hn::StoreU(hn::BitCast(kD, bits), kD, out + i);
+  }
+  for (; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(in[i]) << 16;
+    std::memcpy(out + i, &bits, sizeof(bits));
+  }
+}
+
+// ---- Elementwise --------------------------------------------------------------------------------------------------
+
+// f(op) with op as a function of two vectors; Max and Min let a NaN of the first operand through.
+template <class F>
+HWY_INLINE void WithBinary(BinaryOp op, F f) {
+  switch (op) {
+    case BinaryOp::kAdd:
+      return f([](V a, V b) HWY_ATTR { return hn::Add(a, b); });
+    case BinaryOp::kSub:
+      return f([](V a, V b) HWY_ATTR { return hn::Sub(a, b); });
+    case BinaryOp::kMul:
+      return f([](V a, V b) HWY_ATTR { return hn::Mul(a, b); });
+    case BinaryOp::kMax:
+      return f([](V a, V b) HWY_ATTR { return hn::Max(b, a); });
+    case BinaryOp::kMin:
+      return f([](V a, V b) HWY_ATTR { return hn::Min(b, a); });
+  }
+}
+
+void BinaryImpl(BinaryOp op, const float* a, const float* b, int64_t count, float* y) {
+  WithBinary(op, [&](auto apply) HWY_ATTR { Map2(a, b, count, y, apply); });
+}
+
+void BinaryScalarImpl(BinaryOp op, const float* a, float b, int64_t count, float* y) {
+  const V repeated = hn::Set(kD, b);
+  WithBinary(op, [&](auto apply) HWY_ATTR { Map(a, count, y, [&](V v) HWY_ATTR { return apply(v, repeated); }); });
+}
+
+void NegImpl(const float* x, int64_t count, float* y) {
+  Map(x, count, y, [](V v) HWY_ATTR { return hn::Neg(v); });
+}
+
+// Highway's Exp makes 0 of NaN.
+HWY_INLINE V ExpKeepingNaN(V x) { return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(kD, x)); }
+
+HWY_INLINE V TanhOf(V x) {
+  const V magnitude = hn::Abs(x);
+  // Near 0 an odd polynomial; elsewhere 1 - 2 / (exp(2|x|) + 1), which loses nothing since it is above 1/2. From 9.02 on
+  // the result rounds to 1.
+  const V square = hn::Mul(x, x);
+  V series = hn::Set(kD, -5.70498872745e-3f);
+  for (const float coefficient : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
+    series = hn::MulAdd(series, square, hn::Set(kD, coefficient));
+  const V small = hn::MulAdd(hn::Mul(series, square), x, x);
+  const V bounded = hn::Min(magnitude, hn::Set(kD, 9.5f));
+  const V grown = hn::Exp(kD, hn::Add(bounded, bounded));
+  const V one = hn::Set(kD, 1.0f);
+  const V large = hn::Sub(one, hn::Div(hn::Set(kD, 2.0f), hn::Add(grown, one)));
+  const V result = hn::IfThenElse(hn::Lt(magnitude, hn::Set(kD, 0.625f)), small, hn::CopySignToAbs(large, x));
+  return hn::IfThenElse(hn::IsNaN(x), x, result);
+}
+
+void TanhImpl(const float* x, int64_t count, float* y) {
+  Map(x, count, y, [](V v) HWY_ATTR { return TanhOf(v); });
+}
+
+// 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), without the cancellation of 1 + tanh.
+HWY_INLINE V GeluOf(V x) {
+  constexpr double kSqrt2OverPi = 0.79788456080286535588;
+  const V cubic = hn::Set(kD, static_cast<float>(-2 * kSqrt2OverPi * 0.044715));
+  const V linear = hn::Set(kD, static_cast<float>(-2 * kSqrt2OverPi));
+  const V exponent = hn::Mul(x, hn::MulAdd(hn::Mul(x, x), cubic, linear));
+  const V limit = hn::Set(kD, 88.0f);
+  const V grown = ExpKeepingNaN(hn::Min(limit, exponent));
+  const V y = hn::Div(x, hn::Add(hn::Set(kD, 1.0f), grown));
+  return hn::IfThenZeroElse(hn::Gt(exponent, limit), y);
+}
+
+void GeluImpl(const float* x, int64_t count, float* y) {
+  Map(x, count, y, [](V v) HWY_ATTR { return GeluOf(v); });
+}
+
+// ---- Rows ---------------------------------------------------------------------------------------------------------
+
+// In float64, rounded once at the end (circle_execution.md 4.4): the cost is hidden behind the linears.
+void RmsNormRowImpl(const float* x, const float* gamma, int64_t count, float eps, float* y) {
+  const hn::CappedTag<double, kLanes> d64;
+  const hn::Rebind<float, decltype(d64)> d32;
+  constexpr int64_t kStep = static_cast<int64_t>(hn::MaxLanes(d64));
+  auto sum0 = hn::Zero(d64), sum1 = hn::Zero(d64);
+  int64_t i = 0;
+  for (; i + 2 * kStep <= count; i += 2 * kStep) {
+    const auto a = hn::PromoteTo(d64, hn::LoadU(d32, x + i));
+    const auto b = hn::PromoteTo(d64, hn::LoadU(d32, x + i + kStep));
+    sum0 = hn::MulAdd(a, a, sum0);
+    sum1 = hn::MulAdd(b, b, sum1);
+  }
+  double sum = hn::GetLane(hn::SumOfLanes(d64, hn::Add(sum0, sum1)));
+  for (; i < count; ++i) sum += static_cast<double>(x[i]) * x[i];
+  const double factor = 1.0 / std::sqrt(sum / static_cast<double>(count) + eps);
+  const auto factors = hn::Set(d64, factor);
+  for (i = 0; i + kStep <= count; i += kStep) {
+    const auto value = hn::Mul(hn::PromoteTo(d64, hn::LoadU(d32, x + i)), factors);
+    hn::StoreU(hn::DemoteTo(d32, hn::Mul(value, hn::PromoteTo(d64, hn::LoadU(d32, gamma + i)))), d32, y + i);
+  }
+  for (; i < count; ++i) y[i] = static_cast<float>(x[i] * factor * gamma[i]);
+}
+
+// Sums run in kSoftmaxLanes interleaved chains, whatever the width of a vector.
+void SoftmaxRowImpl(float* x, int64_t count) {
+  constexpr int64_t kVectors = kSoftmaxLanes / kLanes;
+  const int64_t whole = count / kSoftmaxLanes * kSoftmaxLanes;
+  HWY_ALIGN float rest[kSoftmaxLanes];
+  std::fill_n(rest, kSoftmaxLanes, -kInf);
+  std::memcpy(rest, x + whole, static_cast<size_t>(count - whole) * sizeof(float));
+
+  V high = hn::Load(kD, rest);
+  for (int64_t v = 1; v < kVectors; ++v) high = hn::Max(high, hn::Load(kD, rest + v * kLanes));
+  for (int64_t i = 0; i < whole; i += kLanes) high = hn::Max(high, hn::LoadU(kD, x + i));
+  const V max = hn::MaxOfLanes(kD, high);
+
+  V sums[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) sums[v] = hn::Zero(kD);
+  const V cut = hn::Set(kD, -28.0f);
+  const auto grow = [&](float* values) HWY_ATTR {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const V below = hn::Sub(hn::LoadU(kD, values + v * kLanes), max);
+      const V term = hn::IfThenZeroElse(hn::Lt(below, cut), ExpKeepingNaN(below));
+      sums[v] = hn::Add(sums[v], term);
+      hn::StoreU(term, kD, values + v * kLanes);
+    }
+  };
+  for (int64_t i = 0; i < whole; i += kSoftmaxLanes) grow(x + i);
+  if (whole < count) grow(rest);
+
+  HWY_ALIGN float chains[kSoftmaxLanes];
+  for (int64_t v = 0; v < kVectors; ++v) hn::Store(sums[v], kD, chains + v * kLanes);
+  for (int64_t n = kSoftmaxLanes / 2; n > 0; n /= 2)
+    for (int64_t i = 0; i < n; ++i) chains[i] += chains[i + n];
+
+  const V sum = hn::Set(kD, chains[0]);
+  for (int64_t i = 0; i < whole; i += kLanes) hn::StoreU(hn::Div(hn::LoadU(kD, x + i), sum), kD, x + i);
+  for (int64_t i = whole; i < count; ++i) x[i] = rest[i - whole] / chains[0];
+}
+
+}  // namespace circlet::simd::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace circlet::simd {
+
+HWY_EXPORT(InstructionSetImpl);
+HWY_EXPORT(MinMaxImpl);
+HWY_EXPORT(SnapImpl);
+HWY_EXPORT(QuantizeImpl);
+HWY_EXPORT(DequantizeImpl);
+HWY_EXPORT(BF16ToF32Impl);
+HWY_EXPORT(BinaryImpl);
+HWY_EXPORT(BinaryScalarImpl);
+HWY_EXPORT(NegImpl);
+HWY_EXPORT(TanhImpl);
+HWY_EXPORT(GeluImpl);
+HWY_EXPORT(RmsNormRowImpl);
+HWY_EXPORT(SoftmaxRowImpl);
+
+const char* InstructionSet() { return HWY_DYNAMIC_DISPATCH(InstructionSetImpl)(); }
+
+Range MinMax(const float* x, int64_t count) {
+  Range range = HWY_DYNAMIC_DISPATCH(MinMaxImpl)(x, count);
+  // Which of -0 and +0 wins depends on the order of comparison; + 0 makes both +0.
+  range.min += 0.0f;
+  range.max += 0.0f;
+  return range;
+}
+void Snap(float* x, int64_t count, const Grid& grid) { HWY_DYNAMIC_DISPATCH(SnapImpl)(x, count, grid); }
+void Quantize(const float* x, int64_t count, const Grid& grid, int16_t* codes) {
+  HWY_DYNAMIC_DISPATCH(QuantizeImpl)(x, count, grid, codes);
+}
+void Dequantize(const int16_t* codes, int64_t count, float scale, int32_t zero_point, float* x) {
+  HWY_DYNAMIC_DISPATCH(DequantizeImpl)(codes, count, scale, zero_point, x);
+}
+void BF16ToF32(const uint16_t* in, int64_t count, float* out) { HWY_DYNAMIC_DISPATCH(BF16ToF32Impl)(in, count, out); }
+void Binary(BinaryOp op, const float* a, const float* b, int64_t count, float* y) {
+  HWY_DYNAMIC_DISPATCH(BinaryImpl)(op, a, b, count, y);
+}
+void BinaryScalar(BinaryOp op, const float* a, float b, int64_t count, float* y) {
+  HWY_DYNAMIC_DISPATCH(BinaryScalarImpl)(op, a, b, count, y);
+}
+void Neg(const float* x, int64_t count, float* y) { HWY_DYNAMIC_DISPATCH(NegImpl)(x, count, y); }
+void Tanh(const float* x, int64_t count, float* y) { HWY_DYNAMIC_DISPATCH(TanhImpl)(x, count, y); }
+void Gelu(const float* x, int64_t count, float* y) { HWY_DYNAMIC_DISPATCH(GeluImpl)(x, count, y); }
+void RmsNormRow(const float* x, const float* gamma, int64_t count, float eps, float* y) {
+  HWY_DYNAMIC_DISPATCH(RmsNormRowImpl)(x, gamma, count, eps, y);
+}
+void SoftmaxRow(float* x, int64_t count) { HWY_DYNAMIC_DISPATCH(SoftmaxRowImpl)(x, count); }
+
+}  // namespace circlet::simd
+#endif  // HWY_ONCE
