@@ -303,7 +303,8 @@ struct SafetensorsWriter::State {
   std::map<std::string, std::string> metadata;
   std::vector<Entry> entries;
   std::set<std::string> names;
-  size_t written = 0;
+  size_t written = 0;         // whole tensors
+  int64_t partial_bytes = 0;  // of the tensor after them
   AtomicFile file;
 
   // JSON by hand: the order of declaration has to survive.
@@ -331,7 +332,7 @@ SafetensorsWriter::SafetensorsWriter(SafetensorsWriter&&) noexcept = default;
 
 void SafetensorsWriter::Declare(std::string name, TensorType type) {
   State& state = *state_;
-  CIRCLET_CHECK(state.written == 0 && state.file.Size() == 0, "\"{}\" is declared behind the first Write", name);
+  CIRCLET_CHECK(state.file.Size() == 0, "\"{}\" is declared behind the first Write", name);
   CIRCLET_CHECK(name != kMetadataKey && state.names.insert(name).second, "\"{}\" is declared twice", name);
   if (std::ranges::find(kTypeNames, type.dtype, &TypeName::type) == kTypeNames.end()) {
     Fail("{}: tensor \"{}\": safetensors has no {}; known are {}", state.file.Path().string(), name, Name(type.dtype),
@@ -346,10 +347,25 @@ void SafetensorsWriter::Write(const Tensor& tensor) {
   State& state = *state_;
   CIRCLET_CHECK(state.written < state.entries.size(), "{} tensors were declared", state.entries.size());
   const Entry& entry = state.entries[state.written];
+  CIRCLET_CHECK(state.partial_bytes == 0, "\"{}\" has {} bytes already", entry.name, state.partial_bytes);
   CIRCLET_CHECK(tensor.Type() == entry.type, "\"{}\" was declared as {}, is {}", entry.name, entry.type.ToString(),
                 tensor.Type().ToString());
-  if (state.written++ == 0) state.WriteHeader();
-  state.file.Write({tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
+  Append({tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
+}
+
+void SafetensorsWriter::Append(std::span<const std::byte> bytes) {
+  State& state = *state_;
+  CIRCLET_CHECK(state.written < state.entries.size(), "{} tensors were declared", state.entries.size());
+  const Entry& entry = state.entries[state.written];
+  const int64_t size = entry.end - entry.begin;
+  const int64_t left = size - state.partial_bytes;
+  CIRCLET_CHECK(std::ssize(bytes) <= left, "\"{}\" has {} bytes left, {} come", entry.name, left, bytes.size());
+  if (state.file.Size() == 0) state.WriteHeader();
+  state.file.Write(bytes);
+  state.partial_bytes += std::ssize(bytes);
+  if (state.partial_bytes < size) return;
+  ++state.written;
+  state.partial_bytes = 0;
 }
 
 void SafetensorsWriter::Finish() {
