@@ -60,6 +60,7 @@ struct ExportOptions {
   enum class Granularity : uint8_t { kMonolithic, kLayer, kBoth } vision = Granularity::kMonolithic;
 };
 
+// Perplexity on text, and captions of images.
 struct EvaluationOptions {
   bool enabled = false;
   int64_t n_samples = 50;
@@ -74,12 +75,19 @@ struct EvaluationOptions {
   bool captions = false;  // evaluation.coco
 };
 
+// debug.wrapper_smoke, with its gemma4 section (ptq.md 11.1, 15.6).
 struct SmokeOptions {
-  int calibration_iters = 3;
-  std::string output_dir;
+  int calibration_iters = 3;  // 0 or less: all samples there are
+  std::string output_dir;     // empty: given on the command line
   bool export_circle = false;
   bool plot = true;
-  std::string size_profile = "tiny";
+  std::string size_profile = "tiny";  // tiny, e2b_dims, e2b_static_runtime
+  // Replace single figures of e2b_static_runtime.
+  struct StaticRuntime {
+    std::string profile;
+    std::optional<int> max_seq, num_visual_tokens, max_soft_tokens;
+    std::optional<int> patch_grid_height, patch_grid_width, pooling_kernel_size;
+  } static_runtime;
 };
 
 struct Override {
@@ -109,11 +117,11 @@ struct OverridePolicy {
   int Specificity() const;  // higher wins; equal: the later one
 };
 
-// The arguments of the reference's builder (ptq.md 4.5).
+// The arguments of the reference's builder: the two roles, and what overrides them for kinds of weights (ptq.md 4.5).
 struct BuilderSpecs {
-  QuantSpec activation, weight;
+  QuantSpec activation = QuantSpec::Affine(DType::kI16);
+  QuantSpec weight = QuantSpec::Affine(DType::kI16);
   std::optional<QuantSpec> linear_weight, embedding_weight, lm_head_weight, vision_patch_embed_weight, norm_weight;
-  bool bare = false;  // no builder: role defaults alone (smoke-u8)
 };
 
 class Recipe {
@@ -137,6 +145,7 @@ class Recipe {
   ExportOptions export_options;
   EvaluationOptions evaluation;
   SmokeOptions smoke;
+  bool quantizes = true;  // whether the pipeline has its ptq stage
   BuilderSpecs specs;
   std::vector<OverridePolicy> policies;  // weakest first
   std::vector<Override> overrides;       // raw_overrides
