@@ -1,3 +1,5 @@
+#include "circle/reader.h"
+
 #include <flatbuffers/flatbuffers.h>
 #include <fmt/ranges.h>
 
@@ -47,7 +49,7 @@ class Reader {
         verifier_(data_, std::min<size_t>(size_, FLATBUFFERS_MAX_BUFFER_SIZE - 1)),
         budget_(16 * std::min<uint64_t>(size_, FLATBUFFERS_MAX_BUFFER_SIZE) + (uint64_t{16} << 20)) {}
 
-  Model Read() {
+  FileView Read() {
     const Table& root = Root();
     if (const auto version = Scalar<uint32_t>(root, model_field::kVersion); version != 0)
       Fail("schema version {}; every Circle file has 0; {}", version, kRemedy);
@@ -66,7 +68,7 @@ class Reader {
     model.outputs = Numbers<int32_t>(subgraph, subgraph_field::kOutputs);
     const Tables* operators = Children(subgraph, subgraph_field::kOperators);
     for (uint32_t i = 0; i < Count(operators); ++i) model.operators.push_back(ReadOperator(*operators->Get(i), i));
-    return model;
+    return {std::move(model), static_cast<int64_t>(size_), external_bytes_};
   }
 
  private:
@@ -160,6 +162,7 @@ class Reader {
         Fail("buffer {}: both inline data ({} bytes) and an external range (offset {}, {} bytes); {}", i,
              inline_data->size(), offset, bytes, kRemedy);
       if (external) CheckRange(i, offset, bytes, ranges);
+      if (external) external_bytes_ += static_cast<int64_t>(bytes);
       if (external)
         buffers_.push_back({data_ + offset, bytes});
       else if (inline_data != nullptr && i != 0)
@@ -256,7 +259,7 @@ class Reader {
       Spend(buffer.bytes);
       copy = circlet::Tensor(type, data, owner_).Clone();
     }
-    return circlet::Tensor(type, copy.Raw(), std::make_shared<circlet::Tensor>(copy));
+    return copy.Reshaped(type.shape);
   }
 
   Operator ReadOperator(const Table& table, uint32_t index) {
@@ -324,31 +327,37 @@ class Reader {
   uint64_t budget_;
   std::vector<int32_t> codes_;
   std::vector<BufferView> buffers_;
+  int64_t external_bytes_ = 0;
   std::map<const uint8_t*, circlet::Tensor> aligned_;  // copies of misaligned payloads
 };
 
 }  // namespace
 
-Model Parse(std::span<const std::byte> bytes, std::shared_ptr<const void> owner, const std::string& name) {
+FileView ParseFile(std::span<const std::byte> bytes, std::shared_ptr<const void> owner, const std::string& name) {
   // Scalars are read in place.
   if (reinterpret_cast<uintptr_t>(bytes.data()) % alignof(std::max_align_t) != 0) {
     const TensorType type{DType::kU8, Shape{static_cast<int64_t>(bytes.size())}};
-    auto copy = std::make_shared<circlet::Tensor>(
-        circlet::Tensor(type, const_cast<std::byte*>(bytes.data()), nullptr).Clone());
-    return Parse({copy->Raw(), bytes.size()}, copy, name);
+    const circlet::Tensor copy = circlet::Tensor(type, const_cast<std::byte*>(bytes.data()), nullptr).Clone();
+    return ParseFile({copy.Raw(), bytes.size()}, std::make_shared<circlet::Tensor>(copy), name);
   }
   return Within(name, [&] {
-    Model model = Reader(bytes, std::move(owner)).Read();
-    const std::vector<std::string> faults = Verify(model);
+    FileView file = Reader(bytes, std::move(owner)).Read();
+    const std::vector<std::string> faults = Verify(file.model);
     if (faults.size() == 1) Fail("{}; {}", faults[0], kRemedy);
     if (!faults.empty()) Fail("{} (and {} more faults); {}", faults[0], faults.size() - 1, kRemedy);
-    return model;
+    return file;
   });
 }
 
-Model Read(const std::filesystem::path& path) {
+FileView OpenFile(const std::filesystem::path& path) {
   const std::shared_ptr<const MappedFile> file = MappedFile::Open(path);
-  return Parse(file->Bytes(), file, path.string());
+  return ParseFile(file->Bytes(), file, path.string());
 }
+
+Model Parse(std::span<const std::byte> bytes, std::shared_ptr<const void> owner, const std::string& name) {
+  return ParseFile(bytes, std::move(owner), name).model;
+}
+
+Model Read(const std::filesystem::path& path) { return OpenFile(path).model; }
 
 }  // namespace circlet::circle
