@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 namespace circlet {
@@ -27,12 +28,13 @@ size_t Distance(std::string_view a, std::string_view b) {
 }  // namespace
 
 std::string Nearest(std::string_view name, std::span<const std::string> candidates) {
-  size_t best = name.size() / 2 + 1;
+  size_t best = std::numeric_limits<size_t>::max();
   std::string nearest;
   for (const std::string& candidate : candidates) {
-    const size_t difference = std::max(name.size(), candidate.size()) - std::min(name.size(), candidate.size());
-    if (difference >= best) continue;
-    if (const size_t distance = Distance(name, candidate); distance < best) {
+    const auto [shorter, longer] = std::minmax({name.size(), candidate.size()});
+    const size_t limit = std::min(best, longer / 2 + 1);  // exclusive
+    if (longer - shorter >= limit) continue;
+    if (const size_t distance = Distance(name, candidate); distance < limit) {
       best = distance;
       nearest = candidate;
     }

@@ -7,7 +7,7 @@
 namespace circlet {
 
 // The candidate that `name` most likely meant: smallest number of inserted, deleted, replaced or swapped letters, the
-// first of equals. Empty when none comes within half of the name's length.
+// first of equals. Empty when none comes within half of the longer name's length.
 std::string Nearest(std::string_view name, std::span<const std::string> candidates);
 
 // The end of an error text: `; nearest: "candidate"`, or nothing when Nearest has no answer.
