@@ -13,10 +13,9 @@
 namespace circlet {
 
 // Names that MakeCheckpoint knows:
-//   tiny       all features of E2B in a few hundred kilobytes
-//   e2b-short  E2B's widths, 10 of its 35 layers (5 of them KV-shared), 4 vision layers, small vocabulary
-//   e2b        E2B as released: 2011 tensors, 10.2 GB
-//   e4b        E4B: 16 GB
+//   tiny       every structural feature of E2B in 0.8 MB
+//   e2b-short  E2B's widths with 5 of its 35 layers (2 of them KV-shared), 2 vision layers, a vocabulary of 8192: 0.6
+//   GB e2b        E2B as released: 2011 tensors, 10.2 GB e4b        E4B: 16 GB
 std::vector<std::string> CheckpointPresets();
 
 struct CheckpointSummary {
@@ -29,11 +28,13 @@ struct CheckpointSummary {
 // done and total in bytes of tensor data.
 using CheckpointProgress = std::function<void(int64_t done, int64_t total)>;
 
-// Writes config.json, generation_config.json, processor_config.json, a byte-level tokenizer.json with Gemma 4's control
-// tokens, and bf16 weights in shards of at most 2 GB into `directory` (created; an Error when it holds a config.json).
-// Weights are N(0, 1/in) with outlier rows and columns, so that activations look like those of a model and not like
-// noise of one width; the same preset and seed give the same bytes for any number of threads. No more than a block of
-// rows is ever held. Throws Error for an unknown preset (listing the known ones) and when the disk is too small.
+// Writes a checkpoint into `directory`, which is created when needed and must not hold a config.json: bf16 weights in
+// shards of at most 2 GB (a larger table is a shard by itself), the index, generation_config.json,
+// processor_config.json, tokenizer.json with Gemma 4's control tokens and a token for each byte, tokenizer_config.json,
+// and config.json last. There is no chat template: chat formats take their default. Weights are N(0, 1/in) with outlier
+// rows and columns, so that activations look like a model's and not like noise of one width. The same preset and seed
+// give the same bytes for any number of threads. Two blocks of 16 MiB are all that is ever held. Throws Error for an
+// unknown preset (listing the known ones), a directory in use, and a disk too small.
 CheckpointSummary MakeCheckpoint(std::string_view preset, uint64_t seed, const std::filesystem::path& directory,
                                  const CheckpointProgress& progress = {});
 

@@ -1,0 +1,387 @@
+#include "model/gemma4/presets.h"
+
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "circlet/base/error.h"
+#include "circlet/io/names.h"
+
+namespace circlet {
+namespace {
+
+using nlohmann::json;
+
+struct VisionSizes {
+  int hidden, intermediate, layers, heads, head_dim, positions;
+};
+
+struct Preset {
+  std::string_view name;
+  std::string_view layers;  // S sliding, F full
+  int kv_shared;
+  bool double_wide;
+  int hidden, intermediate, heads, kv_heads, head_dim, global_head_dim, ple_dim;
+  int vocab, window, max_positions;
+  VisionSizes vision;
+  int max_soft_tokens;
+  bool audio;
+};
+
+constexpr VisionSizes ReleasedVision(int layers) { return {768, 3072, layers, 12, 64, 10240}; }
+
+// gemma4.md 2.4 for e2b and e4b; the two others keep every structural feature of E2B.
+// clang-format off
+constexpr Preset kPresets[] = {
+    {.name = "tiny", .layers = "SSFSSSF", .kv_shared = 3, .double_wide = true,
+     .hidden = 64, .intermediate = 96, .heads = 4, .kv_heads = 1, .head_dim = 16, .global_head_dim = 32, .ple_dim = 8,
+     .vocab = 320, .window = 16, .max_positions = 2048,
+     .vision = {32, 64, 2, 2, 16, 256}, .max_soft_tokens = 70, .audio = false},
+    {.name = "e2b-short", .layers = "SSFSF", .kv_shared = 2, .double_wide = true,
+     .hidden = 1536, .intermediate = 6144, .heads = 8, .kv_heads = 1, .head_dim = 256, .global_head_dim = 512,
+     .ple_dim = 256, .vocab = 8192, .window = 512, .max_positions = 131072,
+     .vision = ReleasedVision(2), .max_soft_tokens = 280, .audio = false},
+    {.name = "e2b", .layers = "SSSSFSSSSFSSSSFSSSSFSSSSFSSSSFSSSSF", .kv_shared = 20, .double_wide = true,
+     .hidden = 1536, .intermediate = 6144, .heads = 8, .kv_heads = 1, .head_dim = 256, .global_head_dim = 512,
+     .ple_dim = 256, .vocab = 262144, .window = 512, .max_positions = 131072,
+     .vision = ReleasedVision(16), .max_soft_tokens = 280, .audio = true},
+    {.name = "e4b", .layers = "SSSSSFSSSSSFSSSSSFSSSSSFSSSSSFSSSSSFSSSSSF", .kv_shared = 18, .double_wide = false,
+     .hidden = 2560, .intermediate = 10240, .heads = 8, .kv_heads = 2, .head_dim = 256, .global_head_dim = 512,
+     .ple_dim = 256, .vocab = 262144, .window = 512, .max_positions = 131072,
+     .vision = ReleasedVision(16), .max_soft_tokens = 280, .audio = true},
+};
+// clang-format on
+
+const Preset& Find(std::string_view name) {
+  for (const Preset& preset : kPresets)
+    if (preset.name == name) return preset;
+  const std::vector<std::string> names = PresetNames();
+  throw Error(fmt::format("make-checkpoint: no preset \"{}\"{}; known are {}", name, NearestHint(name, names),
+                          fmt::join(names, ", ")));
+}
+
+constexpr int kReleasedVocab = 262144;
+constexpr const char* kSpaceMark = "\u2581";
+
+// Control tokens with their ids (gemma4.md 7.1). Small vocabularies have the text ones in front and the multimodal ones
+// at the end.
+struct ControlTokens {
+  std::map<std::string, int> ids;
+  int first_byte;  // id of <0x00>; the other bytes follow
+  int space;       // id of the space mark
+};
+
+struct ReleasedToken {
+  const char* content;
+  int id;
+};
+constexpr ReleasedToken kReleasedTokens[] = {
+    {"<pad>", 0},
+    {"<eos>", 1},
+    {"<bos>", 2},
+    {"<unk>", 3},
+    {"<mask>", 4},
+    {"<|tool>", 46},
+    {"<tool|>", 47},
+    {"<|tool_call>", 48},
+    {"<tool_call|>", 49},
+    {"<|tool_response>", 50},
+    {"<tool_response|>", 51},
+    {"<|\"|>", 52},
+    {"<|think|>", 98},
+    {"<|channel>", 100},
+    {"<channel|>", 101},
+    {"<|turn>", 105},
+    {"<turn|>", 106},
+    {"<|image>", 255999},
+    {"<|audio>", 256000},
+    {"<|image|>", 258880},
+    {"<|audio|>", 258881},
+    {"<image|>", 258882},
+    {"<audio|>", 258883},
+    {"<|video|>", 258884},
+};
+constexpr int kMediaTokens = 7;
+
+ControlTokens ControlTokensOf(int vocab) {
+  constexpr int kCount = std::size(kReleasedTokens);
+  constexpr int kTextTokens = kCount - kMediaTokens;
+  const bool released = vocab == kReleasedVocab;
+  ControlTokens tokens;
+  for (int i = 0; i < kCount; ++i) {
+    const int small_id = i < kTextTokens ? i : vocab - kCount + i;
+    tokens.ids[kReleasedTokens[i].content] = released ? kReleasedTokens[i].id : small_id;
+  }
+  tokens.first_byte = released ? 238 : kTextTokens;
+  tokens.space = released ? 236743 : kTextTokens + 256;
+  return tokens;
+}
+
+json TextJson(const Preset& preset) {
+  json layer_types = json::array();
+  for (const char type : preset.layers) layer_types.push_back(type == 'F' ? "full_attention" : "sliding_attention");
+  return {{"model_type", "gemma4_text"},
+          {"dtype", "bfloat16"},
+          {"vocab_size", preset.vocab},
+          {"vocab_size_per_layer_input", preset.vocab},
+          {"hidden_size", preset.hidden},
+          {"hidden_size_per_layer_input", preset.ple_dim},
+          {"intermediate_size", preset.intermediate},
+          {"num_hidden_layers", preset.layers.size()},
+          {"num_attention_heads", preset.heads},
+          {"num_key_value_heads", preset.kv_heads},
+          {"num_global_key_value_heads", nullptr},
+          {"head_dim", preset.head_dim},
+          {"global_head_dim", preset.global_head_dim},
+          {"layer_types", layer_types},
+          {"num_kv_shared_layers", preset.kv_shared},
+          {"use_double_wide_mlp", preset.double_wide},
+          {"attention_k_eq_v", false},
+          {"attention_bias", false},
+          {"enable_moe_block", false},
+          {"use_bidirectional_attention", nullptr},
+          {"hidden_activation", "gelu_pytorch_tanh"},
+          {"rms_norm_eps", 1e-6},
+          {"final_logit_softcapping", 30.0},
+          {"sliding_window", preset.window},
+          {"max_position_embeddings", preset.max_positions},
+          {"rope_parameters",
+           {{"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 10000.0}}},
+            {"full_attention",
+             {{"rope_type", "proportional"}, {"partial_rotary_factor", 0.25}, {"rope_theta", 1000000.0}}}}},
+          {"pad_token_id", 0},
+          {"eos_token_id", 1},
+          {"bos_token_id", 2},
+          {"tie_word_embeddings", true}};
+}
+
+json VisionJson(const Preset& preset) {
+  return {{"model_type", "gemma4_vision"},
+          {"dtype", "bfloat16"},
+          {"hidden_size", preset.vision.hidden},
+          {"intermediate_size", preset.vision.intermediate},
+          {"num_hidden_layers", preset.vision.layers},
+          {"num_attention_heads", preset.vision.heads},
+          {"num_key_value_heads", preset.vision.heads},
+          {"head_dim", preset.vision.head_dim},
+          {"patch_size", 16},
+          {"pooling_kernel_size", 3},
+          {"position_embedding_size", preset.vision.positions},
+          {"use_clipped_linears", true},
+          {"standardize", false},
+          {"hidden_activation", "gelu_pytorch_tanh"},
+          {"rms_norm_eps", 1e-6},
+          {"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 100.0}}}};
+}
+
+json AudioJson() {
+  return {{"model_type", "gemma4_audio"}, {"dtype", "bfloat16"},        {"hidden_size", 1024},
+          {"num_hidden_layers", 12},      {"num_attention_heads", 8},   {"subsampling_conv_channels", {128, 32}},
+          {"conv_kernel_size", 5},        {"output_proj_dims", 1536},   {"use_clipped_linears", true},
+          {"attention_context_left", 13}, {"attention_chunk_size", 12}, {"rms_norm_eps", 1e-6}};
+}
+
+json ConfigJson(const Preset& preset, const ControlTokens& tokens) {
+  return {{"architectures", {"Gemma4ForConditionalGeneration"}},
+          {"model_type", "gemma4"},
+          {"dtype", "bfloat16"},
+          {"tie_word_embeddings", true},
+          {"eos_token_id", {tokens.ids.at("<eos>"), tokens.ids.at("<turn|>")}},
+          {"image_token_id", tokens.ids.at("<|image|>")},
+          {"video_token_id", tokens.ids.at("<|video|>")},
+          {"audio_token_id", tokens.ids.at("<|audio|>")},
+          {"boi_token_id", tokens.ids.at("<|image>")},
+          {"eoi_token_id", tokens.ids.at("<image|>")},
+          {"boa_token_id", tokens.ids.at("<|audio>")},
+          {"eoa_token_id", tokens.ids.at("<audio|>")},
+          {"text_config", TextJson(preset)},
+          {"vision_config", VisionJson(preset)},
+          {"audio_config", preset.audio ? AudioJson() : json(nullptr)}};
+}
+
+json GenerationJson(const ControlTokens& tokens) {
+  return {{"do_sample", true},
+          {"temperature", 1.0},
+          {"top_k", 64},
+          {"top_p", 0.95},
+          {"bos_token_id", 2},
+          {"pad_token_id", 0},
+          {"eos_token_id", {tokens.ids.at("<eos>"), tokens.ids.at("<turn|>"), tokens.ids.at("<|tool_response>")}}};
+}
+
+json ProcessorJson(const Preset& preset) {
+  return {{"processor_class", "Gemma4Processor"},
+          {"image_seq_length", preset.max_soft_tokens},
+          {"image_processor",
+           {{"image_processor_type", "Gemma4ImageProcessor"},
+            {"do_convert_rgb", true},
+            {"do_normalize", false},
+            {"do_rescale", true},
+            {"do_resize", true},
+            {"image_mean", {0.0, 0.0, 0.0}},
+            {"image_std", {1.0, 1.0, 1.0}},
+            {"max_soft_tokens", preset.max_soft_tokens},
+            {"patch_size", 16},
+            {"pooling_kernel_size", 3},
+            {"resample", 3},
+            {"rescale_factor", 1.0 / 255}}}};
+}
+
+// A vocabulary of the control tokens, the 256 bytes, the space mark and nothing else that text could become, in the
+// structure of Gemma's file (gemma4.md 8): every text has an encoding. (As three bytes a space would not come back: the
+// decoder turns marks into spaces before it joins bytes.)
+json TokenizerJson(const Preset& preset, const ControlTokens& tokens) {
+  std::vector<std::string> pieces(preset.vocab);
+  json added = json::array();
+  std::map<int, std::string> by_id;
+  for (const auto& [content, id] : tokens.ids) by_id[id] = content;
+  for (const auto& [id, content] : by_id) {
+    pieces[id] = content;
+    added.push_back({{"id", id},
+                     {"content", content},
+                     {"special", true},
+                     {"normalized", false},
+                     {"lstrip", false},
+                     {"rstrip", false},
+                     {"single_word", false}});
+  }
+  for (int byte = 0; byte < 256; ++byte) pieces[tokens.first_byte + byte] = fmt::format("<0x{:02X}>", byte);
+  pieces[tokens.space] = kSpaceMark;
+  json vocab = json::object();
+  for (int id = 0; id < preset.vocab; ++id) vocab[pieces[id].empty() ? fmt::format("<unused{}>", id) : pieces[id]] = id;
+  const json space = {{"String", " "}};
+  return {
+      {"version", "1.0"},
+      {"truncation", nullptr},
+      {"padding", nullptr},
+      {"added_tokens", added},
+      {"normalizer", {{"type", "Replace"}, {"pattern", space}, {"content", kSpaceMark}}},
+      {"pre_tokenizer", {{"type", "Split"}, {"pattern", space}, {"behavior", "MergedWithPrevious"}, {"invert", false}}},
+      {"post_processor",
+       {{"type", "TemplateProcessing"},
+        {"single",
+         {{{"SpecialToken", {{"id", "<bos>"}, {"type_id", 0}}}}, {{"Sequence", {{"id", "A"}, {"type_id", 0}}}}}},
+        {"pair", json::array()},
+        {"special_tokens", {{"<bos>", {{"id", "<bos>"}, {"ids", {2}}, {"tokens", {"<bos>"}}}}}}}},
+      {"decoder",
+       {{"type", "Sequence"},
+        {"decoders",
+         {{{"type", "Replace"}, {"pattern", {{"String", kSpaceMark}}}, {"content", " "}},
+          {{"type", "ByteFallback"}},
+          {{"type", "Fuse"}}}}}},
+      {"model",
+       {{"type", "BPE"},
+        {"dropout", nullptr},
+        {"unk_token", "<unk>"},
+        {"continuing_subword_prefix", nullptr},
+        {"end_of_word_suffix", nullptr},
+        {"fuse_unk", true},
+        {"byte_fallback", true},
+        {"ignore_merges", false},
+        {"vocab", vocab},
+        {"merges", json::array()}}}};
+}
+
+json TokenizerConfigJson(const Preset& preset) {
+  return {{"tokenizer_class", "GemmaTokenizer"},
+          {"model_max_length", preset.max_positions},
+          {"padding_side", "left"},
+          {"pad_token", "<pad>"},
+          {"bos_token", "<bos>"},
+          {"eos_token", "<eos>"},
+          {"unk_token", "<unk>"},
+          {"image_token", "<|image|>"},
+          {"boi_token", "<|image>"},
+          {"eoi_token", "<image|>"}};
+}
+
+// gemma4.md 1.4.
+void AddAudio(const json& audio, int text_hidden, std::vector<Parameter>& list) {
+  const int64_t hidden = audio.at("hidden_size");
+  const int64_t heads = audio.at("num_attention_heads");
+  const int64_t channels0 = audio.at("subsampling_conv_channels")[0];
+  const int64_t channels1 = audio.at("subsampling_conv_channels")[1];
+  const int64_t out_dims = audio.at("output_proj_dims");
+  std::string prefix = "model.audio_tower.";
+  const auto add = [&](std::string_view name, Shape shape) {
+    list.push_back({fmt::format("{}{}", prefix, name), shape});
+  };
+  const auto add_clipped = [&](const std::string& name, int64_t out, int64_t in) {
+    add(name + ".linear.weight", {out, in});
+    for (const char* bound : {".input_min", ".input_max", ".output_min", ".output_max"}) add(name + bound, {});
+  };
+  add("subsample_conv_projection.layer0.conv.weight", {channels0, 1, 3, 3});
+  add("subsample_conv_projection.layer0.norm.weight", {channels0});
+  add("subsample_conv_projection.layer1.conv.weight", {channels1, channels0, 3, 3});
+  add("subsample_conv_projection.layer1.norm.weight", {channels1});
+  add("subsample_conv_projection.input_proj_linear.weight", {hidden, channels0 / 4 * channels1});
+  add("output_proj.weight", {out_dims, hidden});
+  add("output_proj.bias", {out_dims});
+  const int num_layers = audio.at("num_hidden_layers");
+  for (int i = 0; i < num_layers; ++i) {
+    prefix = fmt::format("model.audio_tower.layers.{}.", i);
+    for (const std::string block : {"feed_forward1", "feed_forward2"}) {
+      add_clipped(block + ".ffw_layer_1", 4 * hidden, hidden);
+      add_clipped(block + ".ffw_layer_2", hidden, 4 * hidden);
+      add(block + ".pre_layer_norm.weight", {hidden});
+      add(block + ".post_layer_norm.weight", {hidden});
+    }
+    for (const char* name : {"q_proj", "k_proj", "v_proj", "post"})
+      add_clipped(fmt::format("self_attn.{}", name), hidden, hidden);
+    add("self_attn.relative_k_proj.weight", {hidden, hidden});
+    add("self_attn.per_dim_scale", {hidden / heads});
+    add_clipped("lconv1d.linear_start", 2 * hidden, hidden);
+    add_clipped("lconv1d.linear_end", hidden, hidden);
+    add("lconv1d.depthwise_conv1d.weight", {hidden, 1, audio.at("conv_kernel_size").get<int64_t>()});
+    for (const char* name :
+         {"lconv1d.pre_layer_norm", "lconv1d.conv_norm", "norm_pre_attn", "norm_post_attn", "norm_out"})
+      add(fmt::format("{}.weight", name), {hidden});
+  }
+  list.push_back({"model.embed_audio.embedding_projection.weight", {text_hidden, out_dims}});
+}
+
+}  // namespace
+
+std::vector<std::string> PresetNames() {
+  std::vector<std::string> names;
+  for (const Preset& preset : kPresets) names.emplace_back(preset.name);
+  return names;
+}
+
+std::map<std::string, json> PresetFiles(std::string_view name) {
+  const Preset& preset = Find(name);
+  const ControlTokens tokens = ControlTokensOf(preset.vocab);
+  return {{"config.json", ConfigJson(preset, tokens)},
+          {"generation_config.json", GenerationJson(tokens)},
+          {"processor_config.json", ProcessorJson(preset)},
+          {"tokenizer.json", TokenizerJson(preset, tokens)},
+          {"tokenizer_config.json", TokenizerConfigJson(preset)}};
+}
+
+std::vector<Parameter> StoredTensors(const json& config) {
+  Gemma4Config stored = ParseConfig(config, "config.json");
+  for (LayerConfig& layer : stored.text.layers) layer.kv_shared = false;
+  std::vector<Parameter> list = Parameters(stored);
+  if (stored.has_audio) AddAudio(config.at("audio_config"), stored.text.hidden_size, list);
+  std::ranges::sort(list, {}, &Parameter::name);
+  return list;
+}
+
+std::vector<std::vector<Parameter>> SplitIntoShards(const std::vector<Parameter>& tensors, int64_t limit_bytes) {
+  std::vector<std::vector<Parameter>> shards;
+  int64_t shard_bytes = 0;
+  for (const Parameter& tensor : tensors) {
+    const int64_t bytes = 2 * tensor.shape.Elements();
+    if (shards.empty() || shard_bytes + bytes > limit_bytes) {
+      shards.emplace_back();
+      shard_bytes = 0;
+    }
+    shards.back().push_back(tensor);
+    shard_bytes += bytes;
+  }
+  return shards;
+}
+
+}  // namespace circlet

@@ -1,0 +1,28 @@
+#pragma once
+
+// The files of make-checkpoint's presets, but for the weights.
+
+#include <map>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "circlet/model/weights.h"
+
+namespace circlet {
+
+std::vector<std::string> PresetNames();
+
+// JSON files by name: config.json, generation_config.json, processor_config.json, tokenizer.json,
+// tokenizer_config.json. Throws Error for an unknown preset, listing the known ones.
+std::map<std::string, nlohmann::json> PresetFiles(std::string_view preset);
+
+// Every tensor that the released checkpoint of this config.json holds, sorted by name: also K/V of KV-shared layers and
+// the audio tower, which no run reads (gemma4.md 1.2, 1.4).
+std::vector<Parameter> StoredTensors(const nlohmann::json& config);
+
+// Tensors in order, cut where a bfloat16 shard would pass `limit_bytes`; a larger tensor is a shard by itself.
+std::vector<std::vector<Parameter>> SplitIntoShards(const std::vector<Parameter>& tensors, int64_t limit_bytes);
+
+}  // namespace circlet
