@@ -4,19 +4,26 @@
 #include <map>
 #include <mutex>
 #include <oneapi/dnnl/dnnl.hpp>
+#include <string_view>
 #include <tuple>
+#include <unordered_map>
 
 #include "circlet/base/error.h"
+#include "circlet/base/threads.h"
+#include "hwy/aligned_allocator.h"
+#include "ops/simd.h"
 
 namespace circlet::gemm {
 namespace {
 
-// Primitives by (m, n, k, with bias): creating one costs more than a small product.
+// oneDNN's products by (m, n, k, with bias): creating one costs more than a small product.
 class Linears {
  public:
-  void Run(const float* x, const float* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
+  // False when oneDNN has no kernel for this processor whose sums run in one order whatever the thread count.
+  bool Run(const float* x, const float* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
     const std::lock_guard lock(mutex_);  // a primitive owns scratch memory: one run at a time
     const Kernel& kernel = At({m, n, k, bias != nullptr});
+    if (!kernel.one_order) return false;
     const auto memory = [&](const dnnl::memory::desc& desc, const float* data) {
       return dnnl::memory(desc, engine_, const_cast<float*>(data));
     };
@@ -26,6 +33,7 @@ class Linears {
     if (bias != nullptr) args.emplace(DNNL_ARG_BIAS, memory(kernel.bias, bias));
     kernel.product.execute(stream_, args);
     stream_.wait();
+    return true;
   }
 
  private:
@@ -33,6 +41,7 @@ class Linears {
   struct Kernel {
     dnnl::memory::desc x, w, bias, y;
     dnnl::matmul product;
+    bool one_order = false;
   };
 
   const Kernel& At(const Key& key) {
@@ -40,14 +49,17 @@ class Linears {
     // Prompts of many lengths must not collect kernels for ever.
     if (kernels_.size() >= 256) kernels_.clear();
     const auto [m, n, k, with_bias] = key;
-    using Desc = dnnl::memory::desc;
     const auto desc = [](int64_t rows, int64_t columns, dnnl::memory::dims strides) {
-      return Desc({rows, columns}, dnnl::memory::data_type::f32, std::move(strides));
+      return dnnl::memory::desc({rows, columns}, dnnl::memory::data_type::f32, std::move(strides));
     };
     Kernel kernel{desc(m, k, {k, 1}), desc(k, n, {1, k}), desc(1, n, {n, 1}), desc(m, n, {n, 1}), {}};
-    const auto operation = with_bias ? dnnl::matmul::desc(kernel.x, kernel.w, kernel.bias, kernel.y)
-                                     : dnnl::matmul::desc(kernel.x, kernel.w, kernel.y);
-    kernel.product = dnnl::matmul({operation, engine_});
+    const dnnl::matmul::primitive_desc chosen(with_bias
+                                                  ? dnnl::matmul::desc(kernel.x, kernel.w, kernel.bias, kernel.y)
+                                                  : dnnl::matmul::desc(kernel.x, kernel.w, kernel.y),
+                                              engine_);
+    // brgemm (AVX-512) never cuts k between threads; the kernel of older processors does, except for a single row.
+    kernel.one_order = m == 1 || std::string_view(chosen.impl_info_str()).starts_with("brg");
+    kernel.product = dnnl::matmul(chosen);
     return kernels_.emplace(key, std::move(kernel)).first->second;
   }
 
@@ -56,6 +68,24 @@ class Linears {
   dnnl::stream stream_{engine_};
   std::map<Key, Kernel> kernels_;
 };
+
+// The same product by panels: groups of columns, each packed by the thread that multiplies with it.
+void LinearByPanels(const float* x, const float* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
+  const int64_t columns = 4 * PanelColumns();
+  constexpr int64_t kRows = 192;  // 512 steps of so many rows of x stay in the second-level cache
+  ParallelFor((n + columns - 1) / columns, 1, [&](int64_t begin, int64_t end) {
+    const auto packed = hwy::AllocateAligned<float>(static_cast<size_t>(PackedFloats(k, columns)));
+    for (int64_t first = begin * columns; first < std::min(n, end * columns); first += columns) {
+      const Panels panels{packed.get(), k, std::min(columns, n - first)};
+      const int64_t count = PanelCount(panels.n);
+      Pack(w + first * k, k, true, panels, 0, count);
+      for (int64_t row = 0; row < m; row += kRows)
+        Multiply(x + row * k, k, std::min(kRows, m - row), panels, {0, count, 0, k}, y + row * n + first, n);
+    }
+  });
+  if (bias == nullptr) return;
+  for (int64_t i = 0; i < m; ++i) simd::Binary(simd::BinaryOp::kAdd, y + i * n, bias, n, y + i * n);
+}
 
 }  // namespace
 
@@ -68,7 +98,7 @@ void Linear(const float* x, const float* w, const float* bias, int64_t m, int64_
   }
   static Linears linears;
   try {
-    linears.Run(x, w, bias, m, n, k, y);
+    if (!linears.Run(x, w, bias, m, n, k, y)) LinearByPanels(x, w, bias, m, n, k, y);
   } catch (const dnnl::error& error) {
     CIRCLET_CHECK(false, "oneDNN refuses the product {}x{}x{}: {}", m, n, k, error.what());
   }

@@ -2,7 +2,8 @@
 
 // All matrix products of circlet (architecture.md, rule 6), float32.
 //
-// Linear is for weights: oneDNN, threaded, its order of summation chosen by shape; the same bits for every thread count.
+// Linear is for weights: oneDNN where its order of summation depends on the shape alone (its AVX-512 kernels, and single
+// rows), else Multiply; the same bits for every thread count.
 // Panels and Multiply are for attention and BATCH_MATMUL. Each element is one chain of fused multiply-adds in the order
 // of k, so that its bits do not depend on the sizes, on where rows, columns or k are cut, or on how many threads share
 // the work, and terms that are 0 may be left out. That is what makes the fused attention, which skips masked keys, equal

@@ -1,5 +1,6 @@
 #include "ops/simd.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -23,8 +24,9 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 const char* InstructionSetImpl() { return hwy::TargetName(HWY_TARGET); }
 
-// x86 min and max give their second operand when either is NaN: the value stands second so that NaN survives.
-HWY_INLINE V ClampKeepingNaN(V low, V high, V value) { return hn::Min(high, hn::Max(low, value)); }
+// By comparisons, which a NaN fails: vector min and max would lose it on some processors.
+HWY_INLINE V MaxKeepingNaN(V value, V low) { return hn::IfThenElse(hn::Lt(value, low), low, value); }
+HWY_INLINE V MinKeepingNaN(V value, V high) { return hn::IfThenElse(hn::Gt(value, high), high, value); }
 
 // Runs f over all values, the last ones through a padded copy so that each value takes the same path.
 template <class F>
@@ -123,7 +125,7 @@ struct GridVectors {
 template <Rounding kRounding>
 HWY_INLINE void SnapWith(float* x, int64_t count, const GridVectors& g) {
   Map(x, count, x, [&](V v) HWY_ATTR {
-    const V code = ClampKeepingNaN(g.low, g.high, CodeOf<kRounding>(v, g.step, g.zero_point));
+    const V code = MinKeepingNaN(MaxKeepingNaN(CodeOf<kRounding>(v, g.step, g.zero_point), g.low), g.high);
     return hn::Mul(hn::Sub(code, g.zero_point), g.scale);
   });
 }
@@ -141,8 +143,9 @@ HWY_INLINE void QuantizeWith(const float* x, int64_t count, const GridVectors& g
   const hn::RebindToSigned<Floats> d32;
   const hn::Rebind<int16_t, Floats> d16;
   const auto convert = [&](V v) HWY_ATTR {
-    // The value stands first: NaN becomes the smallest code, as in the reference.
-    const V code = hn::Min(hn::Max(CodeOf<kRounding>(v, g.step, g.zero_point), g.low), g.high);
+    // NaN fails the comparison and becomes the smallest code, as in the reference.
+    const V open = CodeOf<kRounding>(v, g.step, g.zero_point);
+    const V code = hn::Min(hn::IfThenElse(hn::Gt(open, g.low), open, g.low), g.high);
     return hn::DemoteTo(d16, hn::ConvertTo(d32, code));
   };
   int64_t i = 0;
@@ -191,7 +194,7 @@ void BF16ToF32Impl(const uint16_t* in, int64_t count, float* out) {
 
 // ---- Elementwise --------------------------------------------------------------------------------------------------
 
-// f(op) with op as a function of two vectors; Max and Min let a NaN of the first operand through.
+// f(op) with op as a function of two vectors. A NaN of the first operand survives max and min.
 template <class F>
 HWY_INLINE void WithBinary(BinaryOp op, F f) {
   switch (op) {
@@ -202,9 +205,9 @@ HWY_INLINE void WithBinary(BinaryOp op, F f) {
     case BinaryOp::kMul:
       return f([](V a, V b) HWY_ATTR { return hn::Mul(a, b); });
     case BinaryOp::kMax:
-      return f([](V a, V b) HWY_ATTR { return hn::Max(b, a); });
+      return f([](V a, V b) HWY_ATTR { return MaxKeepingNaN(a, b); });
     case BinaryOp::kMin:
-      return f([](V a, V b) HWY_ATTR { return hn::Min(b, a); });
+      return f([](V a, V b) HWY_ATTR { return MinKeepingNaN(a, b); });
   }
 }
 
@@ -252,7 +255,7 @@ HWY_INLINE V GeluOf(V x) {
   const V linear = hn::Set(kD, static_cast<float>(-2 * kSqrt2OverPi));
   const V exponent = hn::Mul(x, hn::MulAdd(hn::Mul(x, x), cubic, linear));
   const V limit = hn::Set(kD, 88.0f);
-  const V grown = ExpKeepingNaN(hn::Min(limit, exponent));
+  const V grown = ExpKeepingNaN(MinKeepingNaN(exponent, limit));
   const V y = hn::Div(x, hn::Add(hn::Set(kD, 1.0f), grown));
   return hn::IfThenZeroElse(hn::Gt(exponent, limit), y);
 }

@@ -1,0 +1,148 @@
+#include "ops/gemm.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "circlet/base/threads.h"
+#include "hwy/aligned_allocator.h"
+#include "ops/simd.h"
+#include "ops/test_values.h"
+
+namespace circlet::gemm {
+namespace {
+
+class WithThreads {
+ public:
+  explicit WithThreads(int count) : before_(Threads()) { SetThreads(count); }
+  ~WithThreads() { SetThreads(before_); }
+
+ private:
+  int before_;
+};
+
+struct Size {
+  int64_t m, n, k;
+};
+
+TEST(LinearTest, IsTheProductWithTheTransposedWeight) {
+  for (const auto& [m, n, k] : {Size{1, 1, 1}, {3, 5, 7}, {1, 200, 64}, {70, 33, 129}, {24, 192, 64}}) {
+    const std::vector<float> x = Normal(static_cast<size_t>(m * k), 1), w = Normal(static_cast<size_t>(n * k), 2);
+    const std::vector<float> bias = Normal(static_cast<size_t>(n), 3);
+    for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
+      std::vector<float> y(static_cast<size_t>(m * n));
+      Linear(x.data(), w.data(), b, m, n, k, y.data());
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = 0; j < n; ++j) {
+          double sum = b == nullptr ? 0 : b[j];
+          for (int64_t l = 0; l < k; ++l) sum += static_cast<double>(x[i * k + l]) * w[j * k + l];
+          EXPECT_NEAR(y[i * n + j], sum, 1e-6 * static_cast<double>(k)) << i << "," << j << " of " << m << "x" << n;
+        }
+    }
+  }
+}
+
+TEST(LinearTest, WithoutRowsOrInnerElementsGivesNothingOrTheBias) {
+  const float bias[] = {1, 2};
+  float y[] = {7, 7, 7, 7};
+  Linear(nullptr, nullptr, bias, 0, 2, 4, y);
+  EXPECT_EQ(y[0], 7);
+  Linear(nullptr, nullptr, bias, 2, 2, 0, y);
+  EXPECT_TRUE(SameBits(y, std::vector<float>{1, 2, 1, 2}));
+}
+
+// Widths of E2B; the longest products of a run among them. Fewer rows than the model's 2048 keep the test short.
+TEST(LinearTest, ThreadsChangeNoBit) {
+  for (const auto& [m, n, k] : {Size{1, 1536, 2048}, {1, 4096, 1536}, {7, 256, 1536}, {64, 2048, 1536}, {200, 1536, 6144},
+                                {24, 64, 192}, {129, 77, 333}, {2, 1536, 12288}}) {
+    const std::vector<float> x = Normal(static_cast<size_t>(m * k), 4), w = Normal(static_cast<size_t>(n * k), 5);
+    std::vector<float> alone(static_cast<size_t>(m * n));
+    {
+      const WithThreads one(1);
+      Linear(x.data(), w.data(), nullptr, m, n, k, alone.data());
+    }
+    for (const int threads : {2, 3, 4}) {
+      const WithThreads several(threads);
+      std::vector<float> y(alone.size());
+      Linear(x.data(), w.data(), nullptr, m, n, k, y.data());
+      EXPECT_TRUE(SameBits(y, alone)) << m << "x" << n << "x" << k << " with " << threads << " threads";
+    }
+  }
+}
+
+// Operands of one product, and its whole result.
+struct Product {
+  int64_t m, n, k;
+  std::vector<float> a, b;  // [m,k], [k,n]
+  hwy::AlignedFreeUniquePtr<float[]> packed;
+  Panels panels;
+
+  Product(int64_t m, int64_t n, int64_t k, bool transposed = false)
+      : m(m), n(n), k(k), a(Normal(static_cast<size_t>(m * k), 6)), b(Normal(static_cast<size_t>(n * k), 7)),
+        packed(hwy::AllocateAligned<float>(static_cast<size_t>(PackedFloats(k, n)))), panels{packed.get(), k, n} {
+    std::vector<float> given = b;
+    if (transposed)
+      for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < n; ++j) given[static_cast<size_t>(j * k + i)] = b[static_cast<size_t>(i * n + j)];
+    // Stale bytes must not reach a result.
+    std::fill_n(packed.get(), PackedFloats(k, n), std::nanf(""));
+    Pack(given.data(), transposed ? k : n, transposed, panels, 0, PanelCount(n));
+  }
+  std::vector<float> Whole() const {
+    std::vector<float> c(static_cast<size_t>(m * n), std::nanf(""));
+    Multiply(a.data(), k, m, panels, {0, PanelCount(n), 0, k}, c.data(), n);
+    return c;
+  }
+};
+
+const std::vector<Size> kSizes{{1, 1, 1}, {1, 70, 33}, {5, 16, 20}, {13, 33, 515}, {25, 64, 1030}, {12, 32, 512}};
+
+TEST(BlockProductTest, EachElementIsOneChainInTheOrderOfK) {
+  OnEveryTarget([] {
+    const bool fma = simd::InstructionSet()[0] == 'A';
+    for (const auto& [m, n, k] : kSizes)
+      for (const bool transposed : {false, true}) {
+        const Product p(m, n, k, transposed);
+        std::vector<float> expected(static_cast<size_t>(m * n));
+        for (int64_t i = 0; i < m; ++i)
+          for (int64_t j = 0; j < n; ++j) {
+            float sum = 0;
+            for (int64_t l = 0; l < k; ++l) {
+              const float x = p.a[static_cast<size_t>(i * k + l)], y = p.b[static_cast<size_t>(l * n + j)];
+              sum = fma ? std::fma(x, y, sum) : sum + x * y;
+            }
+            expected[static_cast<size_t>(i * n + j)] = sum;
+          }
+        EXPECT_TRUE(SameBits(p.Whole(), expected)) << m << "x" << n << "x" << k;
+      }
+  });
+}
+
+TEST(BlockProductTest, CutsOfRowsAndColumnsChangeNoBit) {
+  OnEveryTarget([] {
+    const Product p(29, 150, 300);
+    const std::vector<float> whole = p.Whole();
+    std::vector<float> c(whole.size());
+    for (int64_t row = 0; row < p.m; row += 7)
+      for (int64_t panel = 0; panel < PanelCount(p.n); ++panel)
+        Multiply(p.a.data() + row * p.k, p.k, std::min<int64_t>(7, p.m - row), p.panels, {panel, panel + 1, 0, p.k},
+                 c.data() + row * p.n, p.n);
+    EXPECT_TRUE(SameBits(c, whole));
+  });
+}
+
+TEST(BlockProductTest, TermsThatAreZeroMayBeLeftOut) {
+  OnEveryTarget([] {
+    Product p(20, 40, 2000);
+    const int64_t begin = 531, end = 1807;
+    for (int64_t i = 0; i < p.m; ++i)
+      for (int64_t l = 0; l < p.k; ++l)
+        if (l < begin || l >= end) p.a[static_cast<size_t>(i * p.k + l)] = 0;
+    std::vector<float> c(static_cast<size_t>(p.m * p.n));
+    Multiply(p.a.data(), p.k, p.m, p.panels, {0, PanelCount(p.n), begin, end}, c.data(), p.n);
+    EXPECT_TRUE(SameBits(c, p.Whole()));
+  });
+}
+
+}  // namespace
+}  // namespace circlet::gemm

@@ -1,0 +1,298 @@
+#include "ops/simd.h"
+
+#include <gmock/gmock.h>
+
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "ops/test_values.h"
+
+namespace circlet::simd {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+// Every remainder of a vector, and a few vectors.
+const std::vector<int64_t> kCounts{0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 257};
+
+// Distance in representable values.
+int64_t Ulps(float a, float b) {
+  const auto order = [](float x) {
+    const int32_t bits = std::bit_cast<int32_t>(x);
+    return static_cast<int64_t>(bits < 0 ? std::numeric_limits<int32_t>::min() - bits : bits);
+  };
+  return std::abs(order(a) - order(b));
+}
+
+TEST(SimdTest, InstructionSetIsNamed) { EXPECT_STRNE(InstructionSet(), "?"); }
+
+TEST(SimdTest, MinMaxSkipsWhatIsNotFinite) {
+  OnEveryTarget([] {
+    for (const int64_t count : kCounts) {
+      std::vector<float> x = Normal(static_cast<size_t>(count), 1);
+      float low = kInf, high = -kInf;
+      for (const float v : x) low = std::min(low, v), high = std::max(high, v);
+      Range range = MinMax(x.data(), count);
+      EXPECT_EQ(range.min, low) << count;
+      EXPECT_EQ(range.max, high) << count;
+      EXPECT_TRUE(range.finite) << count;
+      for (const float odd : {kInf, -kInf, kNaN}) {
+        for (size_t at = 0; at < x.size(); ++at) {
+          std::vector<float> damaged = x;
+          damaged.insert(damaged.begin() + static_cast<int64_t>(at), odd);
+          range = MinMax(damaged.data(), count + 1);
+          EXPECT_FALSE(range.finite) << odd << " at " << at << " of " << count;
+          EXPECT_EQ(range.min, low) << odd << " at " << at << " of " << count;
+          EXPECT_EQ(range.max, high) << odd << " at " << at << " of " << count;
+        }
+      }
+    }
+  });
+}
+
+TEST(SimdTest, MinMaxOfSignedZerosIsPlusZero) {
+  const float zeros[] = {0.0f, -0.0f};
+  EXPECT_FALSE(std::signbit(MinMax(zeros, 2).min));
+  EXPECT_FALSE(std::signbit(MinMax(zeros + 1, 1).max));
+}
+
+// ptq.md 2.4 and circle_execution.md 4.2, one value at a time.
+float SnapScalar(float x, const Grid& g) {
+  float code;
+  if (g.rounding == Rounding::kHalfEvenReciprocal) {
+    code = std::nearbyint(x * (1.0f / g.scale));
+  } else {
+    const float v = x / g.scale;
+    code = v >= 0 ? std::floor(v + 0.5f) : std::ceil(v - 0.5f);
+  }
+  code += static_cast<float>(g.zero_point);
+  if (code < static_cast<float>(g.min_code)) code = static_cast<float>(g.min_code);
+  if (code > static_cast<float>(g.max_code)) code = static_cast<float>(g.max_code);
+  return (code - static_cast<float>(g.zero_point)) * g.scale;
+}
+
+std::vector<Grid> Grids() {
+  std::vector<Grid> grids;
+  for (const Rounding rounding : {Rounding::kHalfEvenReciprocal, Rounding::kHalfAwayDivide}) {
+    grids.push_back({0.0037f, 0, -32768, 32767, rounding});
+    grids.push_back({0.013f, 122, 0, 255, rounding});
+    grids.push_back({0.25f, 5, 0, 15, rounding});
+  }
+  return grids;
+}
+
+TEST(SimdTest, SnapIsTheScalarFormulaBitForBit) {
+  OnEveryTarget([] {
+    for (const Grid& grid : Grids()) {
+      std::vector<float> x = Normal(3000, 2, 60 * grid.scale);
+      for (int k = -300; k < 300; ++k) x.push_back((static_cast<float>(k) + 0.5f) * grid.scale);  // ties
+      for (const float v : {0.0f, -0.0f, 0.49999997f * grid.scale, 1e30f, -1e30f, kInf, -kInf}) x.push_back(v);
+      std::vector<float> expected = x;
+      for (float& v : expected) v = SnapScalar(v, grid);
+      std::vector<float> whole = x;
+      Snap(whole.data(), static_cast<int64_t>(x.size()), grid);
+      EXPECT_TRUE(SameBits(whole, expected)) << grid.scale;
+      // Cut anywhere, the bits are the same.
+      for (const int64_t cut : kCounts) {
+        std::vector<float> pieces = x;
+        Snap(pieces.data(), cut, grid);
+        Snap(pieces.data() + cut, static_cast<int64_t>(x.size()) - cut, grid);
+        EXPECT_TRUE(SameBits(pieces, expected)) << "cut at " << cut;
+      }
+    }
+  });
+}
+
+TEST(SimdTest, SnapKeepsNaN) {
+  OnEveryTarget([] {
+    for (const Grid& grid : Grids()) {
+      std::vector<float> x(37, kNaN);
+      Snap(x.data(), 37, grid);
+      for (const float v : x) EXPECT_TRUE(std::isnan(v));
+    }
+  });
+}
+
+TEST(SimdTest, DequantizedCodesAreTheSnappedValues) {
+  OnEveryTarget([] {
+    for (const Grid& grid : Grids())
+      for (const int64_t count : kCounts) {
+        std::vector<float> x = Normal(static_cast<size_t>(count), 3, 60 * grid.scale), back(x.size());
+        std::vector<int16_t> codes(x.size());
+        Quantize(x.data(), count, grid, codes.data());
+        Dequantize(codes.data(), count, grid.scale, grid.zero_point, back.data());
+        Snap(x.data(), count, grid);
+        EXPECT_TRUE(SameBits(back, x)) << count;
+      }
+  });
+}
+
+TEST(SimdTest, QuantizeGivesNaNTheSmallestCode) {
+  OnEveryTarget([] {
+    const std::vector<float> x(19, kNaN);
+    std::vector<int16_t> codes(19);
+    Quantize(x.data(), 19, {0.25f, 5, 3, 15, Rounding::kHalfEvenReciprocal}, codes.data());
+    EXPECT_THAT(codes, ::testing::Each(3));
+  });
+}
+
+TEST(SimdTest, BFloat16IsWidenedExactly) {
+  OnEveryTarget([] {
+    for (const int64_t count : kCounts) {
+      std::vector<uint16_t> in(static_cast<size_t>(count));
+      for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<uint16_t>(i * 251);
+      std::vector<float> out(in.size()), expected(in.size());
+      for (size_t i = 0; i < in.size(); ++i) expected[i] = std::bit_cast<float>(static_cast<uint32_t>(in[i]) << 16);
+      BF16ToF32(in.data(), count, out.data());
+      EXPECT_TRUE(SameBits(out, expected)) << count;
+    }
+  });
+}
+
+float BinaryScalarly(BinaryOp op, float a, float b) {
+  switch (op) {
+    case BinaryOp::kAdd: return a + b;
+    case BinaryOp::kSub: return a - b;
+    case BinaryOp::kMul: return a * b;
+    case BinaryOp::kMax: return std::max(a, b);
+    case BinaryOp::kMin: return std::min(a, b);
+  }
+  return 0;
+}
+
+TEST(SimdTest, BinaryIsExactForEveryRemainder) {
+  OnEveryTarget([] {
+    for (const BinaryOp op : {BinaryOp::kAdd, BinaryOp::kSub, BinaryOp::kMul, BinaryOp::kMax, BinaryOp::kMin})
+      for (const int64_t count : kCounts) {
+        const size_t size = static_cast<size_t>(count);
+        const std::vector<float> a = Normal(size, 4), b = Normal(size, 5);
+        std::vector<float> y(size), expected(size);
+        Binary(op, a.data(), b.data(), count, y.data());
+        for (size_t i = 0; i < size; ++i) expected[i] = BinaryScalarly(op, a[i], b[i]);
+        EXPECT_TRUE(SameBits(y, expected)) << count;
+        BinaryScalar(op, a.data(), 0.3f, count, y.data());
+        for (size_t i = 0; i < size; ++i) expected[i] = BinaryScalarly(op, a[i], 0.3f);
+        EXPECT_TRUE(SameBits(y, expected)) << count;
+      }
+  });
+}
+
+TEST(SimdTest, ClampingKeepsNaN) {
+  OnEveryTarget([] {
+    std::vector<float> x(21, kNaN);
+    BinaryScalar(BinaryOp::kMax, x.data(), -1.0f, 21, x.data());
+    BinaryScalar(BinaryOp::kMin, x.data(), 1.0f, 21, x.data());
+    for (const float v : x) EXPECT_TRUE(std::isnan(v));
+  });
+}
+
+TEST(SimdTest, TanhIsWithinTwoUlps) {
+  OnEveryTarget([] {
+    std::vector<float> x;
+    for (float v = 1e-30f; v < 100; v *= 1.001f) x.push_back(v), x.push_back(-v);
+    std::vector<float> y(x.size());
+    Tanh(x.data(), static_cast<int64_t>(x.size()), y.data());
+    for (size_t i = 0; i < x.size(); ++i)
+      EXPECT_LE(Ulps(y[i], static_cast<float>(std::tanh(static_cast<double>(x[i])))), 2) << x[i];
+    for (const float odd : {kInf, -kInf}) {
+      Tanh(&odd, 1, y.data());
+      EXPECT_EQ(y[0], std::copysign(1.0f, odd));
+    }
+    Tanh(&kNaN, 1, y.data());
+    EXPECT_TRUE(std::isnan(y[0]));
+  });
+}
+
+// The exponent -2u is a float32 too: its rounding, half an ulp of up to |2u|, is what the error grows with.
+TEST(SimdTest, GeluIsTheTanhForm) {
+  OnEveryTarget([] {
+    std::vector<float> x;
+    for (float v = 1e-30f; v < 1e6f; v *= 1.001f) x.push_back(v), x.push_back(-v);
+    x.push_back(0.0f);
+    std::vector<float> y(x.size());
+    Gelu(x.data(), static_cast<int64_t>(x.size()), y.data());
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double v = x[i];
+      const double expected = v / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+      const double growth = v < 0 ? 1 + std::min(100.0, std::abs(v) * (1 + v * v)) : 1;
+      EXPECT_LE(std::abs(y[i] - expected), 3e-7 * growth * std::abs(expected) + 1e-37) << x[i];
+    }
+    const float odd[] = {kInf, -kInf, kNaN, -1e30f};
+    Gelu(odd, 4, y.data());
+    EXPECT_EQ(y[0], kInf);
+    EXPECT_EQ(y[1], 0);
+    EXPECT_TRUE(std::isnan(y[2]));
+    EXPECT_EQ(y[3], 0);
+  });
+}
+
+TEST(SimdTest, RmsNormRoundsOnce) {
+  OnEveryTarget([] {
+    for (const int64_t count : kCounts) {
+      const size_t size = static_cast<size_t>(count);
+      const std::vector<float> x = Normal(size, 6, 30), gamma = Normal(size, 7);
+      std::vector<float> y(size);
+      RmsNormRow(x.data(), gamma.data(), count, 1e-6f, y.data());
+      double sum = 0;
+      for (const float v : x) sum += static_cast<double>(v) * v;
+      for (size_t i = 0; i < size; ++i) {
+        const double expected = gamma[i] * (x[i] / std::sqrt(sum / static_cast<double>(count) + 1e-6f));
+        EXPECT_LE(Ulps(y[i], static_cast<float>(expected)), 1) << i << " of " << count;
+      }
+    }
+  });
+}
+
+TEST(SimdTest, SoftmaxSumsToOneAndCutsFarTerms) {
+  OnEveryTarget([] {
+    for (const int64_t count : kCounts) {
+      std::vector<float> x = Normal(static_cast<size_t>(count), 8, 9);
+      if (count > 3) x[2] = -200.0f;
+      double sum = 0;
+      const float max = count == 0 ? 0 : *std::max_element(x.begin(), x.end());
+      const auto term = [&](float v) { return v - max < -28.0f ? 0.0 : std::exp(static_cast<double>(v) - max); };
+      for (const float v : x) sum += term(v);
+      std::vector<float> y = x;
+      SoftmaxRow(y.data(), count);
+      // The difference to the maximum is rounded to float32 before exp multiplies that error by it.
+      for (size_t i = 0; i < x.size(); ++i)
+        EXPECT_LE(std::abs(y[i] - term(x[i]) / sum), (3e-7 + 6e-8 * (max - x[i])) * term(x[i]) / sum) << i;
+      if (count > 3) {
+        EXPECT_EQ(y[2], 0.0f);
+      }
+    }
+  });
+}
+
+TEST(SimdTest, SoftmaxIgnoresMaskedTermsAround) {
+  OnEveryTarget([] {
+    for (const int64_t count : {5, 16, 40, 133}) {
+      std::vector<float> kept = Normal(static_cast<size_t>(count), 9, 3);
+      for (const int64_t before : {0, 1, 4})
+        for (const int64_t after : {0, 1, 7, 16, 50}) {
+          std::vector<float> row(static_cast<size_t>(before * kSoftmaxLanes), -100.0f);
+          row.insert(row.end(), kept.begin(), kept.end());
+          row.insert(row.end(), static_cast<size_t>(after), -90.0f);
+          std::vector<float> alone = kept;
+          SoftmaxRow(alone.data(), count);
+          SoftmaxRow(row.data(), static_cast<int64_t>(row.size()));
+          EXPECT_TRUE(SameBits(std::span(row).subspan(static_cast<size_t>(before * kSoftmaxLanes), kept.size()), alone));
+        }
+    }
+  });
+}
+
+TEST(SimdTest, SoftmaxOfNaNIsNaN) {
+  OnEveryTarget([] {
+    for (const size_t at : {0u, 15u, 16u, 36u}) {
+      std::vector<float> x = Normal(37, 10);
+      x[at] = kNaN;
+      SoftmaxRow(x.data(), 37);
+      for (const float v : x) EXPECT_TRUE(std::isnan(v)) << at;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace circlet::simd
