@@ -3,13 +3,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
+#include "preprocess/gemma_tokenizer_file.h"
 #include "temp_directory.h"
 
 namespace circlet {
@@ -24,14 +24,7 @@ const std::filesystem::path kData = CIRCLET_SOURCE_DIR "/tests/data";
 const std::filesystem::path kTiny = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
 
 const Tokenizer& Gemma() {
-  static const Tokenizer tokenizer = [] {
-    const TempDirectory directory;
-    const std::filesystem::path packed = kData / "tokenizer/gemma3_tokenizer.json.xz";
-    const std::filesystem::path file = directory.Path() / "tokenizer.json";
-    const std::string command = fmt::format("xz -dc '{}' > '{}'", packed.string(), file.string());
-    CIRCLET_CHECK(std::system(command.c_str()) == 0, "cannot unpack {}: is xz installed?", packed.string());
-    return Tokenizer::Load(file);
-  }();
+  static const Tokenizer tokenizer = Tokenizer::Parse(GemmaTokenizerJson(), "gemma3_tokenizer.json");
   return tokenizer;
 }
 

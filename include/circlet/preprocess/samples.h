@@ -1,0 +1,84 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json_fwd.hpp>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "circlet/base/tensor.h"
+#include "circlet/preprocess/chat.h"
+#include "circlet/preprocess/image.h"
+#include "circlet/preprocess/tokenizer.h"
+
+namespace circlet {
+
+// One sequence for the model.
+struct Sample {
+  std::vector<int64_t> input_ids;       // [seq], one placeholder id for each soft token
+  std::vector<int64_t> token_types;     // [seq], TokenTypes of the ids
+  std::vector<uint8_t> attention_mask;  // [seq], 1 = kept; empty = all are
+  Tensor pixel_values;                  // float32 [images, patches, 3 * patch^2]; Empty() without images
+  Tensor image_position_ids;            // int64 [images, patches, 2], (x, y), padding (-1, -1)
+  std::string source;                   // "calib.jsonl:7"
+};
+
+// What turns text and pictures into samples, read from a checkpoint directory.
+struct Processor {
+  Tokenizer tokenizer;
+  ChatFormat chat;
+  ImageRules images;
+};
+Processor LoadProcessor(const std::filesystem::path& directory);
+
+struct SampleOptions {
+  int64_t vocab_size = 0;     // ids but placeholders must be below it; 0 = any
+  int64_t max_length = 0;     // tokens of a sample; 0 = any
+  bool text_only = false;     // leave out samples with images
+  Placeholders placeholders;  // of config.json; those that are -1 are taken from the tokenizer
+};
+
+struct SampleSet {
+  std::vector<Sample> samples;
+  std::vector<std::string> skipped;  // sources left out by text_only
+};
+
+// One JSON object a line: {"type": "text", "text": ...} (<bos> in front) or {"type": "chat", "messages": [...]}
+// (RenderChat; image paths are relative to the file). Empty lines are passed over. Throws Error "FILE:LINE: ..." for a
+// line that is not JSON or lacks a key, an id past the vocabulary, a sample longer than max_length, an image that
+// cannot be read, and when no line is left.
+SampleSet LoadJsonl(const std::filesystem::path& path, const Processor& processor, const SampleOptions& options);
+
+// Tensors `GROUP.N.input_ids` ([batch, seq] or [seq], int64 or int32) with optional `attention_mask`, `pixel_values`,
+// `image_position_ids`, in the order of N; an empty group means `N.input_ids`. Each row of a batch is a sample; it
+// takes as many images as it has runs of image placeholders. Throws Error naming the tensor.
+SampleSet SamplesFromSafetensors(const std::filesystem::path& path, std::string_view group,
+                                 const SampleOptions& options);
+
+// Text that reads as nothing: ids drawn evenly from [0, vocab_size) without the forbidden ones, the same for a seed on
+// every machine. For runs that only try the machinery: ranges of real text differ.
+std::vector<Sample> RandomSamples(int64_t count, int64_t length, uint64_t seed, int64_t vocab_size,
+                                  std::span<const int64_t> forbidden);
+
+// One conversation as a sample. Image paths are relative to `directory`; errors start with `source`. Throws Error for
+// audio and video.
+Sample ChatSample(const nlohmann::json& messages, const ChatOptions& chat, const Processor& processor,
+                  const std::filesystem::path& directory, const SampleOptions& options, std::string source);
+
+// The text cut into windows of `window` tokens (the last may be shorter), each with `bos` in front and on its own:
+// every token but <bos> is predicted once. Tokenized as a whole, without special tokens.
+std::vector<std::vector<int64_t>> PerplexityWindows(std::string_view text, const Tokenizer& tokenizer, int64_t window,
+                                                    int64_t bos);
+
+// A line of captions.jsonl, {"image", "question", "caption"}: a prompt that asks about one picture, and the answer
+// wanted.
+struct CaptionTask {
+  Sample prompt;  // with the generation prompt
+  std::string image, question, caption;
+};
+std::vector<CaptionTask> LoadCaptions(const std::filesystem::path& path, const Processor& processor,
+                                      const SampleOptions& options);
+
+}  // namespace circlet

@@ -1,0 +1,226 @@
+#include "circlet/preprocess/samples.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <nlohmann/json.hpp>
+
+#include "circlet/base/error.h"
+#include "circlet/io/file.h"
+#include "circlet/io/json.h"
+#include "preprocess/check_sample.h"
+
+namespace circlet {
+namespace {
+
+using nlohmann::json;
+
+Placeholders Resolve(const Tokenizer& tokenizer, const Placeholders& configured) {
+  Placeholders found = FindPlaceholders(tokenizer);
+  const auto agree = [](std::string_view piece, std::string_view key, int64_t expected, int64_t& id) {
+    if (expected >= 0 && id >= 0 && expected != id) {
+      Fail(
+          "config.json: {} is {}, but the tokenizer calls {} \"{}\"; are config.json and tokenizer.json of one "
+          "checkpoint?",
+          key, expected, id, piece);
+    }
+    if (id < 0) id = expected;
+  };
+  agree("<|image|>", "image_token_id", configured.image, found.image);
+  agree("<|video|>", "video_token_id", configured.video, found.video);
+  agree("<|audio|>", "audio_token_id", configured.audio, found.audio);
+  return found;
+}
+
+// Images of one budget, one after another.
+Tensor Concatenate(const std::vector<Tensor>& parts) {
+  if (parts.empty()) return {};
+  Shape shape = parts[0].GetShape();
+  shape[0] = static_cast<int64_t>(parts.size());
+  Tensor whole(TensorType{parts[0].GetDType(), shape});
+  std::byte* out = whole.Raw();
+  for (const Tensor& part : parts) {
+    std::memcpy(out, part.Raw(), static_cast<size_t>(part.Bytes()));
+    out += part.Bytes();
+  }
+  return whole;
+}
+
+Sample TextSample(std::string_view text, const Tokenizer& tokenizer, const SampleOptions& options, std::string source) {
+  Sample sample;
+  sample.source = std::move(source);
+  sample.input_ids = tokenizer.Encode(text, true);
+  sample.token_types = TokenTypes(sample.input_ids, options.placeholders);
+  if (std::ranges::any_of(sample.token_types, [](int64_t type) { return type != 0; }))
+    Fail("the text holds the placeholder of an image, a video or a sound, but no such thing; use a chat line");
+  CheckSample(sample, options);
+  return sample;
+}
+
+struct Line {
+  std::string place;   // "/data/calib.jsonl:7", for errors
+  std::string source;  // "calib.jsonl:7"
+};
+
+// Calls `body` with each line that is not blank.
+void ForEachLine(const std::filesystem::path& path,
+                 const std::function<void(const JsonObject& object, const Line& line)>& body) {
+  constexpr std::string_view kBlank = " \t\r\n";
+  const std::string text = ReadFile(path);
+  int64_t number = 0, lines = 0;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find('\n', begin), text.size());
+    const std::string_view line = std::string_view(text).substr(begin, end - begin);
+    begin = end + 1;
+    ++number;
+    if (line.find_first_not_of(kBlank) == std::string_view::npos) continue;
+    ++lines;
+    const Line where{fmt::format("{}:{}", path.string(), number),
+                     fmt::format("{}:{}", path.filename().string(), number)};
+    const json value = ParseJson(line, where.place);
+    body(JsonObject(value, where.place), where);
+  }
+  if (lines == 0) Fail("{}: the file has no lines; it needs one JSON object a line", path.string());
+}
+
+}  // namespace
+
+void CheckSample(const Sample& sample, const SampleOptions& options) {
+  const int64_t length = static_cast<int64_t>(sample.input_ids.size());
+  if (length == 0) Fail("the sample has no tokens; take it out");
+  if (options.max_length > 0 && length > options.max_length)
+    Fail("{} tokens are more than the limit of {}; shorten the sample or raise the limit", length, options.max_length);
+  for (int64_t i = 0; i < length; ++i) {
+    const int64_t id = sample.input_ids[i];
+    const bool past_table = options.vocab_size > 0 && id >= options.vocab_size && sample.token_types[i] == 0;
+    if (id < 0 || past_table) {
+      Fail(
+          "token {} has id {}, but the vocabulary has {} entries (vocab_size of config.json); do the data belong to "
+          "this "
+          "model?",
+          i, id, options.vocab_size);
+    }
+  }
+}
+
+Processor LoadProcessor(const std::filesystem::path& directory) {
+  return {Tokenizer::Load(directory), LoadChatFormat(directory), LoadImageRules(directory)};
+}
+
+Sample ChatSample(const json& messages, const ChatOptions& chat, const Processor& processor,
+                  const std::filesystem::path& directory, const SampleOptions& options, std::string source) {
+  const ChatPrompt prompt = RenderChat(messages, processor.chat, chat);
+  if (prompt.has_audio || prompt.has_video)
+    Fail("the conversation has {}; circlet prepares text and images only", prompt.has_audio ? "a sound" : "a video");
+  Sample sample;
+  sample.source = std::move(source);
+  std::vector<Tensor> pixels, positions;
+  std::vector<int64_t> soft_tokens;
+  for (const std::string& name : prompt.images) {
+    const ImagePatches patches = PrepareImage(LoadImage(directory / name), processor.images);
+    pixels.push_back(patches.pixel_values);
+    positions.push_back(patches.position_ids);
+    soft_tokens.push_back(patches.soft_tokens);
+  }
+  sample.pixel_values = Concatenate(pixels);
+  sample.image_position_ids = Concatenate(positions);
+  // The template writes <bos> itself.
+  sample.input_ids = processor.tokenizer.Encode(ExpandImages(prompt.text, soft_tokens), false);
+  sample.token_types = TokenTypes(sample.input_ids, Resolve(processor.tokenizer, options.placeholders));
+  CheckSample(sample, options);
+  return sample;
+}
+
+SampleSet LoadJsonl(const std::filesystem::path& path, const Processor& processor, const SampleOptions& options) {
+  SampleOptions resolved = options;
+  resolved.placeholders = Resolve(processor.tokenizer, options.placeholders);
+  SampleSet set;
+  ForEachLine(path, [&](const JsonObject& object, const Line& line) {
+    const std::string type = object.Required<std::string>("type");
+    if (type == "text") {
+      const std::string text = object.Required<std::string>("text");
+      set.samples.push_back(
+          Within(line.place, [&] { return TextSample(text, processor.tokenizer, resolved, line.source); }));
+    } else if (type == "chat") {
+      const json& messages = object.Raw("messages");
+      Within(line.place, [&] {
+        if (resolved.text_only && !RenderChat(messages, processor.chat, {}).images.empty()) {
+          set.skipped.push_back(line.source);
+          return;
+        }
+        set.samples.push_back(ChatSample(messages, {}, processor, path.parent_path(), resolved, line.source));
+      });
+    } else {
+      object.FailAt("type", fmt::format("expected \"text\" or \"chat\", found \"{}\"", type));
+    }
+  });
+  if (set.samples.empty()) {
+    Fail("{}: all {} samples have images and were left out, since only text was asked for; add text samples",
+         path.string(), set.skipped.size());
+  }
+  return set;
+}
+
+std::vector<CaptionTask> LoadCaptions(const std::filesystem::path& path, const Processor& processor,
+                                      const SampleOptions& options) {
+  std::vector<CaptionTask> tasks;
+  ForEachLine(path, [&](const JsonObject& object, const Line& line) {
+    CaptionTask task;
+    task.image = object.Required<std::string>("image");
+    task.question = object.Required<std::string>("question");
+    task.caption = object.Required<std::string>("caption");
+    const json messages = UserTurn(task.question, std::span(&task.image, 1));
+    task.prompt = Within(line.place, [&] {
+      return ChatSample(messages, {.generation_prompt = true}, processor, path.parent_path(), options, line.source);
+    });
+    tasks.push_back(std::move(task));
+  });
+  return tasks;
+}
+
+std::vector<Sample> RandomSamples(int64_t count, int64_t length, uint64_t seed, int64_t vocab_size,
+                                  std::span<const int64_t> forbidden) {
+  std::vector<int64_t> allowed;
+  for (int64_t id = 0; id < vocab_size; ++id)
+    if (std::ranges::find(forbidden, id) == forbidden.end()) allowed.push_back(id);
+  if (allowed.empty() || count < 1 || length < 1) {
+    Fail(
+        "random samples: {} samples of {} tokens from a vocabulary of {} with {} ids forbidden; each must be at least "
+        "1, and "
+        "an id must be left",
+        count, length, vocab_size, forbidden.size());
+  }
+  uint64_t state = seed;
+  const auto next = [&] {  // SplitMix64
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+  };
+  std::vector<Sample> samples(count);
+  for (int64_t i = 0; i < count; ++i) {
+    Sample& sample = samples[i];
+    sample.source = fmt::format("random:{}", i);
+    sample.token_types.assign(length, 0);
+    for (int64_t k = 0; k < length; ++k)  // the high half of the product: even up to one part in 2^40
+      sample.input_ids.push_back(allowed[static_cast<size_t>((next() >> 32) * allowed.size() >> 32)]);
+  }
+  return samples;
+}
+
+std::vector<std::vector<int64_t>> PerplexityWindows(std::string_view text, const Tokenizer& tokenizer, int64_t window,
+                                                    int64_t bos) {
+  if (window < 1) Fail("perplexity: a window of {} tokens; it needs at least 1", window);
+  const std::vector<int64_t> ids = tokenizer.Encode(text, false);
+  if (ids.empty()) Fail("perplexity: the text is empty; there is nothing to predict");
+  std::vector<std::vector<int64_t>> windows;
+  const int64_t total = static_cast<int64_t>(ids.size());
+  for (int64_t begin = 0; begin < total; begin += window) {
+    std::vector<int64_t>& one = windows.emplace_back();
+    one.push_back(bos);
+    one.insert(one.end(), ids.begin() + begin, ids.begin() + std::min(total, begin + window));
+  }
+  return windows;
+}
+
+}  // namespace circlet

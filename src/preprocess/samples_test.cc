@@ -1,0 +1,289 @@
+#include "circlet/preprocess/samples.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "circlet/base/error.h"
+#include "circlet/io/file.h"
+#include "circlet/io/safetensors.h"
+#include "golden.h"
+#include "temp_directory.h"
+
+namespace circlet {
+namespace {
+
+using nlohmann::json;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::SizeIs;
+
+const std::filesystem::path kTiny = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+
+const Processor& Tiny() {
+  static const Processor processor = LoadProcessor(kTiny);
+  return processor;
+}
+
+const json& Reference() {
+  static const json reference = json::parse(ReadFile(kTiny / "eval/reference.json"));
+  return reference;
+}
+
+const std::vector<CaptionTask>& Captions() {
+  static const std::vector<CaptionTask> tasks = LoadCaptions(kTiny / "eval/captions.jsonl", Tiny(), {});
+  return tasks;
+}
+
+template <typename Body>
+std::string ErrorOf(Body&& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+std::string JsonlError(const std::string& text, const SampleOptions& options = {}) {
+  const TempDirectory directory;
+  WriteFile(directory.Path() / "data.jsonl", text);
+  WriteFile(directory.Path() / "broken.png", "\x89PNG\r\n\x1a\n nothing");
+  return ErrorOf([&] { LoadJsonl(directory.Path() / "data.jsonl", Tiny(), options); });
+}
+
+TEST(JsonlTest, TheExampleCalibrationDataLoad) {
+  const SampleSet set = LoadJsonl(kTiny / "eval/calib.jsonl", Tiny(), {.vocab_size = 2048, .max_length = 2048});
+  ASSERT_THAT(set.samples, SizeIs(32));
+  EXPECT_THAT(set.skipped, IsEmpty());
+  int images = 0;
+  for (size_t i = 0; i < 32; ++i) {
+    const Sample& sample = set.samples[i];
+    EXPECT_EQ(sample.source, fmt::format("calib.jsonl:{}", i + 1));
+    EXPECT_EQ(sample.input_ids[0], 2);
+    EXPECT_NE(sample.input_ids[1], 2);
+    EXPECT_THAT(sample.token_types, SizeIs(sample.input_ids.size()));
+    EXPECT_THAT(sample.attention_mask, IsEmpty());
+    EXPECT_EQ(sample.pixel_values.Empty(), std::ranges::count(sample.token_types, 1) == 0);
+    if (sample.pixel_values.Empty()) continue;
+    ++images;
+    EXPECT_EQ(sample.pixel_values.GetShape(), (Shape{1, 630, 768}));
+    EXPECT_EQ(sample.image_position_ids.GetShape(), (Shape{1, 630, 2}));
+    const auto positions = sample.image_position_ids.I64();
+    const int64_t patches = (630 * 2 - std::ranges::count(positions, -1)) / 2;
+    EXPECT_EQ(std::ranges::count(sample.token_types, 1) * 9, patches);
+  }
+  EXPECT_EQ(images, 16);
+}
+
+TEST(JsonlTest, TextOnlyNamesWhatItLeavesOut) {
+  const SampleSet set = LoadJsonl(kTiny / "eval/calib.jsonl", Tiny(), {.text_only = true});
+  EXPECT_THAT(set.samples, SizeIs(16));
+  ASSERT_THAT(set.skipped, SizeIs(16));
+  std::set<std::string> all(set.skipped.begin(), set.skipped.end());
+  for (const Sample& sample : set.samples) all.insert(sample.source);
+  EXPECT_THAT(all, SizeIs(32));
+}
+
+TEST(JsonlTest, ErrorsNameFileAndLine) {
+  const std::string good = R"({"type": "text", "text": "Emma"})"
+                           "\n";
+  EXPECT_THAT(JsonlError(good + "\r\n{oops"), HasSubstr("data.jsonl:3: "));
+  EXPECT_THAT(JsonlError(good + "[1]"), HasSubstr("data.jsonl:2"));
+  EXPECT_THAT(JsonlError(good + R"({"type": "text"})"), HasSubstr("data.jsonl:2: text"));
+  EXPECT_THAT(JsonlError(good + R"({"text": "x"})"), HasSubstr("data.jsonl:2: type"));
+  EXPECT_THAT(JsonlError(R"({"type": "poem", "text": "x"})"),
+              HasSubstr("data.jsonl:1: type: expected \"text\" or \"chat\", found \"poem\""));
+  EXPECT_THAT(JsonlError(R"({"type": "chat"})"), HasSubstr("data.jsonl:1: messages: expected a list of messages"));
+  EXPECT_THAT(JsonlError(""), HasSubstr("data.jsonl: the file has no lines"));
+  EXPECT_THAT(JsonlError("\n \n"), HasSubstr("data.jsonl: the file has no lines"));
+  EXPECT_THAT(JsonlError(good, {.max_length = 1}), HasSubstr("data.jsonl:1: "));
+  EXPECT_THAT(JsonlError(good, {.max_length = 1}), HasSubstr("tokens are more than the limit of 1"));
+  EXPECT_THAT(JsonlError(good, {.vocab_size = 100}), HasSubstr("but the vocabulary has 100 entries"));
+  EXPECT_THAT(JsonlError(R"({"type": "text", "text": "a <|image|> b"})"),
+              HasSubstr("data.jsonl:1: the text holds the"));
+  EXPECT_THAT(JsonlError(good, {.placeholders = {.image = 77}}),
+              HasSubstr("config.json: image_token_id is 77, but the tokenizer calls 2043"));
+}
+
+TEST(JsonlTest, ImageErrorsNameLineAndImage) {
+  const auto chat = [](const char* content) {
+    return fmt::format(R"({{"type": "chat", "messages": [{{"role": "user", "content": {}}}]}})", content);
+  };
+  EXPECT_THAT(JsonlError(chat(R"([{"type": "image", "image": "none.png"}])")), HasSubstr("data.jsonl:1: "));
+  EXPECT_THAT(JsonlError(chat(R"([{"type": "image", "image": "none.png"}])")), HasSubstr("none.png"));
+  EXPECT_THAT(JsonlError(chat(R"([{"type": "image", "image": "broken.png"}])")), HasSubstr("broken.png: damaged PNG"));
+  EXPECT_THAT(JsonlError(chat(R"([{"type": "audio"}])")),
+              HasSubstr("has a sound; circlet prepares text and images only"));
+  EXPECT_THAT(JsonlError(chat(R"("<|image|>")")), HasSubstr("1 times \"<|image|>\" for 0 images"));
+  EXPECT_THAT(JsonlError(chat(R"([{"type": "image", "image": "x.png"}])"), {.text_only = true}),
+              HasSubstr("all 1 samples have images and were left out"));
+}
+
+// reference.json: prompts of the reference's processor.
+TEST(ChatSampleTest, ImagePromptsHaveTheIdsOfTheReference) {
+  for (const json& row : Reference()["image_samples"]) {
+    const std::vector<CaptionTask>& tasks = Captions();
+    const auto task = std::ranges::find(tasks, row["image"].get<std::string>(), &CaptionTask::image);
+    ASSERT_NE(task, tasks.end());
+    EXPECT_EQ(task->prompt.input_ids, row["input_ids"].get<std::vector<int64_t>>());
+  }
+}
+
+TEST(ChatSampleTest, PixelsAreThoseOfTheReference) {
+  const std::vector<CaptionTask>& tasks = Captions();
+  ASSERT_THAT(tasks, SizeIs(100));
+  EXPECT_EQ(tasks[0].caption, "a blue circle");
+  EXPECT_EQ(tasks[0].question, "What is in the picture?");
+  EXPECT_EQ(tasks[7].prompt.source, "captions.jsonl:8");
+  int compared = 0;
+  for (size_t i = 0; i < 100; ++i) {
+    const json& row = Reference()["captions"]["outputs"][i];
+    if (!row.contains("pixel_sum")) continue;
+    ++compared;
+    double sum = 0;
+    const auto values = tasks[i].prompt.pixel_values.F32();
+    for (const float value : values) sum += value;
+    // Two codes on a hundredth of the values at most.
+    EXPECT_NEAR(sum, row["pixel_sum"].get<double>(), 1e-4 * sum) << i;
+    for (const auto& [patch, first8] : row["pixel_patch_first8"].items())
+      for (size_t k = 0; k < 8; ++k)
+        EXPECT_NEAR(values[768 * std::stoll(patch) + k], first8[k].get<float>(), 2.1 / 255) << i << " " << patch;
+  }
+  EXPECT_GE(compared, 3);
+}
+
+TEST(CaptionsTest, AMissingKeyIsNamed) {
+  const TempDirectory directory;
+  WriteFile(directory.Path() / "captions.jsonl", R"({"image": "a.png", "caption": "x"})");
+  EXPECT_THAT(ErrorOf([&] { LoadCaptions(directory.Path() / "captions.jsonl", Tiny(), {}); }),
+              HasSubstr("captions.jsonl:1: question"));
+}
+
+TEST(PerplexityTest, WindowsFollowTheProtocolOfTheExample) {
+  const std::string text = ReadFile(kTiny / "eval/heldout.txt");
+  const auto windows = PerplexityWindows(text, Tiny().tokenizer, 255, 2);
+  ASSERT_EQ(windows.size(), Reference()["perplexity"]["windows"].get<size_t>());
+  size_t tokens = 0;
+  for (size_t i = 0; i < windows.size(); ++i) {
+    EXPECT_EQ(windows[i][0], 2);
+    EXPECT_THAT(windows[i], SizeIs(i + 1 < windows.size() ? 256 : 29244 % 255 + 1));
+    tokens += windows[i].size() - 1;
+  }
+  EXPECT_EQ(tokens, 29244u);
+  const std::vector<int64_t> first = Reference()["perplexity"]["first_token_ids"];
+  EXPECT_TRUE(std::equal(first.begin(), first.end(), windows[0].begin() + 1));
+  EXPECT_THAT(ErrorOf([] { PerplexityWindows("", Tiny().tokenizer, 255, 2); }), HasSubstr("the text is empty"));
+}
+
+TEST(RandomSamplesTest, TheyRepeatAndAvoidForbiddenIds) {
+  const std::vector<int64_t> forbidden{0, 2, 5};
+  const auto a = RandomSamples(4, 500, 123, 8, forbidden);
+  const auto b = RandomSamples(4, 500, 123, 8, forbidden);
+  ASSERT_THAT(a, SizeIs(4));
+  std::set<int64_t> seen;
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_THAT(a[i].input_ids, SizeIs(500));
+    EXPECT_EQ(a[i].input_ids, b[i].input_ids);
+    seen.insert(a[i].input_ids.begin(), a[i].input_ids.end());
+  }
+  EXPECT_THAT(seen, ElementsAre(1, 3, 4, 6, 7));
+  EXPECT_NE(a[0].input_ids, a[1].input_ids);
+  EXPECT_NE(a[0].input_ids, RandomSamples(1, 500, 124, 8, forbidden)[0].input_ids);
+  // The same on every machine.
+  EXPECT_THAT(RandomSamples(1, 4, 123, 256, {})[0].input_ids, ElementsAre(180, 250, 220, 175));
+  EXPECT_THAT(ErrorOf([&] { RandomSamples(1, 1, 1, 1, forbidden); }), HasSubstr("an id must be left"));
+}
+
+TEST(SafetensorsSamplesTest, GoldenInputsBecomeSamples) {
+  const TempDirectory directory;
+  const std::filesystem::path path = directory.Path() / "inputs.safetensors";
+  const std::string command =
+      fmt::format("xz -dc '{}' > '{}'", TestData("golden/tiny_e2b/inputs.safetensors.xz").string(), path.string());
+  ASSERT_EQ(std::system(command.c_str()), 0);
+  const SampleOptions options{.placeholders = {.image = 10, .video = 11, .audio = 12}};
+  const SampleSet set = SamplesFromSafetensors(path, "calib", options);
+  ASSERT_THAT(set.samples, SizeIs(8));
+  EXPECT_EQ(set.samples[6].source, "inputs.safetensors:calib.6");
+  EXPECT_THAT(set.samples[1].input_ids, SizeIs(17));
+  EXPECT_THAT(set.samples[2].attention_mask, SizeIs(12));
+  EXPECT_THAT(set.samples[0].attention_mask, IsEmpty());
+  EXPECT_TRUE(set.samples[3].pixel_values.Empty());
+  EXPECT_EQ(set.samples[6].pixel_values.GetShape(), (Shape{2, 72, 48}));
+  EXPECT_EQ(set.samples[6].image_position_ids.GetShape(), (Shape{2, 72, 2}));
+  EXPECT_THAT(SamplesFromSafetensors(path, "eval", options).samples, SizeIs(3));
+  SampleOptions text_only = options;
+  text_only.text_only = true;
+  EXPECT_THAT(SamplesFromSafetensors(path, "calib", text_only).skipped,
+              ElementsAre("inputs.safetensors:calib.4", "inputs.safetensors:calib.5", "inputs.safetensors:calib.6",
+                          "inputs.safetensors:calib.7"));
+  EXPECT_THAT(ErrorOf([&] { SamplesFromSafetensors(path, "", options); }),
+              HasSubstr("no tensor is called \"N.input_ids\""));
+}
+
+class BatchTest : public ::testing::Test {
+ protected:
+  SampleSet Load(const std::map<std::string, Tensor>& tensors, SampleOptions options = {.placeholders = {.image = 9}}) {
+    const std::filesystem::path path = directory_.Path() / "data.safetensors";
+    WriteSafetensors(path, tensors);
+    return SamplesFromSafetensors(path, "", options);
+  }
+  static Tensor Ids(Shape shape, std::vector<int64_t> ids) { return Tensor::Of<int64_t>(std::move(shape), ids); }
+
+  TempDirectory directory_;
+};
+
+TEST_F(BatchTest, RowsOfABatchTakeTheirImagesInOrder) {
+  const Tensor ids = Ids({3, 4}, {9, 1, 9, 2, 3, 3, 3, 3, 1, 9, 9, 1});
+  std::vector<float> pixels(3 * 2 * 5);
+  for (size_t i = 0; i < pixels.size(); ++i) pixels[i] = static_cast<float>(i);
+  const SampleSet set = Load({{"0.input_ids", ids},
+                              {"0.attention_mask", Ids({3, 4}, {1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1})},
+                              {"0.pixel_values", Tensor::Of<float>({3, 2, 5}, pixels)},
+                              {"0.image_position_ids", Ids({3, 2, 2}, std::vector<int64_t>(12, 0))}});
+  ASSERT_THAT(set.samples, SizeIs(3));
+  EXPECT_EQ(set.samples[0].pixel_values.GetShape(), (Shape{2, 2, 5}));
+  EXPECT_TRUE(set.samples[1].pixel_values.Empty());
+  EXPECT_EQ(set.samples[2].pixel_values.F32()[0], 20);
+  EXPECT_THAT(set.samples[0].attention_mask, ElementsAre(1, 1, 1, 0));
+  EXPECT_EQ(set.samples[2].source, "data.safetensors:0[2]");
+}
+
+TEST_F(BatchTest, BatchesComeInTheOrderOfTheirNumbers) {
+  std::map<std::string, Tensor> tensors;
+  for (const int64_t n : {10, 2, 1}) tensors[fmt::format("{}.input_ids", n)] = Ids({2}, {n, n});
+  const SampleSet set = Load(tensors);
+  ASSERT_THAT(set.samples, SizeIs(3));
+  EXPECT_EQ(set.samples[1].input_ids[0], 2);
+  EXPECT_EQ(set.samples[2].input_ids[0], 10);
+}
+
+TEST_F(BatchTest, TensorsThatDoNotFitAreNamed) {
+  const Tensor ids = Ids({1, 2}, {9, 1});
+  const Tensor pixels(TensorType{DType::kF32, {1, 2, 3}});
+  const Tensor positions(TensorType{DType::kI64, {1, 2, 2}});
+  const auto error = [&](const std::map<std::string, Tensor>& tensors) { return ErrorOf([&] { Load(tensors); }); };
+  EXPECT_THAT(error({{"0.input_ids", ids}, {"0.pixel_values", pixels}}),
+              HasSubstr("0.image_position_ids is missing, but pixel_values is there"));
+  EXPECT_THAT(error({{"0.input_ids", ids}, {"0.pixel_values", pixels}, {"0.image_position_ids", ids}}),
+              HasSubstr("0.image_position_ids: shape [1,2]; pixel_values of shape [1,2,3] need [1,2,2]"));
+  EXPECT_THAT(error({{"0.input_ids", ids}, {"0.attention_mask", Ids({1, 1}, {1})}}),
+              HasSubstr("0.attention_mask: shape [1,1]; input_ids have [1,2]"));
+  EXPECT_THAT(error({{"0.input_ids", Tensor(TensorType{DType::kF32, {2}})}}),
+              HasSubstr("0.input_ids: expected int64, int32, uint8 or bool, found float32[2]"));
+  EXPECT_THAT(error({{"0.input_ids", Ids({1, 1, 1}, {1})}}), HasSubstr("0.input_ids: shape [1,1,1]"));
+  EXPECT_THAT(error({{"0.input_ids", Ids({1, 2}, {1, -5})}}), HasSubstr("0.input_ids: token 1 has id -5"));
+  const Tensor two = Ids({2, 2}, {1, 1, 9, 1});
+  EXPECT_THAT(
+      error({{"0.input_ids", two},
+             {"0.pixel_values", Tensor(TensorType{DType::kF32, {2, 2, 3}})},
+             {"0.image_position_ids", Tensor(TensorType{DType::kI64, {2, 2, 2}})}}),
+      HasSubstr("0.pixel_values: 2 images, but the rows of input_ids hold 1 runs of image placeholders (id 9)"));
+}
+
+}  // namespace
+}  // namespace circlet
