@@ -114,6 +114,8 @@ Executor::Executor(Executor&&) noexcept = default;
 
 void Executor::SetProbe(Probe probe) { plan_->probe = std::move(probe); }
 
+void Executor::ForgetWeights() { plan_->bound = false; }
+
 int64_t Executor::PlannedBytes() const { return plan_->memory.arena_bytes; }
 
 std::map<std::string, Tensor> Executor::Run(const std::map<std::string, Tensor>& inputs, const WeightSource& weights) {
@@ -121,7 +123,7 @@ std::map<std::string, Tensor> Executor::Run(const std::map<std::string, Tensor>&
   plan.BindInputs(inputs);
   if (!plan.bound) {
     plan.BindWeights(weights);
-    plan.arena = Tensor(TensorType{DType::kU8, Shape{plan.memory.arena_bytes}});
+    if (plan.arena.Empty()) plan.arena = Tensor(TensorType{DType::kU8, Shape{plan.memory.arena_bytes}});
     plan.BindOperands(true);
     plan.bound = true;
   } else {

@@ -1,5 +1,6 @@
 #include "circlet/graph/graph.h"
 
+#include <algorithm>
 #include <set>
 
 namespace circlet {
@@ -52,6 +53,17 @@ std::vector<ValueId> Graph::Add(Op op, std::vector<ValueId> in, std::vector<Poin
 ValueId Graph::AddPoint(const Point& point, ValueId value) { return Add(QuantPoint{}, {value}, {point}).front(); }
 
 void Graph::AddOutput(std::string name, ValueId value) { outputs_.push_back({std::move(name), value}); }
+
+void Graph::KeepOutputs(const std::vector<std::string>& names) {
+  std::erase_if(outputs_, [&](const Output& output) {
+    return std::find(names.begin(), names.end(), output.name) == names.end();
+  });
+}
+
+Graph WithOutputs(Graph graph, const std::vector<std::string>& names) {
+  graph.KeepOutputs(names);
+  return graph;
+}
 
 std::string Dump(const Graph& graph) {
   std::string text;

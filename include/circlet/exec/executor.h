@@ -35,6 +35,9 @@ class Executor {
   // first run. Results are copies, by output name. An Error inside a node names the node's operator and nearest point.
   std::map<std::string, Tensor> Run(const std::map<std::string, Tensor>& inputs, const WeightSource& weights);
 
+  // The next run fetches the weights again (tables whose rows differ from run to run).
+  void ForgetWeights();
+
   // Called behind every node with its output values (debugging, traces, comparing files with the simulation).
   using Probe = std::function<void(const Node& node, int output, const Tensor& value)>;
   void SetProbe(Probe probe);

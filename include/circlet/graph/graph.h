@@ -45,6 +45,7 @@ class Graph final : public GraphSink {
   std::vector<ValueId> Add(Op op, std::vector<ValueId> in, std::vector<Point> points);
   ValueId AddPoint(const Point& point, ValueId value) override;
   void AddOutput(std::string name, ValueId value);
+  void KeepOutputs(const std::vector<std::string>& names);
 
   const TensorType& TypeOf(ValueId value) const override { return values_[value].type; }
   const Value& At(ValueId value) const { return values_[value]; }
@@ -70,6 +71,9 @@ std::string Dump(const Graph& graph);
 
 // Every point of the graph, weights included, in order of first mention.
 std::vector<Point> PointsOf(const Graph& graph);
+
+// The same graph with only some of its outputs.
+Graph WithOutputs(Graph graph, const std::vector<std::string>& names);
 
 // The same graph with each fused operator replaced by its expansion.
 Graph Expanded(const Graph& graph);

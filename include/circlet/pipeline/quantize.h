@@ -1,0 +1,93 @@
+#pragma once
+
+// The main job: a checkpoint goes in, verified quantized Circle files come out (docs/architecture.md).
+
+#include <cstdio>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "circlet/report/metrics.h"
+
+namespace circlet {
+
+struct QuantizeOptions {
+  std::filesystem::path model;   // Hugging Face checkpoint directory
+  std::filesystem::path output;  // new directory; empty: nothing is written (evaluate)
+  bool force = false;            // replace what an earlier run wrote there
+
+  // Samples: exactly one of these.
+  std::filesystem::path data;     // JSON lines (calib.jsonl)
+  std::filesystem::path samples;  // safetensors: calib.N.* and eval.N.*
+  std::string random_samples;     // "NxLENGTH"
+
+  std::string recipe = "default";  // built-in name or YAML file
+  std::vector<std::string> set;    // recipe assignments "a.b.c=value"
+  std::string dialect = "default";
+  std::filesystem::path qparams;  // frozen grids instead of calibration
+  std::optional<int64_t> max_seq_len;
+  bool save_stages = false;
+
+  std::filesystem::path eval_text;      // perplexity
+  std::optional<int64_t> eval_windows;  // only the first N windows
+  std::filesystem::path eval_captions;  // caption exact match
+
+  enum class Units { kAuto, kDeployment, kAll } units = Units::kAuto;
+  bool text_only = false;
+
+  std::FILE* progress = nullptr;  // where progress goes; null = nowhere
+};
+
+struct StageError {
+  std::string stage;
+  ErrorMetrics alone;        // float inputs into the fake-quantized stage
+  ErrorMetrics accumulated;  // fake-quantized from the first stage on
+};
+
+struct UnitFile {
+  std::string name;  // "decoder_layer_prefill_0"
+  std::string file;  // "decoder_layer_prefill_0.q.circle"
+  int64_t bytes = 0;
+  int64_t operators = 0;
+};
+
+struct Perplexity {
+  int64_t windows = 0;
+  int64_t tokens = 0;
+  double float_value = 0;      // exp(mean negative log-likelihood)
+  double quantized_value = 0;
+};
+
+struct QuantizeResult {
+  std::string model, recipe, dialect;
+  int64_t calibration_samples = 0, evaluation_samples = 0;
+  bool random_data = false;
+  std::vector<std::string> skipped;   // samples left out, with the reason
+  std::vector<StageError> stages;     // in order of computation
+  ErrorMetrics output;                // of the last stage's output
+  bool output_on_calibration_data = false;
+  std::string output_name;            // "logits"
+  std::vector<int64_t> output_shape;
+  std::vector<std::pair<float, float>> scatter;  // float, quantized: some of the output's values
+  std::optional<Perplexity> perplexity;
+  std::vector<UnitFile> units;
+  int64_t points = 0;
+  int64_t max_seq_len = 0;
+  std::vector<std::string> unused_tensors, unknown_keys;  // "NAME: reason"
+  std::map<std::string, double> seconds;                  // by phase; not part of the deterministic outputs
+};
+
+// Runs everything and fills options.output: the units' .q.circle files, pipeline.json, qparams.json, report.json,
+// manifest.json, verify.safetensors, effective_config.yaml, timings.json and, when asked, stages.safetensors. The directory
+// appears whole, under its final name, or not at all. Throws Error for anything that a user can mend; everything cheap is
+// checked before anything slow starts.
+QuantizeResult Quantize(const QuantizeOptions& options);
+
+// The report as text: summary box, scatter plot, stage table (largest accumulated PEIR on top), perplexity, files.
+std::string ReportText(const QuantizeResult& result);
+// The same as JSON, "schema_version" 1 (docs/report.md).
+std::string ReportJson(const QuantizeResult& result);
+
+}  // namespace circlet

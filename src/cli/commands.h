@@ -1,0 +1,14 @@
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+
+namespace circlet {
+
+// Each adds its command to `app`; when the command line picks it, `command` becomes what runs it and gives the exit code.
+void AddQuantize(CLI::App& app, std::function<int()>& command);
+void AddVerify(CLI::App& app, std::function<int()>& command);
+void AddShow(CLI::App& app, std::function<int()>& command);
+void AddRun(CLI::App& app, std::function<int()>& command);
+
+}  // namespace circlet

@@ -1,0 +1,42 @@
+#include <fmt/core.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdlib>
+
+#include "circlet/base/error.h"
+#include "circlet/base/threads.h"
+#include "cli/commands.h"
+
+// Exit codes: 0 done, 1 a result below the wanted bound, 2 an error that the user can mend, 3 a bug.
+int main(int argc, char** argv) {
+  CLI::App app{"circlet: from a Gemma 4 checkpoint to calibrated, verified Circle files", "circlet"};
+  app.set_version_flag("--version", CIRCLET_VERSION);
+  app.require_subcommand(1);
+  int threads = 0;
+  app.add_option("--threads", threads, "Threads to use (default: all cores); results do not depend on it")
+      ->check(CLI::Range(1, 1024));
+  std::function<int()> command;
+  circlet::AddQuantize(app, command);
+  circlet::AddVerify(app, command);
+  circlet::AddShow(app, command);
+  circlet::AddRun(app, command);
+  try {
+    app.parse(argc, argv);
+    if (threads > 0) circlet::SetThreads(threads);
+    return command();
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  } catch (const circlet::Bug& bug) {
+    fmt::print(stderr, "circlet: this is a bug: {}\n", bug.what());
+    return 3;
+  } catch (const circlet::Error& error) {
+    fmt::print(stderr, "circlet: {}\n", error.what());
+    return 2;
+  } catch (const std::bad_alloc&) {
+    fmt::print(stderr, "circlet: out of memory\n");
+    return 2;
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "circlet: this is a bug: {}\n", error.what());
+    return 3;
+  }
+}

@@ -1,0 +1,99 @@
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "circlet/base/error.h"
+#include "circlet/io/file.h"
+#include "circlet/io/json.h"
+#include "circlet/pipeline/quantize.h"
+#include "circlet/report/terminal.h"
+
+namespace circlet {
+namespace {
+
+nlohmann::json Number(double value) { return std::isfinite(value) ? nlohmann::json(value) : nlohmann::json(nullptr); }
+
+nlohmann::json ToJson(const ErrorMetrics& metrics) {
+  return {{"mean_abs_diff", Number(metrics.MeanAbs())},
+          {"max_abs_diff", Number(metrics.MaxAbs())},
+          {"mse", Number(metrics.Mse())},
+          {"peir", Number(metrics.Peir())},
+          {"values", metrics.count},
+          {"nonfinite", metrics.nonfinite_quantized + metrics.nonfinite_reference}};
+}
+
+}  // namespace
+
+std::string ReportText(const QuantizeResult& result) {
+  const Shape shape(result.output_shape);
+  std::string text = ErrorSummary("Quantization Error Summary", shape, shape, result.output, /*with_max=*/true);
+  text += fmt::format("{} on {}, {} dialect; figures of {} on {}\n", result.recipe, result.model, result.dialect,
+                      result.output_name,
+                      result.output_on_calibration_data ? "the calibration samples" : "samples not calibrated on");
+  if (result.random_data) text += "The samples were RANDOM token ids: ranges of real text differ.\n";
+  for (const std::string& skipped : result.skipped) text += fmt::format("left out: {}\n", skipped);
+
+  std::vector<float> reference, quantized;
+  for (const auto& [f, q] : result.scatter) {
+    reference.push_back(f);
+    quantized.push_back(q);
+  }
+  if (!reference.empty()) text += "\n" + ScatterPlot(reference, quantized) + "\n";
+
+  std::vector<StageError> stages = result.stages;
+  std::stable_sort(stages.begin(), stages.end(), [](const StageError& a, const StageError& b) {
+    return a.accumulated.Peir() > b.accumulated.Peir();
+  });
+  TextTable table({"stage", "PEIR % alone", "PEIR % so far", "mean |diff|", "max |diff|"});
+  for (const StageError& stage : stages)
+    table.Row({stage.stage, fmt::format("{:.4f}", 100 * stage.alone.Peir()), fmt::format("{:.4f}", 100 * stage.accumulated.Peir()),
+               fmt::format("{:.6f}", stage.accumulated.MeanAbs()), fmt::format("{:.6f}", stage.accumulated.MaxAbs())});
+  text += table.ToString();
+  if (result.perplexity)
+    text += fmt::format("\nperplexity: float {:.4f}, quantized {:.4f} ({} windows, {} tokens)\n",
+                        result.perplexity->float_value, result.perplexity->quantized_value, result.perplexity->windows,
+                        result.perplexity->tokens);
+  if (!result.units.empty()) {
+    int64_t bytes = 0, operators = 0;
+    for (const UnitFile& unit : result.units) {
+      bytes += unit.bytes;
+      operators += unit.operators;
+    }
+    text += fmt::format("\n{} Circle files, {} operators, {}\n", result.units.size(), operators, HumanBytes(bytes));
+  }
+  return text;
+}
+
+std::string ReportJson(const QuantizeResult& result) {
+  nlohmann::json json{{"schema_version", 1},
+                      {"model", result.model},
+                      {"recipe", result.recipe},
+                      {"dialect", result.dialect},
+                      {"calibration_samples", result.calibration_samples},
+                      {"evaluation_samples", result.evaluation_samples},
+                      {"random_data", result.random_data},
+                      {"skipped", result.skipped},
+                      {"points", result.points},
+                      {"max_seq_len", result.max_seq_len},
+                      {"unused_tensors", result.unused_tensors},
+                      {"unknown_config_keys", result.unknown_keys},
+                      {"output",
+                       {{"name", result.output_name},
+                        {"shape", result.output_shape},
+                        {"on_calibration_data", result.output_on_calibration_data},
+                        {"error", ToJson(result.output)}}}};
+  json["stages"] = nlohmann::json::array();
+  for (const StageError& stage : result.stages)
+    json["stages"].push_back({{"stage", stage.stage}, {"alone", ToJson(stage.alone)}, {"accumulated", ToJson(stage.accumulated)}});
+  if (result.perplexity)
+    json["perplexity"] = {{"windows", result.perplexity->windows},
+                          {"tokens", result.perplexity->tokens},
+                          {"float", result.perplexity->float_value},
+                          {"quantized", result.perplexity->quantized_value}};
+  json["units"] = nlohmann::json::array();
+  for (const UnitFile& unit : result.units)
+    json["units"].push_back({{"name", unit.name}, {"file", unit.file}, {"bytes", unit.bytes}, {"operators", unit.operators}});
+  return DumpJson(json);
+}
+
+}  // namespace circlet

@@ -1,0 +1,611 @@
+#include "pipeline/text_run.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <set>
+
+#include "circlet/model/tables.h"
+#include "circlet/quant/affine.h"
+
+namespace circlet {
+namespace {
+
+std::string HiddenKey(int layer) { return layer == 0 ? "inputs_embeds" : fmt::format("hidden.{}", layer); }
+std::string KvKey(int layer, const char* which) { return fmt::format("kv.{}.{}", layer, which); }
+
+// Rows of a table in the order of `ids`, as stored.
+Tensor RowsOf(const Tensor& table, std::span<const int64_t> ids) {
+  const int64_t row_bytes = table.Bytes() / table.GetShape()[0];
+  Tensor rows(TensorType{table.GetDType(), {static_cast<int64_t>(ids.size()), table.GetShape()[1]}});
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= table.GetShape()[0])
+      Fail("token id {} at position {} is outside the table of {} rows", ids[i], i, table.GetShape()[0]);
+    std::memcpy(rows.Raw() + static_cast<int64_t>(i) * row_bytes, table.Raw() + ids[i] * row_bytes, row_bytes);
+  }
+  return rows;
+}
+
+Tensor Iota(int64_t count) {
+  std::vector<int64_t> values(count);
+  std::iota(values.begin(), values.end(), 0);
+  return Tensor::Of<int64_t>({1, count}, values);
+}
+
+// Positions [begin, end) of a [1,S,..] tensor, sharing its bytes.
+Tensor Positions(const Tensor& tensor, int64_t begin, int64_t end) {
+  Shape shape = tensor.GetShape();
+  const int64_t bytes = tensor.Bytes() / shape[1];
+  shape[1] = end - begin;
+  return Tensor({tensor.GetDType(), shape}, tensor.Raw() + begin * bytes, std::make_shared<Tensor>(tensor));
+}
+
+// [1,S,L,p] -> [1,S,p] of one layer.
+Tensor LayerSlice(const Tensor& ple, int layer) {
+  const int64_t length = ple.GetShape()[1], layers = ple.GetShape()[2], width = ple.GetShape()[3];
+  Tensor slice(TensorType{DType::kF32, {1, length, width}});
+  for (int64_t s = 0; s < length; ++s)
+    std::memcpy(slice.F32().data() + s * width, ple.F32().data() + (s * layers + layer) * width, width * sizeof(float));
+  return slice;
+}
+
+// [1,KV,S-1,h]: every position but the last slot, which the new token takes.
+Tensor PastOf(const Tensor& cache) {
+  const int64_t heads = cache.GetShape()[1], slots = cache.GetShape()[2], width = cache.GetShape()[3];
+  Tensor past(TensorType{DType::kF32, {1, heads, slots - 1, width}});
+  for (int64_t h = 0; h < heads; ++h)
+    std::memcpy(past.F32().data() + h * (slots - 1) * width, cache.F32().data() + h * slots * width,
+                (slots - 1) * width * sizeof(float));
+  return past;
+}
+
+// [1,KV,S,h] of a past and the newest position behind it.
+Tensor Appended(const Tensor& past, const Tensor& newest) {
+  const int64_t heads = past.GetShape()[1], slots = past.GetShape()[2] + 1, width = past.GetShape()[3];
+  Tensor all(TensorType{DType::kF32, {1, heads, slots, width}});
+  for (int64_t h = 0; h < heads; ++h) {
+    float* row = all.F32().data() + h * slots * width;
+    std::memcpy(row, past.F32().data() + h * (slots - 1) * width, (slots - 1) * width * sizeof(float));
+    std::memcpy(row + (slots - 1) * width, newest.F32().data() + h * width, width * sizeof(float));
+  }
+  return all;
+}
+
+double NegativeLogLikelihood(std::span<const float> logits, int64_t target) {
+  const float top = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (const float value : logits) sum += std::exp(static_cast<double>(value) - top);
+  return std::log(sum) + top - logits[target];
+}
+
+using Values = std::map<std::string, Tensor>;
+
+}  // namespace
+
+int64_t TextItem::Last() const {
+  for (int64_t i = static_cast<int64_t>(keep.size()) - 1; i > 0; --i)
+    if (keep[i] != 0) return i;
+  return 0;
+}
+
+WeightSource RunContext::Stored() const {
+  return [this](const std::string& name) { return weights.Stored(name); };
+}
+
+struct TextRun::State {
+  explicit State(RunContext& c) : context(c) {}
+
+  RunContext& context;
+  std::map<std::string, Tensor> tables;  // by kind, type, length and kept positions
+  // The decode step of the verification sample: the newest token's values, stage by stage.
+  Values decode;
+  Tensor verify_embeds;  // of the verification sample, for the whole-graph unit at the end
+
+  const TextConfig& Config() const { return context.config.text; }
+  const Dialect& GetDialect() const { return context.GetDialect(); }
+
+  const TextItem* Verify() const {
+    for (const TextItem& text : context.texts)
+      if (text.item.kind == ItemKind::kVerify) return &text;
+    return nullptr;
+  }
+
+  std::vector<LayerConfig> Types() const {
+    std::map<std::string, LayerConfig> types;
+    for (const LayerConfig& layer : Config().layers) types.try_emplace(LayerTypeName(layer), layer);
+    std::vector<LayerConfig> list;
+    for (const auto& [name, layer] : types) list.push_back(layer);
+    return list;
+  }
+
+  Tensor Mask(const TextItem& text, const LayerConfig& layer) {
+    const std::string kept(text.keep.begin(), text.keep.end());
+    Tensor& mask = tables[fmt::format("mask.{}.{}", LayerTypeName(layer), kept)];
+    if (mask.Empty()) mask = PrefillMask(text.keep, layer.window);
+    return mask;
+  }
+
+  Tensor RopeTable(int64_t start, int64_t length, const LayerConfig& layer, bool cosine) {
+    const std::string name = fmt::format("{}.{}.{}", LayerTypeName(layer), start, length);
+    Tensor& cos = tables["cos." + name];
+    Tensor& sin = tables["sin." + name];
+    if (cos.Empty()) {
+      const RopeTables rope = TextRopeTables(layer.rope, layer.head_dim, start, length, /*negated_sin=*/true);
+      cos = rope.cos;
+      sin = rope.sin;
+    }
+    return cosine ? cos : sin;
+  }
+
+  Step::Source FromStore(std::string key) const {
+    return [this, key = std::move(key)](const Item& item, Chain chain) { return context.store.Get(item.id, chain, key); };
+  }
+
+  // Rows of an embedding table for one item.
+  std::function<Tensor(const std::string&, const Item&, bool)> TableRows() const {
+    return [this](const std::string& name, const Item& item, bool rounded) -> Tensor {
+      const Tensor& table = context.weights.Stored(name);
+      const std::vector<int64_t>& ids = context.TextOf(item).ids;
+      const PointParams* params = rounded ? context.calibration.Params().Find(name) : nullptr;
+      if (params == nullptr || params->spec.kind == QuantKind::kNone) return ToF32(RowsOf(table, ids));
+      if (params->spec.kind == QuantKind::kMx) {
+        Tensor rows = ToF32(RowsOf(table, ids)).Clone();
+        MxFakeQuantize(rows, params->spec.mx);
+        return rows;
+      }
+      return FakeQuantizeRows(table, ids, params->qparams, GetDialect().rounding);
+    };
+  }
+
+  Graph Build(const std::function<void(const Builder&)>& body) const {
+    Graph graph;
+    body(Builder(graph));
+    return graph;
+  }
+
+  Graph TablesGraph(int64_t length) const {
+    return Build([&](const Builder& b) {
+      for (const LayerConfig& layer : Types()) {
+        const std::string type = LayerTypeName(layer);
+        const auto pass = [&](const std::string& name, const std::string& point, Shape shape) {
+          b.Output(name + type, b.Point(point, b.Input(name + type, std::move(shape))));
+        };
+        pass("mask.", MaskPoint(layer), {1, 1, length, length});
+        pass("cos.", RopePoint(layer, true), {1, length, layer.head_dim});
+        pass("sin.", RopePoint(layer, false), {1, length, layer.head_dim});
+      }
+    });
+  }
+
+  // Runs a unit's graph on the verification sample in the fake-quantize reading.
+  Values RunRounded(const Graph& graph, const Values& inputs) {
+    FakeQuantReading reading(context.calibration);
+    Executor executor(graph, &reading);
+    return executor.Run(inputs, context.calibration.RoundedWeights(context.Stored()));
+  }
+
+  Tensor Kept(const std::string& key) const {
+    return context.store.Get(Verify()->item.id, Chain::kQuant, key);
+  }
+};
+
+TextRun::TextRun(RunContext& context) : state_(std::make_unique<State>(context)) {}
+TextRun::~TextRun() = default;
+
+Stage TextRun::Tables() {
+  State& s = *state_;
+  Step step{.name = "tables", .build = [&s](const Item& item) { return s.TablesGraph(item.length); }};
+  for (const LayerConfig& layer : s.Types()) {
+    const std::string type = LayerTypeName(layer);
+    step.inputs.emplace_back("mask." + type, [&s, layer](const Item& item, Chain) {
+      return s.Mask(s.context.TextOf(item), layer);
+    });
+    step.outputs.push_back({"mask." + type, "", "attn_mask." + type});
+    for (const bool cosine : {true, false}) {
+      const std::string name = cosine ? "cos." : "sin.";
+      step.inputs.emplace_back(name + type, [&s, layer, cosine](const Item& item, Chain) {
+        return s.RopeTable(0, item.length, layer, cosine);
+      });
+      step.outputs.push_back({name + type, "", "rope_" + name + type});
+    }
+  }
+  return {"tables", {std::move(step)}};
+}
+
+Stage TextRun::Embeddings() {
+  State& s = *state_;
+  Step rows{.name = "embed_tokens",
+            .build = [&s](const Item& item) {
+              return s.Build([&](const Builder& b) {
+                BuildTokenEmbedding(b, s.Config(), item.length, item.length, s.GetDialect());
+              });
+            },
+            .inputs = {{"ids", [](const Item& item, Chain) { return Iota(item.length); }}},
+            .outputs = {{"hidden", "text_embeds", "embed.tokens"}},
+            .stored = s.context.Stored(),
+            .rows = s.TableRows()};
+  Step merge{.name = "inputs_embeds",
+             .build = [&s](const Item& item) {
+               return s.Build([&](const Builder& b) {
+                 BuildMergedEmbedding(b, s.Config(), item.length, /*has_image=*/false, s.GetDialect());
+               });
+             },
+             .inputs = {{"hidden", s.FromStore("text_embeds")}},
+             .outputs = {{"hidden", HiddenKey(0), ""}, {"merged", "", "inputs_embeds"}},
+             .stored = s.context.Stored()};
+  return {"embeddings", {std::move(rows), std::move(merge)}};
+}
+
+Stage TextRun::PerLayerInputs() {
+  State& s = *state_;
+  Step tokens{.name = "per_layer_token_inputs",
+              .build = [&s](const Item& item) {
+                return s.Build([&](const Builder& b) {
+                  BuildPleEmbedding(b, s.Config(), item.length, item.length, s.GetDialect());
+                });
+              },
+              .inputs = {{"ids", [](const Item& item, Chain) { return Iota(item.length); }}},
+              .outputs = {{"per_layer_token_inputs", "ple.tokens", "ple.token_inputs"}},
+              .stored = s.context.Stored(),
+              .rows = s.TableRows()};
+  Step projection{.name = "per_layer_inputs",
+                  .build = [&s](const Item& item) {
+                    return s.Build([&](const Builder& b) { BuildPleProjection(b, s.Config(), item.length, s.GetDialect()); });
+                  },
+                  .inputs = {{"inputs_embeds", s.FromStore(HiddenKey(0))},
+                             {"per_layer_token_inputs", s.FromStore("ple.tokens")}},
+                  .outputs = {{"per_layer_inputs", "ple", "ple.inputs"}},
+                  .stored = s.context.Stored()};
+  return {"per_layer_inputs", {std::move(tokens), std::move(projection)}};
+}
+
+Stage TextRun::Layer(int index) {
+  State& s = *state_;
+  const LayerConfig layer = s.Config().layers[index];
+  const std::string name = fmt::format("layers.{}", index);
+  Step step{.name = name,
+            .build = [&s, index](const Item& item) {
+              return s.Build([&](const Builder& b) {
+                BuildDecoderLayer(b, s.Config(), index, Phase::kPrefill, item.length, s.GetDialect(), /*inner_outputs=*/true);
+              });
+            },
+            .inputs = {{"hidden", s.FromStore(HiddenKey(index))},
+                       {"mask", [&s, layer](const Item& item, Chain) { return s.Mask(s.context.TextOf(item), layer); }},
+                       {"cos", [&s, layer](const Item& item, Chain) { return s.RopeTable(0, item.length, layer, true); }},
+                       {"sin", [&s, layer](const Item& item, Chain) { return s.RopeTable(0, item.length, layer, false); }}},
+            .outputs = {{"hidden", HiddenKey(index + 1), name + ".out"},
+                        {"attn_out", "", name + ".attn_out"},
+                        {"mlp_out", "", name + ".mlp_out"}},
+            .stored = s.context.Stored()};
+  if (s.Config().HasPle())
+    step.inputs.emplace_back("per_layer_input", [&s, index](const Item& item, Chain chain) {
+      return LayerSlice(s.context.store.Get(item.id, chain, "ple"), index);
+    });
+  if (layer.kv_shared) {
+    step.inputs.emplace_back("shared_key", s.FromStore(KvKey(layer.kv_source, "key")));
+    step.inputs.emplace_back("shared_value", s.FromStore(KvKey(layer.kv_source, "value")));
+  } else {
+    step.outputs.push_back({"new_key", KvKey(index, "key"), ""});
+    step.outputs.push_back({"new_value", KvKey(index, "value"), ""});
+  }
+  return {name, {std::move(step)}};
+}
+
+void TextRun::DropAfterLayer(int index) {
+  State& s = *state_;
+  ActivationStore& store = s.context.store;
+  store.Drop(HiddenKey(index));
+  if (index == 0) {
+    store.Drop("text_embeds");
+    store.Drop("ple.tokens");
+  }
+  for (int source = 0; source <= index; ++source) {
+    bool read_later = false;
+    for (int later = index + 1; later < s.Config().NumLayers(); ++later)
+      read_later |= s.Config().layers[later].kv_shared && s.Config().layers[later].kv_source == source;
+    if (read_later) continue;
+    store.Drop(KvKey(source, "key"));
+    store.Drop(KvKey(source, "value"));
+  }
+  s.context.calibration.DropWeights();
+}
+
+TextRun::HeadResult TextRun::Head(Captured* captured, const std::function<void()>& advance) {
+  State& s = *state_;
+  RunContext& c = s.context;
+  const int layers = s.Config().NumLayers();
+  constexpr int64_t kSliceBytes = int64_t{64} << 20;
+  const int64_t vocab = s.Config().vocab_size;
+  const int64_t slice = std::max<int64_t>(1, kSliceBytes / (4 * vocab));
+  const auto build = [&](int64_t length) {
+    return s.Build([&](const Builder& b) { BuildHead(b, s.Config(), length, vocab, s.GetDialect()); });
+  };
+  struct Plan {
+    Plan(Graph g, std::unique_ptr<PointReading> r) : reading(std::move(r)), graph(std::move(g)), executor(graph, reading.get()) {}
+    std::unique_ptr<PointReading> reading;
+    Graph graph;
+    Executor executor;
+  };
+  const auto plan_for = [&](std::map<int64_t, std::unique_ptr<Plan>>& plans, int64_t length, const auto& make) -> Plan& {
+    auto& plan = plans[length];
+    if (plan == nullptr) plan = std::make_unique<Plan>(build(length), make());
+    return *plan;
+  };
+  const auto for_slices = [&](const Item& item, const auto& body) {
+    for (int64_t begin = 0; begin < item.length; begin += slice) body(begin, std::min(item.length, begin + slice));
+  };
+  const auto nll = [&](const TextItem& text, const Tensor& logits, int64_t begin) {
+    double sum = 0;
+    for (int64_t row = 0; row < logits.GetShape()[1]; ++row)
+      if (const int64_t next = begin + row + 1; next < text.item.length)
+        sum += NegativeLogLikelihood(logits.F32().subspan(row * vocab, vocab), text.ids[next]);
+    return sum;
+  };
+  const auto hidden_of = [&](const Item& item, Chain chain, int64_t begin, int64_t end) {
+    return Values{{"hidden", Positions(c.store.Get(item.id, chain, HiddenKey(layers)), begin, end)}};
+  };
+  const auto capture = [&](const Item& item, Chain chain, int64_t begin, const Values& results) {
+    if (captured == nullptr || item.kind != ItemKind::kEvaluation) return;
+    for (const char* name : {"logits", "last_hidden_state"}) {
+      Tensor& whole = (*captured)[fmt::format("{}.{}.{}", chain == Chain::kFloat ? "float" : "quant", item.label, name)];
+      const Tensor& part = results.at(name);
+      if (whole.Empty()) whole = Tensor(TensorType{DType::kF32, {1, item.length, part.GetShape()[2]}});
+      std::memcpy(whole.F32().data() + begin * part.GetShape()[2], part.Raw(), part.Bytes());
+    }
+  };
+
+  HeadResult result{.error = {.stage = "logits"}};
+  const WeightSource float_weights = CachedFloat(c.Stored());
+  std::map<int64_t, std::unique_ptr<Plan>> observing, plain, rounding;
+  for (const Item& item : c.items) {
+    if (item.kind == ItemKind::kVerify) continue;
+    const bool observe = item.kind == ItemKind::kCalibration && !c.calibration.Frozen();
+    std::set<ObserveReading*> begun;
+    for_slices(item, [&](int64_t begin, int64_t end) {
+      Plan& plan = plan_for(observe ? observing : plain, end - begin, [&]() -> std::unique_ptr<PointReading> {
+        if (!observe) return nullptr;
+        return std::make_unique<ObserveReading>(c.calibration);
+      });
+      if (auto* reading = static_cast<ObserveReading*>(plan.reading.get()); reading != nullptr) {
+        if (begun.insert(reading).second) reading->Begin(item.index, item.length);
+        reading->StartAt(begin);
+      }
+      const Values results = plan.executor.Run(hidden_of(item, Chain::kFloat, begin, end), float_weights);
+      if (item.kind == ItemKind::kWindow) result.float_nll += nll(c.TextOf(item), results.at("logits"), begin);
+      capture(item, Chain::kFloat, begin, results);
+    });
+    for (ObserveReading* reading : begun) reading->End();
+    advance();
+  }
+  c.calibration.Freeze(build(std::min<int64_t>(slice, 1)), c.Stored());
+
+  const WeightSource rounded = c.calibration.RoundedWeights(c.Stored());
+  const auto fake = [&] { return std::make_unique<FakeQuantReading>(c.calibration); };
+  const bool has_evaluation =
+      std::any_of(c.items.begin(), c.items.end(), [](const Item& item) { return item.kind == ItemKind::kEvaluation; });
+  const ItemKind shown = has_evaluation ? ItemKind::kEvaluation : ItemKind::kCalibration;
+  for (const Item& item : c.items) {
+    if (item.kind == ItemKind::kVerify) continue;
+    for_slices(item, [&](int64_t begin, int64_t end) {
+      Plan& plan = plan_for(rounding, end - begin, fake);
+      const Values results = plan.executor.Run(hidden_of(item, Chain::kQuant, begin, end), rounded);
+      if (item.kind == ItemKind::kWindow) {
+        result.quantized_nll += nll(c.TextOf(item), results.at("logits"), begin);
+        return;
+      }
+      capture(item, Chain::kQuant, begin, results);
+      Plan& reference = plan_for(plain, end - begin, []() -> std::unique_ptr<PointReading> { return nullptr; });
+      const Values inputs = hidden_of(item, Chain::kFloat, begin, end);
+      const Tensor expected = reference.executor.Run(inputs, float_weights).at("logits");
+      result.error.alone.Add(expected, plan.executor.Run(inputs, rounded).at("logits"));
+      const Tensor& found = results.at("logits");
+      if (item.kind != shown) return;
+      result.error.accumulated.Add(expected, found);
+      result.shape = {1, item.length, vocab};
+      constexpr size_t kScatterPoints = 4096;
+      const size_t stride = std::max<size_t>(1, expected.F32().size() * c.items.size() / kScatterPoints);
+      for (size_t i = result.scatter.size() % stride; i < expected.F32().size(); i += stride)
+        result.scatter.emplace_back(expected.F32()[i], found.F32()[i]);
+    });
+    if (item.kind == ItemKind::kWindow) result.window_tokens += item.length - 1;
+    advance();
+  }
+  return result;
+}
+
+// ---- Units --------------------------------------------------------------------------------------------------------
+
+void TextRun::WriteEmbeddingUnits(UnitWriter& writer) {
+  State& s = *state_;
+  const TextItem* verify = s.Verify();
+  const int64_t vocab = s.Config().vocab_size;
+  UnitSpec spec{.name = "token_embedding",
+                .graph = s.Build([&](const Builder& b) { BuildTokenEmbedding(b, s.Config(), 1, vocab, s.GetDialect()); }),
+                .dynamic_length = true,
+                .keys = {{"hidden", HiddenKey(0)}}};
+  if (verify != nullptr) {
+    spec.inputs["ids"] = Tensor::Of<int64_t>({1, s.context.max_seq_len}, verify->ids);
+    spec.outputs["hidden"] = s.Kept("text_embeds");
+    const int64_t last = verify->Last();
+    s.verify_embeds = s.Kept(HiddenKey(0));
+    s.decode["hidden"] = Positions(s.verify_embeds, last, last + 1).Clone();
+  }
+  writer.Write(std::move(spec), s.context.Stored());
+}
+
+void TextRun::WritePleUnits(UnitWriter& writer) {
+  State& s = *state_;
+  const TextItem* verify = s.Verify();
+  UnitSpec tokens{.name = "ple_embedding",
+                  .graph = s.Build([&](const Builder& b) {
+                    BuildPleEmbedding(b, s.Config(), 1, s.Config().ple_vocab_size, s.GetDialect());
+                  }),
+                  .dynamic_length = true,
+                  .keys = {{"per_layer_token_inputs", "ple.tokens"}}};
+  if (verify != nullptr) {
+    tokens.inputs["ids"] = Tensor::Of<int64_t>({1, s.context.max_seq_len}, verify->ids);
+    tokens.outputs["per_layer_token_inputs"] = s.Kept("ple.tokens");
+  }
+  writer.Write(std::move(tokens), s.context.Stored());
+
+  const std::map<std::string, std::string> keys{{"inputs_embeds", HiddenKey(0)},
+                                                {"per_layer_token_inputs", "ple.tokens"},
+                                                {"per_layer_inputs", "ple"}};
+  for (const bool decode : {false, true}) {
+    const int64_t length = decode ? 1 : s.context.max_seq_len;
+    UnitSpec spec{.name = decode ? "ple_projection_decode" : "ple_projection_prefill",
+                  .graph = s.Build([&](const Builder& b) { BuildPleProjection(b, s.Config(), length, s.GetDialect()); }),
+                  .keys = keys};
+    if (verify != nullptr) {
+      const int64_t last = verify->Last();
+      const auto input = [&](const std::string& key) {
+        return decode ? Positions(s.Kept(key), last, last + 1).Clone() : s.Kept(key);
+      };
+      spec.inputs = {{"inputs_embeds", input(HiddenKey(0))}, {"per_layer_token_inputs", input("ple.tokens")}};
+      if (decode) {
+        spec.outputs = s.RunRounded(spec.graph, spec.inputs);
+        s.decode["ple"] = spec.outputs.at("per_layer_inputs");
+      } else {
+        spec.outputs["per_layer_inputs"] = s.Kept("ple");
+      }
+    }
+    writer.Write(std::move(spec), s.context.Stored());
+  }
+}
+
+void TextRun::WriteLayerUnits(UnitWriter& writer, int index) {
+  State& s = *state_;
+  const TextConfig& config = s.Config();
+  const LayerConfig& layer = config.layers[index];
+  const TextItem* verify = s.Verify();
+  const int64_t slots = s.context.max_seq_len;
+  const std::string type = LayerTypeName(layer);
+  std::map<std::string, std::string> keys{{"hidden", HiddenKey(index)},         {"mask", "mask." + type},
+                                          {"cos", "cos." + type},               {"sin", "sin." + type},
+                                          {"per_layer_input", "ple"},           {"new_key", KvKey(index, "key")},
+                                          {"new_value", KvKey(index, "value")}, {"past_key", KvKey(index, "key")},
+                                          {"past_value", KvKey(index, "value")}};
+  keys["shared_key"] = KvKey(layer.kv_source, "key");
+  keys["shared_value"] = KvKey(layer.kv_source, "value");
+
+  UnitSpec prefill{.name = fmt::format("decoder_layer_prefill_{}", index),
+                   .graph = s.Build([&](const Builder& b) {
+                     BuildDecoderLayer(b, config, index, Phase::kPrefill, slots, s.GetDialect());
+                   }),
+                   .keys = keys};
+  UnitSpec decode{.name = fmt::format("decoder_layer_decode_{}", index),
+                  .graph = s.Build([&](const Builder& b) {
+                    BuildDecoderLayer(b, config, index, Phase::kDecode, slots, s.GetDialect());
+                  }),
+                  .keys = keys};
+  if (verify != nullptr) {
+    prefill.inputs = {{"hidden", s.Kept(HiddenKey(index))},
+                      {"mask", s.Mask(*verify, layer)},
+                      {"cos", s.RopeTable(0, slots, layer, true)},
+                      {"sin", s.RopeTable(0, slots, layer, false)}};
+    prefill.outputs["hidden"] = s.Kept(HiddenKey(index + 1));
+
+    const int64_t last = verify->Last();
+    decode.inputs = {{"hidden", s.decode.at("hidden")},
+                     {"mask", DecodeMask(slots, last, layer.window)},
+                     {"cos", s.RopeTable(last, 1, layer, true)},
+                     {"sin", s.RopeTable(last, 1, layer, false)}};
+    if (config.HasPle()) {
+      prefill.inputs["per_layer_input"] = LayerSlice(s.Kept("ple"), index);
+      decode.inputs["per_layer_input"] = LayerSlice(s.decode.at("ple"), index);
+    }
+    for (const char* which : {"key", "value"}) {
+      const std::string name = which;
+      if (layer.kv_shared) {
+        prefill.inputs["shared_" + name] = s.Kept(KvKey(layer.kv_source, which));
+        decode.inputs["shared_" + name] = s.decode.at(KvKey(layer.kv_source, which));
+      } else {
+        prefill.outputs["new_" + name] = s.Kept(KvKey(index, which));
+        decode.inputs["past_" + name] = PastOf(s.Kept(KvKey(index, which)));
+      }
+    }
+    decode.outputs = s.RunRounded(decode.graph, decode.inputs);
+    s.decode["hidden"] = decode.outputs.at("hidden");
+    if (layer.stores_kv)
+      for (const char* which : {"key", "value"})
+        s.decode[KvKey(index, which)] =
+            Appended(decode.inputs.at(std::string("past_") + which), decode.outputs.at(std::string("new_") + which));
+  }
+  // A layer's output has its successor's key; input and output share the graph's name "hidden".
+  const auto write = [&](UnitSpec spec) {
+    spec.output_keys = {{"hidden", HiddenKey(index + 1)}};
+    writer.Write(std::move(spec), s.context.Stored());
+  };
+  write(std::move(prefill));
+  write(std::move(decode));
+}
+
+void TextRun::WriteHeadUnit(UnitWriter& writer) {
+  State& s = *state_;
+  const int layers = s.Config().NumLayers();
+  UnitSpec spec{.name = "lm_head", .keys = {{"hidden", HiddenKey(layers)}, {"logits", "logits"}}};
+  const Graph head =
+      s.Build([&](const Builder& b) { BuildHead(b, s.Config(), 1, s.Config().vocab_size, s.GetDialect()); });
+  spec.graph = WithOutputs(head, {"logits"});
+  if (const TextItem* verify = s.Verify(); verify != nullptr) {
+    const int64_t last = verify->Last();
+    spec.inputs["hidden"] = Positions(s.Kept(HiddenKey(layers)), last, last + 1).Clone();
+    spec.outputs = s.RunRounded(spec.graph, spec.inputs);
+  }
+  writer.Write(std::move(spec), s.context.Stored());
+}
+
+void TextRun::WriteModelUnit(UnitWriter& writer) {
+  State& s = *state_;
+  const TextConfig& config = s.Config();
+  const int64_t length = s.context.max_seq_len;
+  UnitSpec spec{.name = "gemma4_model",
+                .graph = s.Build([&](const Builder& b) { BuildTextModel(b, config, length, s.GetDialect()); }),
+                .keys = {{"inputs_embeds", HiddenKey(0)}, {"per_layer_inputs", "ple"}}};
+  for (const LayerConfig& layer : s.Types()) {
+    const std::string type = LayerTypeName(layer);
+    for (const char* table : {"mask.", "cos.", "sin."}) spec.keys[table + type] = table + type;
+  }
+  if (const TextItem* verify = s.Verify(); verify != nullptr) {
+    spec.inputs["inputs_embeds"] = s.verify_embeds;
+    if (config.HasPle()) spec.inputs["per_layer_inputs"] = s.Kept("ple");
+    for (const LayerConfig& layer : s.Types()) {
+      const std::string type = LayerTypeName(layer);
+      spec.inputs["mask." + type] = s.Mask(*verify, layer);
+      spec.inputs["cos." + type] = s.RopeTable(0, length, layer, true);
+      spec.inputs["sin." + type] = s.RopeTable(0, length, layer, false);
+    }
+    spec.outputs = s.RunRounded(spec.graph, spec.inputs);
+  }
+  writer.Write(std::move(spec), s.context.Stored());
+}
+
+std::vector<Point> TextRun::Points() {
+  State& s = *state_;
+  const TextConfig& config = s.Config();
+  constexpr int64_t kLength = 4;
+  std::vector<Point> points;
+  std::set<std::string> seen;
+  const auto collect = [&](const Graph& graph) {
+    for (Point& point : PointsOf(graph))
+      if (seen.insert(point.name).second) points.push_back(std::move(point));
+  };
+  collect(s.TablesGraph(kLength));
+  collect(s.Build([&](const Builder& b) { BuildTokenEmbedding(b, config, kLength, config.vocab_size, s.GetDialect()); }));
+  collect(s.Build([&](const Builder& b) { BuildMergedEmbedding(b, config, kLength, false, s.GetDialect()); }));
+  if (config.HasPle()) {
+    collect(s.Build([&](const Builder& b) {
+      BuildPleEmbedding(b, config, kLength, config.ple_vocab_size, s.GetDialect());
+    }));
+    collect(s.Build([&](const Builder& b) { BuildPleProjection(b, config, kLength, s.GetDialect()); }));
+  }
+  for (int i = 0; i < config.NumLayers(); ++i)
+    collect(s.Build([&](const Builder& b) {
+      BuildDecoderLayer(b, config, i, Phase::kPrefill, kLength, s.GetDialect());
+    }));
+  collect(s.Build([&](const Builder& b) { BuildHead(b, config, kLength, config.vocab_size, s.GetDialect()); }));
+  return points;
+}
+
+}  // namespace circlet

@@ -1,0 +1,83 @@
+#pragma once
+
+// The text side of a model as stages and units.
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "circlet/model/config.h"
+#include "circlet/model/text.h"
+#include "circlet/model/weights.h"
+#include "circlet/preprocess/samples.h"
+#include "pipeline/stage.h"
+#include "pipeline/units.h"
+
+namespace circlet {
+
+// A sequence as the text stages read it.
+struct TextItem {
+  Item item;
+  std::vector<int64_t> ids;   // placeholders replaced by the pad id
+  std::vector<int64_t> keep;  // 1 = a real position
+  const Sample* sample = nullptr;
+
+  // Index of the last real position.
+  int64_t Last() const;
+};
+
+// What every part of a run shares.
+struct RunContext {
+  const Gemma4Config& config;
+  const ModelWeights& weights;
+  Calibration& calibration;
+  ActivationStore& store;
+  std::vector<TextItem> texts;  // by position in `items`
+  std::vector<Item> items;      // of `texts`
+  int64_t max_seq_len = 0;
+
+  const Dialect& GetDialect() const { return calibration.GetDialect(); }
+  const TextItem& TextOf(const Item& item) const { return texts[item.id]; }
+  WeightSource Stored() const;
+};
+
+class TextRun {
+ public:
+  explicit TextRun(RunContext& context);
+  ~TextRun();
+
+  Stage Tables();
+  Stage Embeddings();
+  Stage PerLayerInputs();
+  Stage Layer(int index);
+  // Forgets what no later stage reads.
+  void DropAfterLayer(int index);
+
+  struct HeadResult {
+    StageError error;
+    Shape shape;
+    std::vector<std::pair<float, float>> scatter;
+    double float_nll = 0, quantized_nll = 0;  // sums over all windows
+    int64_t window_tokens = 0;
+  };
+  // The head in slices of positions: logits never stand in memory for a whole long sequence. With `captured`, logits and
+  // last_hidden_state of evaluation items.
+  HeadResult Head(Captured* captured, const std::function<void()>& advance);
+
+  // Units, each behind its stage.
+  void WriteEmbeddingUnits(UnitWriter& writer);
+  void WritePleUnits(UnitWriter& writer);
+  void WriteLayerUnits(UnitWriter& writer, int index);
+  void WriteHeadUnit(UnitWriter& writer);
+  // `weights`: every parameter of the stack, e.g. out of the layers' files.
+  void WriteModelUnit(UnitWriter& writer);
+
+  // Every point and parameter of the text side, from graphs of a short length (checks before the run).
+  std::vector<Point> Points();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace circlet

@@ -1,0 +1,75 @@
+#pragma once
+
+// Export units: one graph, one Circle file, and the codes that it must reproduce.
+
+#include <filesystem>
+#include <map>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "circlet/circle/export.h"
+#include "circlet/pipeline/quantize.h"
+#include "circlet/quant/calibration.h"
+
+namespace circlet {
+
+// One end of a unit: where its values come from or go to. Ends with the same key lie on the same grid.
+struct UnitEnd {
+  std::string name;  // "hidden"
+  std::string key;   // "hidden.3"
+  TensorType type;   // storage type and shape, 1 for an open size
+  std::vector<int32_t> signature;
+  std::optional<QParams> grid;
+};
+
+struct Unit {
+  UnitFile file;
+  std::vector<UnitEnd> inputs, outputs;
+};
+
+// What a unit is made of. Keys by graph input and output name; values of the verification sample likewise, float32 (ids
+// int64); no values = the unit is written without codes.
+struct UnitSpec {
+  std::string name;
+  Graph graph;
+  bool dynamic_length = false;
+  std::map<std::string, std::string> keys;
+  std::map<std::string, std::string> output_keys;  // where an output's key is not that of an input with its name
+  std::map<std::string, Tensor> inputs, outputs;
+};
+
+class UnitWriter {
+ public:
+  UnitWriter(std::filesystem::path directory, const Calibration& calibration)
+      : directory_(std::move(directory)), calibration_(calibration) {}
+
+  // Writes NAME.q.circle and remembers the unit's codes. `stored` gives parameters in any float type.
+  void Write(UnitSpec spec, const WeightSource& stored);
+
+  const std::vector<Unit>& Units() const { return units_; }
+  // verify.safetensors: UNIT.in.K and UNIT.out.K as codes of the tensor's type; one that equals an earlier one is named in
+  // the metadata instead ("UNIT.in.K": "OTHER.out.K").
+  void WriteCodes() const;
+  // pipeline.json: the units, their ends, and the boundaries between them.
+  nlohmann::json Pipeline() const;
+
+ private:
+  void Remember(const std::string& name, const circle::Tensor& tensor, const Tensor& values);
+
+  std::filesystem::path directory_;
+  const Calibration& calibration_;
+  std::vector<Unit> units_;
+  std::map<std::string, Tensor> codes_;
+  std::map<std::string, std::string> same_as_;
+  std::map<std::string, std::string> first_with_;  // hash of codes -> name
+};
+
+inline constexpr char kUnitSuffix[] = ".q.circle";
+inline constexpr char kCodesFile[] = "verify.safetensors";
+inline constexpr char kPipelineFile[] = "pipeline.json";
+inline constexpr char kManifestFile[] = "manifest.json";
+
+nlohmann::json ToJson(const UnitEnd& end);
+
+}  // namespace circlet

@@ -1,0 +1,178 @@
+#include "circlet/pipeline/verify.h"
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "circlet/circle/export.h"
+#include "circlet/io/file.h"
+#include "circlet/io/json.h"
+#include "circlet/io/safetensors.h"
+#include "circlet/quant/affine.h"
+#include "circlet/report/terminal.h"
+#include "pipeline/units.h"
+
+namespace circlet {
+namespace fs = std::filesystem;
+namespace {
+
+// Codes of a stored reference as float32 values of the tensor's grid; ids pass.
+Tensor ValuesOf(const circle::Tensor& tensor, const Tensor& stored) {
+  if (!tensor.qparams || stored.GetDType() == DType::kF32) return stored;
+  circle::Tensor constant = tensor;
+  constant.type.shape = stored.GetShape();
+  constant.data = stored;
+  return circle::DequantizedConstant(constant);
+}
+
+std::string IndexText(const Shape& shape, int64_t flat) {
+  std::vector<int64_t> index(shape.Rank());
+  for (int axis = shape.Rank() - 1; axis >= 0; --axis) {
+    index[axis] = flat % shape[axis];
+    flat /= shape[axis];
+  }
+  return Shape(index).ToString();
+}
+
+void Compare(const circle::Model& model, int output, const Tensor& found, const Tensor& expected, UnitVerdict& verdict) {
+  const circle::Tensor& tensor = model.tensors[model.outputs[output]];
+  const QParams grid = tensor.qparams.value_or(QParams{.scale = {1}, .zero_point = {0}});
+  const Tensor reference = ValuesOf(tensor, expected);
+  if (reference.GetShape() != found.GetShape())
+    Fail("{}: out.{} is {}, the stored codes are {}", verdict.unit, output, found.GetShape().ToString(),
+         reference.GetShape().ToString());
+  for (size_t i = 0; i < found.F32().size(); ++i) {
+    ++verdict.values;
+    if (found.F32()[i] == reference.F32()[i]) continue;
+    const auto code = [&](float value) {
+      return static_cast<int64_t>(std::lrint(value / grid.scale[0])) + grid.zero_point[0];
+    };
+    const int64_t a = code(found.F32()[i]), b = code(reference.F32()[i]);
+    if (verdict.different++ == 0)
+      verdict.first_difference = fmt::format("out.{}{}: code {}, expected {} (tensor \"{}\")", output,
+                                             IndexText(found.GetShape(), static_cast<int64_t>(i)), a, b, tensor.name);
+    verdict.largest_step = std::max(verdict.largest_step, std::abs(a - b));
+  }
+}
+
+// The codes of a unit's ends, following the metadata for those that equal others.
+class StoredCodes {
+ public:
+  explicit StoredCodes(const fs::path& path) : file_(SafetensorsFile::Open(path)) {}
+  const Tensor* Find(const std::string& name) const {
+    if (const Tensor* tensor = file_.Find(name); tensor != nullptr) return tensor;
+    const auto same = file_.Metadata().find(name);
+    return same == file_.Metadata().end() ? nullptr : file_.Find(same->second);
+  }
+
+ private:
+  SafetensorsFile file_;
+};
+
+std::map<std::string, std::string> HashesOf(const nlohmann::json& manifest) {
+  std::map<std::string, std::string> hashes;
+  for (const auto& entry : manifest.value("outputs", nlohmann::json::array()))
+    hashes[entry.value("file", "")] = entry.value("sha256", "");
+  return hashes;
+}
+
+void CheckBoundaries(const nlohmann::json& pipeline, VerifyResult& result) {
+  std::map<std::string, std::string> grids;
+  const auto collect = [&](const nlohmann::json& unit, const char* side, const char* mark) {
+    for (size_t k = 0; k < unit[side].size(); ++k) {
+      const nlohmann::json& end = unit[side][k];
+      grids[fmt::format("{}.{}.{}", unit["name"].get<std::string>(), mark, k)] =
+          fmt::format("{} scale {} zero point {}", end["dtype"].get<std::string>(), end.value("scale", nlohmann::json()).dump(),
+                      end.value("zero_point", nlohmann::json()).dump());
+    }
+  };
+  for (const auto& unit : pipeline.at("units")) {
+    collect(unit, "inputs", "in");
+    collect(unit, "outputs", "out");
+  }
+  for (const auto& boundary : pipeline.at("boundaries")) {
+    const std::string producer = boundary.at("producer"), consumer = boundary.at("consumer");
+    if (grids[producer] != grids[consumer])
+      result.broken_boundaries.push_back(fmt::format("{}: {} is {}, {} expects {}", boundary.at("key").get<std::string>(),
+                                                     producer, grids[producer], consumer, grids[consumer]));
+  }
+}
+
+}  // namespace
+
+VerifyResult Verify(const VerifyOptions& options) {
+  const nlohmann::json manifest = ReadJson(options.directory / kManifestFile);
+  const nlohmann::json pipeline = ReadJson(options.directory / kPipelineFile);
+  const std::map<std::string, std::string> hashes = HashesOf(manifest);
+  const StoredCodes codes(options.codes.empty() ? options.directory / kCodesFile : options.codes);
+  VerifyResult result{.dialect = manifest.value("dialect", "default")};
+  CheckBoundaries(pipeline, result);
+
+  Progress progress(options.progress);
+  progress.Begin("verify", static_cast<int64_t>(pipeline.at("units").size()));
+  for (const auto& entry : pipeline.at("units")) {
+    UnitVerdict verdict{.unit = entry.at("name"), .file = entry.at("file")};
+    const fs::path path = options.directory / verdict.file;
+    if (const auto hash = hashes.find(verdict.file); hash != hashes.end() && hash->second != Sha256File(path))
+      Fail("{}: differs from the file that {} lists (SHA-256); quantize again", path.string(), kManifestFile);
+    const circle::Model model = circle::Read(path);
+    verdict.operators = static_cast<int64_t>(model.operators.size());
+    std::map<std::string, Tensor> inputs;
+    bool given = true;
+    for (size_t k = 0; k < model.inputs.size() && given; ++k) {
+      const Tensor* stored = codes.Find(fmt::format("{}.in.{}", verdict.unit, k));
+      given = stored != nullptr;
+      if (given) inputs[model.tensors[model.inputs[k]].name] = ValuesOf(model.tensors[model.inputs[k]], *stored);
+    }
+    if (given) {
+      const std::map<std::string, Tensor> outputs = Within(verdict.file, [&] { return circle::RunModel(model, inputs); });
+      for (size_t k = 0; k < model.outputs.size(); ++k)
+        if (const Tensor* stored = codes.Find(fmt::format("{}.out.{}", verdict.unit, k)); stored != nullptr)
+          Compare(model, static_cast<int>(k), outputs.at(model.tensors[model.outputs[k]].name), *stored, verdict);
+    }
+    result.exact &= verdict.different == 0;
+    result.units.push_back(std::move(verdict));
+    progress.Advance();
+  }
+  // The reference differs from its own files by ties: up to a fifth of the codes of a unit (tests/data/golden/README.md).
+  constexpr double kReferenceShare = 0.2;
+  for (const UnitVerdict& unit : result.units)
+    result.within_bounds &= result.dialect == "tico" ? unit.different <= kReferenceShare * unit.values : unit.different == 0;
+  result.within_bounds &= result.broken_boundaries.empty();
+  return result;
+}
+
+std::string VerifyText(const VerifyResult& result) {
+  TextTable table({"unit", "operators", "codes", "different", "largest step"});
+  std::string notes;
+  for (const UnitVerdict& unit : result.units) {
+    table.Row({unit.unit, fmt::to_string(unit.operators), fmt::to_string(unit.values), fmt::to_string(unit.different),
+               fmt::to_string(unit.largest_step)});
+    if (!unit.first_difference.empty()) notes += fmt::format("{}: {}\n", unit.unit, unit.first_difference);
+  }
+  for (const std::string& boundary : result.broken_boundaries) notes += fmt::format("boundary {}\n", boundary);
+  const char* verdict = result.exact ? "every file computes what was simulated, to the last code"
+                        : result.within_bounds ? "the files differ from the simulation within the reference's bounds"
+                                               : "the files do not compute what was simulated";
+  return table.ToString() + notes + fmt::format("{} files: {}\n", result.units.size(), verdict);
+}
+
+std::map<std::string, Tensor> RunFile(const fs::path& file, const std::map<std::string, Tensor>& inputs) {
+  const circle::Model model = circle::Read(file);
+  std::map<std::string, Tensor> bound;
+  for (size_t k = 0; k < model.inputs.size(); ++k) {
+    const circle::Tensor& tensor = model.tensors[model.inputs[k]];
+    auto it = inputs.find(tensor.name);
+    if (it == inputs.end()) it = inputs.find(fmt::format("in.{}", k));
+    if (it == inputs.end()) Fail("{}: input {} \"{}\" ({}) is missing: give \"{}\" or \"in.{}\"", file.string(), k,
+                                 tensor.name, tensor.type.ToString(), tensor.name, k);
+    bound[tensor.name] = ValuesOf(tensor, it->second);
+  }
+  const std::map<std::string, Tensor> outputs = Within(file.string(), [&] { return circle::RunModel(model, bound); });
+  std::map<std::string, Tensor> numbered;
+  for (size_t k = 0; k < model.outputs.size(); ++k)
+    numbered[fmt::format("out.{}", k)] = outputs.at(model.tensors[model.outputs[k]].name);
+  return numbered;
+}
+
+}  // namespace circlet
