@@ -131,8 +131,7 @@ class AttentionRun {
     Visit(kLogitsRaw, row, scores, first);
     Visit(kLogits, row, scores, first);
     for (const KeyRun& run : row.runs)
-      simd::Binary(simd::BinaryOp::kAdd, scores + run.begin, mask + run.begin, run.end - run.begin,
-                   scores + run.begin);
+      simd::Binary(simd::BinaryOp::kAdd, scores + run.begin, mask + run.begin, run.end - run.begin, scores + run.begin);
     Visit(kMaskAdd, row, scores, first);
     const KeyRun kept{row.runs.front().begin / simd::kSoftmaxLanes * simd::kSoftmaxLanes, row.runs.back().end};
     int64_t masked = kept.begin;
@@ -159,9 +158,9 @@ class AttentionRun {
 
     // Copied, so that rows a power of two apart do not evict each other.
     const int64_t q_stride = head_size + 16;
-    float* scores = scratch;                                  // [rows, score_stride_]
-    float* q = scores + kBlockRows * score_stride_;           // [rows, q_stride]
-    float* out = q + kBlockRows * q_stride;                   // [rows, head_size]
+    float* scores = scratch;                         // [rows, score_stride_]
+    float* q = scores + kBlockRows * score_stride_;  // [rows, q_stride]
+    float* out = q + kBlockRows * q_stride;          // [rows, head_size]
     const float* q_from = context_.in[0].F32().data() + (head * queries + first_row) * head_size;
     for (int64_t row = 0; row < rows; ++row)
       std::memcpy(q + row * q_stride, q_from + row * head_size, static_cast<size_t>(head_size) * sizeof(float));
@@ -214,7 +213,9 @@ void Attention::Eval(const EvalContext& context) const { AttentionRun(*this, con
 std::vector<ValueId> Attention::Expand(GraphSink& sink, std::span<const ValueId> in,
                                        std::span<const Point> points) const {
   const Sizes sizes(sink.TypeOf(in[0]).shape, sink.TypeOf(in[1]).shape);
-  const auto one = [&](Op op, std::vector<ValueId> operands) { return sink.Add(std::move(op), std::move(operands))[0]; };
+  const auto one = [&](Op op, std::vector<ValueId> operands) {
+    return sink.Add(std::move(op), std::move(operands))[0];
+  };
   const auto point = [&](AttentionPoint index, ValueId value) {
     return points.empty() || points[index].name.empty() ? value : sink.AddPoint(points[index], value);
   };

@@ -17,7 +17,8 @@ using V = hn::Vec<Floats>;
 constexpr Floats kD;
 constexpr int64_t kLanes = hn::MaxLanes(kD);
 constexpr int64_t kColumns = 2 * kLanes;
-// Rows of a tile: two accumulators a row, two vectors of b and one of a must fit the registers (32 with AVX-512, else 16).
+// Rows of a tile: two accumulators a row, two vectors of b and one of a must fit the registers (32 with AVX-512, else
+// 16).
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 // Steps of k after which the sums go back to memory: the rows of a that a tile walks stay in the first-level cache.
 constexpr int64_t kSteps = 512;

@@ -53,9 +53,8 @@ class Linears {
       return dnnl::memory::desc({rows, columns}, dnnl::memory::data_type::f32, std::move(strides));
     };
     Kernel kernel{desc(m, k, {k, 1}), desc(k, n, {1, k}), desc(1, n, {n, 1}), desc(m, n, {n, 1}), {}};
-    const dnnl::matmul::primitive_desc chosen(with_bias
-                                                  ? dnnl::matmul::desc(kernel.x, kernel.w, kernel.bias, kernel.y)
-                                                  : dnnl::matmul::desc(kernel.x, kernel.w, kernel.y),
+    const dnnl::matmul::primitive_desc chosen(with_bias ? dnnl::matmul::desc(kernel.x, kernel.w, kernel.bias, kernel.y)
+                                                        : dnnl::matmul::desc(kernel.x, kernel.w, kernel.y),
                                               engine_);
     // brgemm (AVX-512) never cuts k between threads; the kernel of older processors does, except for a single row.
     kernel.one_order = m == 1 || std::string_view(chosen.impl_info_str()).starts_with("brg");

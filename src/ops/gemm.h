@@ -2,12 +2,11 @@
 
 // All matrix products of circlet (architecture.md, rule 6), float32.
 //
-// Linear is for weights: oneDNN where its order of summation depends on the shape alone (its AVX-512 kernels, and single
-// rows), else Multiply; the same bits for every thread count.
-// Panels and Multiply are for attention and BATCH_MATMUL. Each element is one chain of fused multiply-adds in the order
-// of k, so that its bits do not depend on the sizes, on where rows, columns or k are cut, or on how many threads share
-// the work, and terms that are 0 may be left out. That is what makes the fused attention, which skips masked keys, equal
-// its expansion bit for bit.
+// Linear is for weights: oneDNN where its order of summation depends on the shape alone (its AVX-512 kernels, and
+// single rows), else Multiply; the same bits for every thread count. Panels and Multiply are for attention and
+// BATCH_MATMUL. Each element is one chain of fused multiply-adds in the order of k, so that its bits do not depend on
+// the sizes, on where rows, columns or k are cut, or on how many threads share the work, and terms that are 0 may be
+// left out. That is what makes the fused attention, which skips masked keys, equal its expansion bit for bit.
 
 #include <cstdint>
 
@@ -33,9 +32,10 @@ int64_t PanelCount(int64_t n);
 // c[i,j] = sum over k_begin <= k < k_end of a[i,k] b[k,j], for i < m and the columns of the panels [first, last).
 // a and c point at their element (0, 0); their strides are row strides.
 struct Part {
-  int64_t first, last;      // panels
+  int64_t first, last;  // panels
   int64_t k_begin, k_end;
 };
-void Multiply(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c, int64_t c_stride);
+void Multiply(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
+              int64_t c_stride);
 
 }  // namespace circlet::gemm

@@ -53,8 +53,14 @@ TEST(LinearTest, WithoutRowsOrInnerElementsGivesNothingOrTheBias) {
 
 // Widths of E2B; the longest products of a run among them. Fewer rows than the model's 2048 keep the test short.
 TEST(LinearTest, ThreadsChangeNoBit) {
-  for (const auto& [m, n, k] : {Size{1, 1536, 2048}, {1, 4096, 1536}, {7, 256, 1536}, {64, 2048, 1536}, {200, 1536, 6144},
-                                {24, 64, 192}, {129, 77, 333}, {2, 1536, 12288}}) {
+  for (const auto& [m, n, k] : {Size{1, 1536, 2048},
+                                {1, 4096, 1536},
+                                {7, 256, 1536},
+                                {64, 2048, 1536},
+                                {200, 1536, 6144},
+                                {24, 64, 192},
+                                {129, 77, 333},
+                                {2, 1536, 12288}}) {
     const std::vector<float> x = Normal(static_cast<size_t>(m * k), 4), w = Normal(static_cast<size_t>(n * k), 5);
     std::vector<float> alone(static_cast<size_t>(m * n));
     {
@@ -78,8 +84,13 @@ struct Product {
   Panels panels;
 
   Product(int64_t m, int64_t n, int64_t k, bool transposed = false)
-      : m(m), n(n), k(k), a(Normal(static_cast<size_t>(m * k), 6)), b(Normal(static_cast<size_t>(n * k), 7)),
-        packed(hwy::AllocateAligned<float>(static_cast<size_t>(PackedFloats(k, n)))), panels{packed.get(), k, n} {
+      : m(m),
+        n(n),
+        k(k),
+        a(Normal(static_cast<size_t>(m * k), 6)),
+        b(Normal(static_cast<size_t>(n * k), 7)),
+        packed(hwy::AllocateAligned<float>(static_cast<size_t>(PackedFloats(k, n)))),
+        panels{packed.get(), k, n} {
     std::vector<float> given = b;
     if (transposed)
       for (int64_t i = 0; i < k; ++i)

@@ -37,7 +37,8 @@ inline void ExpectOption(std::string_view op, const CircleNode& node, std::strin
                          int64_t schema_default) {
   const int64_t value = node.Int(option, schema_default);
   if (value != known)
-    Fail("{}: option {} is {}; only {} can be executed, so the file must be written without it", op, option, value, known);
+    Fail("{}: option {} is {}; only {} can be executed, so the file must be written without it", op, option, value,
+         known);
 }
 inline void ExpectNoActivation(std::string_view op, const CircleNode& node) {
   ExpectOption(op, node, "fused_activation_function", 0, 0);
@@ -58,7 +59,8 @@ inline std::vector<int32_t> Narrow(std::string_view op, std::span<const int64_t>
   std::vector<int32_t> result;
   result.reserve(values.size());
   for (const int64_t value : values) {
-    if (value != static_cast<int32_t>(value)) Fail("{}: {} does not fit int32, which the Circle format asks for", op, value);
+    if (value != static_cast<int32_t>(value))
+      Fail("{}: {} does not fit int32, which the Circle format asks for", op, value);
     result.push_back(static_cast<int32_t>(value));
   }
   return result;

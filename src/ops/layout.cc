@@ -1,6 +1,8 @@
 #include "circlet/ops/layout.h"
 
 #include <cstring>
+#include <numeric>
+#include <optional>
 
 #include "circlet/base/threads.h"
 #include "ops/internal.h"
@@ -36,19 +38,21 @@ void CopyRuns(const std::byte* from, int64_t from_step, std::byte* to, int64_t t
 }
 
 // Parts of `sizes` along `axis`, one output each.
-std::vector<TensorType> InferParts(std::string_view op, Types in, int32_t axis, std::span<const int32_t> sizes) {
+template <typename T>
+std::vector<TensorType> InferParts(std::string_view op, Types in, int32_t axis, const std::vector<T>& sizes) {
   const int resolved = ResolveAxis(op, in, axis, in[0].shape.Rank());
   int64_t total = 0;
   std::vector<TensorType> out;
-  for (const int32_t size : sizes) {
+  for (const int64_t size : sizes) {
     if (size < 0) ShapeError(op, in, fmt::format("part {} has size {}; sizes must not be negative", out.size(), size));
     total += size;
     out.push_back(in[0]);
     out.back().shape[resolved] = size;
   }
   if (total != in[0].shape[resolved])
-    ShapeError(op, in, fmt::format("the parts sum to {} but axis {} has size {}; they must be equal", total, axis,
-                                   in[0].shape[resolved]));
+    ShapeError(op, in,
+               fmt::format("the parts sum to {} but axis {} has size {}; they must be equal", total, axis,
+                           in[0].shape[resolved]));
   return out;
 }
 
@@ -70,16 +74,20 @@ void ExpectOutputs(std::string_view op, const CircleNode& node, size_t count) {
     Fail("{}: num_splits is {} but the operator has {} outputs; they must be equal", op, count, node.outputs.size());
 }
 
-// Sizes with one -1, which stands for what `total` leaves; `measure` is the operation that total is the result of.
-int64_t TheRest(std::string_view op, std::span<const int64_t> sizes, int64_t known, int64_t total, bool product) {
-  if (std::count(sizes.begin(), sizes.end(), -1) > 1) Fail("{}: more than one of the sizes is -1; one can be derived", op);
-  if (product) {
-    if (known == 0 || total % known != 0)
-      Fail("{}: -1 cannot be derived: {} elements over {}; the sizes must divide the element count", op, total, known);
-    return total / known;
-  }
-  if (known > total) Fail("{}: the sizes sum to {} of {}; nothing is left for -1", op, known, total);
-  return total - known;
+// Where the one -1 of `sizes` stands, or nothing.
+template <typename T>
+std::optional<size_t> OpenSize(std::string_view op, const std::vector<T>& sizes) {
+  const auto at = std::find(sizes.begin(), sizes.end(), -1);
+  if (at == sizes.end()) return std::nullopt;
+  if (std::find(at + 1, sizes.end(), -1) != sizes.end())
+    Fail("{}: more than one of the sizes is -1; only one can be derived", op);
+  return static_cast<size_t>(at - sizes.begin());
+}
+
+int32_t OneAxis(std::string_view op, const CircleNode& node, int input) {
+  const std::vector<int32_t> axis = Narrow(op, node.Constant(input));
+  if (axis.size() != 1) Fail("{}: input {} has {} elements; it must be one axis", op, input, axis.size());
+  return axis[0];
 }
 
 }  // namespace
@@ -89,8 +97,9 @@ int64_t TheRest(std::string_view op, std::span<const int64_t> sizes, int64_t kno
 std::vector<TensorType> Reshape::Infer(Types in) const {
   ExpectInputs(kName, in, 1);
   if (shape.Elements() != in[0].shape.Elements())
-    ShapeError(kName, in, fmt::format("{} has {} elements; it must have {}", shape.ToString(), shape.Elements(),
-                                      in[0].shape.Elements()));
+    ShapeError(
+        kName, in,
+        fmt::format("{} has {} elements; it must have {}", shape.ToString(), shape.Elements(), in[0].shape.Elements()));
   return {{in[0].dtype, shape}};
 }
 
@@ -111,14 +120,17 @@ Parsed<Reshape> Reshape::Parse(const CircleNode& node) {
     sizes = node.Constant(1);
   } else {
     for (const CircleOption& option : node.options)
-      if (const auto* ints = std::get_if<std::vector<int32_t>>(&option.value); ints != nullptr && option.name == "new_shape")
+      if (const auto* ints = std::get_if<std::vector<int32_t>>(&option.value);
+          ints != nullptr && option.name == "new_shape")
         sizes.assign(ints->begin(), ints->end());
   }
-  if (const auto open = std::find(sizes.begin(), sizes.end(), -1); open != sizes.end()) {
-    int64_t known = 1;
-    for (const int64_t size : sizes)
-      if (size != -1) known *= size;
-    *open = TheRest(kName, sizes, known, in.shape.Elements(), true);
+  if (const auto open = OpenSize(kName, sizes)) {
+    sizes[*open] = 1;
+    const int64_t known = Shape(sizes).Elements(), total = in.shape.Elements();
+    if (known == 0 || total % known != 0)
+      Fail("{}: -1 cannot be derived: {} elements over {}; the sizes must divide the element count", kName, total,
+           known);
+    sizes[*open] = total / known;
   }
   return {{Shape(std::move(sizes))}, {0}};
 }
@@ -132,7 +144,9 @@ std::vector<TensorType> Transpose::Infer(Types in) const {
   std::vector<int64_t> sizes;
   for (const int32_t axis : perm) {
     if (axis < 0 || axis >= static_cast<int32_t>(rank) || seen[static_cast<size_t>(axis)] || perm.size() != rank)
-      ShapeError(kName, in, fmt::format("perm {} must name each of the {} axes once", Shape({perm.begin(), perm.end()}).ToString(), rank));
+      ShapeError(kName, in,
+                 fmt::format("perm {} must name each of the {} axes once", Shape({perm.begin(), perm.end()}).ToString(),
+                             rank));
     seen[static_cast<size_t>(axis)] = 1;
     sizes.push_back(in[0].shape[axis]);
   }
@@ -148,9 +162,7 @@ void Transpose::Eval(const EvalContext& context) const {
   copy.Run(context.in[0].Raw(), context.out[0].Raw());
 }
 
-CircleOp Transpose::Emit(Types, Types) const {
-  return {kCircleCode, {}, {CircleArg::In(0), CircleArg::Ints(perm)}};
-}
+CircleOp Transpose::Emit(Types, Types) const { return {kCircleCode, {}, {CircleArg::In(0), CircleArg::Ints(perm)}}; }
 
 Parsed<Transpose> Transpose::Parse(const CircleNode& node) {
   const int rank = ArgType(kName, node, 0).shape.Rank();
@@ -166,12 +178,14 @@ std::vector<TensorType> Slice::Infer(Types in) const {
   ExpectInputs(kName, in, 1);
   const size_t rank = static_cast<size_t>(in[0].shape.Rank());
   if (begin.size() != rank || end.size() != rank)
-    ShapeError(kName, in, fmt::format("begin has {} and end {} entries; both must have {}", begin.size(), end.size(), rank));
+    ShapeError(kName, in,
+               fmt::format("begin has {} and end {} entries; both must have {}", begin.size(), end.size(), rank));
   TensorType out = in[0];
   for (size_t i = 0; i < rank; ++i) {
     const int axis = static_cast<int>(i);
     if (begin[i] < 0 || begin[i] > end[i] || end[i] > in[0].shape[axis])
-      ShapeError(kName, in, fmt::format("axis {}: [{}, {}) must lie in [0, {})", i, begin[i], end[i], in[0].shape[axis]));
+      ShapeError(kName, in,
+                 fmt::format("axis {}: [{}, {}) must lie in [0, {})", i, begin[i], end[i], in[0].shape[axis]));
     out.shape[axis] = end[i] - begin[i];
   }
   return {out};
@@ -207,8 +221,8 @@ Parsed<Slice> Slice::Parse(const CircleNode& node) {
   for (size_t i = 0; i < rank; ++i) {
     const int64_t size = shape[static_cast<int>(i)];
     const auto resolve = [&](int64_t bound) { return std::clamp<int64_t>(bound < 0 ? bound + size : bound, 0, size); };
-    begin[i] = (begin_mask >> i & 1) != 0 ? 0 : resolve(begin[i]);
-    end[i] = (end_mask >> i & 1) != 0 ? size : std::max(begin[i], resolve(end[i]));
+    begin[i] = (begin_mask >> std::min<size_t>(i, 63) & 1) != 0 ? 0 : resolve(begin[i]);
+    end[i] = (end_mask >> std::min<size_t>(i, 63) & 1) != 0 ? size : std::max(begin[i], resolve(end[i]));
   }
   return {{Narrow(kName, begin), Narrow(kName, end)}, {0}};
 }
@@ -220,7 +234,7 @@ std::vector<TensorType> Split::Infer(Types in) const {
   const int64_t size = in[0].shape[ResolveAxis(kName, in, axis, in[0].shape.Rank())];
   if (parts <= 0 || size % parts != 0)
     ShapeError(kName, in, fmt::format("axis {} of size {} does not divide into {} equal parts", axis, size, parts));
-  return InferParts(kName, in, axis, std::vector<int32_t>(static_cast<size_t>(parts), static_cast<int32_t>(size / parts)));
+  return InferParts(kName, in, axis, std::vector<int64_t>(static_cast<size_t>(parts), size / parts));
 }
 
 void Split::Eval(const EvalContext& context) const { EvalParts(kName, context, axis); }
@@ -231,11 +245,9 @@ CircleOp Split::Emit(Types, Types) const {
 
 Parsed<Split> Split::Parse(const CircleNode& node) {
   ExpectArgs(kName, node, 2);
-  const std::vector<int64_t> axis = node.Constant(0);
-  if (axis.size() != 1) Fail("{}: input 0 has {} elements; it must be one axis", kName, axis.size());
   const int64_t parts = node.Int("num_splits", 0);
   ExpectOutputs(kName, node, static_cast<size_t>(parts));
-  return {{.axis = static_cast<int32_t>(axis[0]), .parts = static_cast<int32_t>(parts)}, {1}};
+  return {{.axis = OneAxis(kName, node, 0), .parts = static_cast<int32_t>(parts)}, {1}};
 }
 
 std::vector<TensorType> SplitV::Infer(Types in) const {
@@ -253,17 +265,17 @@ CircleOp SplitV::Emit(Types, Types) const {
 
 Parsed<SplitV> SplitV::Parse(const CircleNode& node) {
   const TensorType& in = ArgType(kName, node, 0);
-  std::vector<int64_t> sizes = node.Constant(1);
-  const std::vector<int64_t> axis = node.Constant(2);
-  if (axis.size() != 1) Fail("{}: input 2 has {} elements; it must be one axis", kName, axis.size());
+  std::vector<int32_t> sizes = Narrow(kName, node.Constant(1));
+  const int32_t axis = OneAxis(kName, node, 2);
   ExpectOutputs(kName, node, sizes.size());
-  if (const auto open = std::find(sizes.begin(), sizes.end(), -1); open != sizes.end()) {
-    int64_t known = 0;
-    for (const int64_t size : sizes) known += size == -1 ? 0 : size;
-    const int resolved = ResolveAxis(kName, {&in, 1}, axis[0], in.shape.Rank());
-    *open = TheRest(kName, sizes, known, in.shape[resolved], false);
+  if (const auto open = OpenSize(kName, sizes)) {
+    sizes[*open] = 0;
+    const int64_t known = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
+    const int64_t total = in.shape[ResolveAxis(kName, {&in, 1}, axis, in.shape.Rank())];
+    if (known > total) Fail("{}: the sizes sum to {} of {}; nothing is left for -1", kName, known, total);
+    sizes[*open] = static_cast<int32_t>(total - known);
   }
-  return {{.axis = static_cast<int32_t>(axis[0]), .sizes = Narrow(kName, sizes)}, {0}};
+  return {{.axis = axis, .sizes = std::move(sizes)}, {0}};
 }
 
 // ---- Concat -------------------------------------------------------------------------------------------------------

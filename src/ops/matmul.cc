@@ -54,9 +54,7 @@ Parsed<FullyConnected> FullyConnected::Parse(const CircleNode& node) {
 
 namespace {
 
-Shape Leading(const Shape& shape) {
-  return Shape({shape.Sizes().begin(), shape.Sizes().end() - 2});
-}
+Shape Leading(const Shape& shape) { return Shape({shape.Sizes().begin(), shape.Sizes().end() - 2}); }
 
 // For each matrix of a broadcast batch, which matrix of an operand it takes.
 std::vector<int64_t> BatchIndices(const Shape& operand, const Shape& batch) {

@@ -24,8 +24,7 @@ void RmsNorm::Eval(const EvalContext& context) const {
   const int64_t width = context.in[0].GetShape()[-1];
   if (width == 0) return;
   ParallelFor(context.in[0].Elements() / width, RowGrain(width), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      simd::RmsNormRow(x + row * width, gamma, width, eps, y + row * width);
+    for (int64_t row = begin; row < end; ++row) simd::RmsNormRow(x + row * width, gamma, width, eps, y + row * width);
   });
 }
 
@@ -63,7 +62,8 @@ CircleOp Softmax::Emit(Types, Types) const { return {kCircleCode, {{"beta", 1.0}
 Parsed<Softmax> Softmax::Parse(const CircleNode& node) {
   ExpectArgs(kName, node, 1);
   const double beta = node.Real("beta", 0);
-  if (beta != 1.0) Fail("{}: option beta is {}; only 1 can be executed, so the factor must be a MUL before it", kName, beta);
+  if (beta != 1.0)
+    Fail("{}: option beta is {}; only 1 can be executed, so the factor must be a MUL before it", kName, beta);
   return {{}, {0}};
 }
 

@@ -21,8 +21,8 @@ Shape Broadcast(std::string_view op, const Shape& a, const Shape& b) {
     const int64_t m = i <= a.Rank() ? a[-i] : 1;
     const int64_t n = i <= b.Rank() ? b[-i] : 1;
     if (m != n && m != 1 && n != 1)
-      Fail("{}: shapes {} and {} do not broadcast: sizes {} and {} at axis -{}; they must be equal or one of them 1", op,
-           a.ToString(), b.ToString(), m, n, i);
+      Fail("{}: shapes {} and {} do not broadcast: sizes {} and {} at axis -{}; they must be equal or one of them 1",
+           op, a.ToString(), b.ToString(), m, n, i);
     sizes[sizes.size() - static_cast<size_t>(i)] = m == 1 ? n : m;
   }
   return Shape(std::move(sizes));

@@ -11,8 +11,8 @@ namespace {
 
 enum RopePoint { kX1, kX2, kNeg, kCat, kCos, kSin, kRot, kPointCount };
 
-// The values of one part of some positions, [rows, width] with width the size of a part; `first` is the flat index of the
-// first value in the whole [1,S,H,width] tensor.
+// The values of one part of some positions, [rows, width] with width the size of a part; `first` is the flat index of
+// the first value in the whole [1,S,H,width] tensor.
 void Visit(const EvalContext& context, RopePoint point, float* values, int64_t count, int64_t first) {
   if (context.points.empty() || context.points[point] == nullptr) return;
   context.points[point]->Visit({values, static_cast<size_t>(count)}, first);
@@ -92,7 +92,9 @@ void Rope::Eval(const EvalContext& context) const {
 std::vector<ValueId> Rope::Expand(GraphSink& sink, std::span<const ValueId> in, std::span<const Point> points) const {
   const Shape& shape = sink.TypeOf(in[0]).shape;
   const Shape table{1, shape[1], 1, shape[3]};
-  const auto one = [&](Op op, std::vector<ValueId> operands) { return sink.Add(std::move(op), std::move(operands))[0]; };
+  const auto one = [&](Op op, std::vector<ValueId> operands) {
+    return sink.Add(std::move(op), std::move(operands))[0];
+  };
   const auto point = [&](RopePoint index, ValueId value) {
     return points.empty() || points[index].name.empty() ? value : sink.AddPoint(points[index], value);
   };

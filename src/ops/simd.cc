@@ -229,8 +229,8 @@ HWY_INLINE V ExpKeepingNaN(V x) { return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp
 
 HWY_INLINE V TanhOf(V x) {
   const V magnitude = hn::Abs(x);
-  // Near 0 an odd polynomial; elsewhere 1 - 2 / (exp(2|x|) + 1), which loses nothing since it is above 1/2. From 9.02 on
-  // the result rounds to 1.
+  // Near 0 an odd polynomial; elsewhere 1 - 2 / (exp(2|x|) + 1), which loses nothing since it is above 1/2. From 9.02
+  // on the result rounds to 1.
   const V square = hn::Mul(x, x);
   V series = hn::Set(kD, -5.70498872745e-3f);
   for (const float coefficient : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})

@@ -14,8 +14,8 @@ namespace circlet::simd {
 const char* InstructionSet();
 
 struct Range {
-  float min, max;      // +inf, -inf when there are no finite values
-  bool finite;         // no NaN and no infinity among the values
+  float min, max;  // +inf, -inf when there are no finite values
+  bool finite;     // no NaN and no infinity among the values
 };
 Range MinMax(const float* x, int64_t count);
 
@@ -44,8 +44,8 @@ void Gelu(const float* x, int64_t count, float* y);  // tanh form
 
 // One row: y = gamma * x / sqrt(mean(x^2) + eps); the sum runs in a fixed order.
 void RmsNormRow(const float* x, const float* gamma, int64_t count, float eps, float* y);
-// One row in place: exp(x - max) / sum, terms below exp(-28) are 0. Leading or trailing terms that are 0 may be left out by
-// the caller without changing a bit of the others, provided that it starts at a multiple of kSoftmaxLanes.
+// One row in place: exp(x - max) / sum, terms below exp(-28) are 0. Leading or trailing terms that are 0 may be left
+// out by the caller without changing a bit of the others, provided that it starts at a multiple of kSoftmaxLanes.
 inline constexpr int64_t kSoftmaxLanes = 16;
 void SoftmaxRow(float* x, int64_t count);
 

@@ -152,11 +152,16 @@ TEST(SimdTest, BFloat16IsWidenedExactly) {
 
 float BinaryScalarly(BinaryOp op, float a, float b) {
   switch (op) {
-    case BinaryOp::kAdd: return a + b;
-    case BinaryOp::kSub: return a - b;
-    case BinaryOp::kMul: return a * b;
-    case BinaryOp::kMax: return std::max(a, b);
-    case BinaryOp::kMin: return std::min(a, b);
+    case BinaryOp::kAdd:
+      return a + b;
+    case BinaryOp::kSub:
+      return a - b;
+    case BinaryOp::kMul:
+      return a * b;
+    case BinaryOp::kMax:
+      return std::max(a, b);
+    case BinaryOp::kMin:
+      return std::min(a, b);
   }
   return 0;
 }
@@ -277,7 +282,8 @@ TEST(SimdTest, SoftmaxIgnoresMaskedTermsAround) {
           std::vector<float> alone = kept;
           SoftmaxRow(alone.data(), count);
           SoftmaxRow(row.data(), static_cast<int64_t>(row.size()));
-          EXPECT_TRUE(SameBits(std::span(row).subspan(static_cast<size_t>(before * kSoftmaxLanes), kept.size()), alone));
+          EXPECT_TRUE(
+              SameBits(std::span(row).subspan(static_cast<size_t>(before * kSoftmaxLanes), kept.size()), alone));
         }
     }
   });

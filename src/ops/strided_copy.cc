@@ -28,7 +28,8 @@ std::vector<Axis> Simplified(const StridedCopy& copy) {
   return axes;
 }
 
-// to[i][j] = from[i * 1 + j * stride] for i < rows, j < columns: a transposed tile, walked in squares that fit the cache.
+// to[i][j] = from[i * 1 + j * stride] for i < rows, j < columns: a transposed tile, walked in squares that fit the
+// cache.
 template <typename T>
 void TransposeTile(const T* from, int64_t stride, T* to, int64_t rows, int64_t columns) {
   constexpr int64_t kSquare = 16;
