@@ -2,6 +2,7 @@
 
 // Access to the recorded results under tests/data (tests/data/golden/README.md).
 
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <string>
@@ -14,6 +15,17 @@ namespace circlet {
 
 inline std::filesystem::path TestData(const std::string& relative) {
   return std::filesystem::path(CIRCLET_SOURCE_DIR) / "tests" / "data" / relative;
+}
+
+// The text of TestData("golden/tiny_e2b/default.qparams.json.xz"), unpacked.
+inline std::string GoldenText(const std::string& relative) {
+  FILE* pipe = popen(("xz -dc '" + TestData(relative).string() + "'").c_str(), "r");
+  CIRCLET_CHECK(pipe != nullptr, "cannot run xz");
+  std::string text;
+  char block[1 << 14];
+  for (size_t count; (count = fread(block, 1, sizeof block, pipe)) > 0;) text.append(block, count);
+  CIRCLET_CHECK(pclose(pipe) == 0, "cannot unpack {}: is xz installed?", relative);
+  return text;
 }
 
 // TestData("golden/tiny_e2b/float.safetensors.xz"), unpacked. The tensors stay valid after the unpacked file is gone.

@@ -14,11 +14,19 @@ namespace {
 
 using nlohmann::json;
 
+// The shortest decimal of a float32, always with a point or an exponent. json::dump prints some numbers longer.
+std::string Decimal(float value) {
+  if (!std::isfinite(value)) return F32(value).dump();
+  std::string text = fmt::format("{}", value);
+  if (text.find_first_of(".e") == text.npos) text += ".0";
+  return text;
+}
+
 void AppendFloats(std::string& text, std::string_view key, const std::vector<float>& values) {
   text += fmt::format(",\"{}\":[", key);
   for (size_t i = 0; i < values.size(); ++i) {
     if (i > 0) text += ',';
-    text += F32(values[i]).dump();
+    text += Decimal(values[i]);
   }
   text += ']';
 }
