@@ -170,11 +170,12 @@ SafetensorsFile SafetensorsFile::Open(const fs::path& path) {
 
   std::vector<Entry> entries;
   Within(path.string(), [&] {
-    for (const auto& [name, fields] : header.items()) {
-      if (name == kMetadataKey) {
-        file.metadata_ = ParseMetadata(fields);
+    for (const auto& item : header.items()) {
+      if (item.key() == kMetadataKey) {
+        file.metadata_ = ParseMetadata(item.value());
       } else {
-        Within(fmt::format("tensor \"{}\"", name), [&] { entries.push_back(ParseEntry(name, fields, data_bytes)); });
+        Within(fmt::format("tensor \"{}\"", item.key()),
+               [&] { entries.push_back(ParseEntry(item.key(), item.value(), data_bytes)); });
       }
     }
     CheckLayout(entries, data_bytes);

@@ -82,6 +82,24 @@ YamlNode Resolve(std::string_view text) {
   return node;
 }
 
+// yaml-cpp guesses other encodings and replaces what it cannot read; both would change names silently.
+void CheckText(std::string_view text, std::string_view file) {
+  for (int line = 1; !text.empty(); ++line) {
+    const std::string_view content = text.substr(0, text.find('\n'));
+    text.remove_prefix(std::min(content.size() + 1, text.size()));
+    for (const char c : content) {
+      if ((c >= 0 && c < ' ' && c != '\t' && c != '\r') || c == '\x7f') {
+        Fail("{}:{}: the control character 0x{:02x} is no text; is it the right file?", file, line, c);
+      }
+    }
+    try {
+      nlohmann::json(content).dump();  // refuses what is not UTF-8
+    } catch (const nlohmann::json::type_error&) {
+      Fail("{}:{}: is not UTF-8; save the file as UTF-8 text", file, line);
+    }
+  }
+}
+
 size_t CountNodes(const YamlNode& node) {
   size_t count = 1;
   for (const YamlNode& item : node.items) count += CountNodes(item);
@@ -131,6 +149,7 @@ class TreeBuilder : public YAML::EventHandler {
     YamlNode node;
     YAML::anchor_t anchor;
     std::optional<std::string> key;  // of the member whose value comes next
+    std::map<std::string, int> key_lines;
   };
 
   static size_t Depth(const YamlNode& node) {
@@ -159,9 +178,10 @@ class TreeBuilder : public YAML::EventHandler {
     if (WantsKey()) {
       OpenNode& map = open_.back();
       if (value == "<<") FailAt(mark, "merge keys (<<) are not supported; write the keys out");
-      if (const YamlNode* other = map.node.Find(value)) {
+      const auto [place, is_new] = map.key_lines.emplace(value, mark.line + 1);
+      if (!is_new) {
         FailAt(mark, fmt::format("the key \"{}\" stands twice in one mapping (also in line {}); remove one", value,
-                                 other->line));
+                                 place->second));
       }
       map.key = value;
       return;
@@ -225,6 +245,7 @@ YamlNode ParseYaml(std::string_view text, std::string_view file) {
     Fail("{}: has {}, at most {} are read; is it the right file?", file, HumanBytes(static_cast<int64_t>(text.size())),
          HumanBytes(kLimitBytes));
   }
+  CheckText(text, file);
   std::istringstream stream{std::string(text)};
   TreeBuilder builder(file);
   try {
@@ -290,11 +311,12 @@ std::string ScalarText(const YamlNode& node) {
       return node.boolean ? "true" : "false";
     case Kind::kInt:
       return fmt::format("{}", node.integer);
-    case Kind::kFloat:
+    case Kind::kFloat: {
       if (std::isnan(node.number)) return ".nan";
       if (std::isinf(node.number)) return node.number > 0 ? ".inf" : "-.inf";
-      return fmt::format("{}{}", node.number,
-                         std::trunc(node.number) == node.number && std::abs(node.number) < 1e15 ? ".0" : "");
+      const std::string digits = fmt::format("{}", node.number);
+      return digits.find_first_of(".e") == digits.npos ? digits + ".0" : digits;  // no integer
+    }
     case Kind::kString:
       return QuotedIfNeeded(node.text);
     case Kind::kList:

@@ -110,6 +110,16 @@ TEST(ParseYamlTest, WhatWeDoNotSupportSaysWhatToWriteInstead) {
   EXPECT_EQ(ParseError("a: 1\n---\nb: 2\n"), "q.yaml:3: a second document begins here; keep one");
 }
 
+TEST(ParseYamlTest, BytesThatAreNotUtf8TextAreRefused) {
+  for (const std::string_view bad : {"\x80", "\xc1\x81", "\xc3", "\xe0\x90\x80", "\xed\xa0\x80", "\xf0\x80\x80\x80",
+                                     "\xf4\x90\x80\x80", "\xf5\x80\x80\x80", "\xe2\x82x"}) {
+    EXPECT_EQ(ParseError("a: 1\nb: " + std::string(bad)), "q.yaml:2: is not UTF-8; save the file as UTF-8 text");
+  }
+  EXPECT_EQ(ParseError(std::string_view("a\0b", 3)),
+            "q.yaml:1: the control character 0x00 is no text; is it the right file?");
+  EXPECT_EQ(Parsed("'\u00e9\u20ac\U0001f642\U0010ffff'"), json("\u00e9\u20ac\U0001f642\U0010ffff"));
+}
+
 TEST(ParseYamlTest, LargeFilesAreRefused) {
   EXPECT_EQ(ParseError(std::string((1 << 20) + 1, '#')),
             "q.yaml: has 1.0 MiB, at most 1.0 MiB are read; is it the right file?");
@@ -151,7 +161,7 @@ TEST(DumpYamlTest, IsBlockStyleInTheOrderOfTheTree) {
 
 TEST(DumpYamlTest, WhatItWritesReadsBackAsTheSameTree) {
   for (const std::string_view text :
-       {"x", "'true'", "\"7\"", "''", "[]", "{}", "~", "1.0", "1e300", "1e20", "-2.5e-9",
+       {"x", "'true'", "\"7\"", "''", "[]", "{}", "~", "1.0", "1e300", "1e20", "1e15", "-4e15", "6e16", "-2.5e-9",
         "[-.inf, 100000.0, 123456789.0]",
         "{'a b': 'c: d', '#': '- x', '-1': \"tab\\t, null \\0, line\\n\", 'é': 'ä', '': 1}",
         "[[1, [2, {a: [3]}]], {b: {c: {d: []}}}, {e: [{f: 1, g: 2}, {}]}]"}) {
