@@ -203,10 +203,56 @@ class Exporter {
   std::vector<Origin> origins_;  // by tensor
 };
 
+// A RESHAPE of a RESHAPE reads the first one's input; what nothing reads then goes.
+void Simplify(Model& model) {
+  std::vector<int> readers(model.tensors.size(), 0), producer(model.tensors.size(), -1);
+  for (size_t i = 0; i < model.operators.size(); ++i) {
+    for (const int32_t input : model.operators[i].inputs)
+      if (input >= 0) ++readers[input];
+    for (const int32_t output : model.operators[i].outputs) producer[output] = static_cast<int>(i);
+  }
+  for (const int32_t output : model.outputs) ++readers[output];
+  const auto is_reshape = [&](int index) { return index >= 0 && model.operators[index].code == Reshape::kCircleCode; };
+  for (Operator& op : model.operators) {
+    if (op.code != Reshape::kCircleCode) continue;
+    for (int first = producer[op.inputs[0]]; is_reshape(first); first = producer[op.inputs[0]]) {
+      --readers[op.inputs[0]];
+      op.inputs[0] = model.operators[first].inputs[0];
+      ++readers[op.inputs[0]];
+    }
+  }
+  std::vector<Operator> kept;
+  for (Operator& op : model.operators)
+    if (op.code != Reshape::kCircleCode || readers[op.outputs[0]] > 0) kept.push_back(std::move(op));
+  model.operators = std::move(kept);
+
+  std::vector<int32_t> renumbered(model.tensors.size(), -1);
+  std::vector<Tensor> tensors;
+  const auto visit = [&](std::vector<int32_t>& list) {
+    for (int32_t& index : list) {
+      if (index < 0) continue;
+      if (renumbered[index] < 0) {
+        renumbered[index] = static_cast<int32_t>(tensors.size());
+        tensors.push_back(std::move(model.tensors[index]));
+      }
+      index = renumbered[index];
+    }
+  };
+  visit(model.inputs);
+  for (Operator& op : model.operators) {
+    visit(op.inputs);
+    visit(op.outputs);
+  }
+  visit(model.outputs);
+  model.tensors = std::move(tensors);
+}
+
 }  // namespace
 
 Model ToCircle(const Graph& graph, const GridSource& grids, const ExportOptions& options) {
-  return Exporter(Expanded(graph), grids, options).Run();
+  Model model = Exporter(Expanded(graph), grids, options).Run();
+  Simplify(model);
+  return model;
 }
 
 }  // namespace circlet::circle

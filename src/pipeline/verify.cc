@@ -43,6 +43,8 @@ void Compare(const circle::Model& model, int output, const Tensor& found, const 
          reference.GetShape().ToString());
   for (size_t i = 0; i < found.F32().size(); ++i) {
     ++verdict.values;
+    const int64_t code_of_reference = std::lrint(reference.F32()[i] / grid.scale[0]);
+    verdict.largest_code = std::max<int64_t>(verdict.largest_code, std::abs(code_of_reference));
     if (found.F32()[i] == reference.F32()[i]) continue;
     const auto code = [&](float value) {
       return static_cast<int64_t>(std::lrint(value / grid.scale[0])) + grid.zero_point[0];
@@ -134,11 +136,14 @@ VerifyResult Verify(const VerifyOptions& options) {
     result.units.push_back(std::move(verdict));
     progress.Advance();
   }
-  // The reference differs from its own files by ties: up to a fifth of the codes of a unit (tests/data/golden/README.md).
-  constexpr double kReferenceShare = 0.2;
-  for (const UnitVerdict& unit : result.units)
-    result.within_bounds &= result.dialect == "tico" ? unit.different <= kReferenceShare * unit.values : unit.different == 0;
-  result.within_bounds &= result.broken_boundaries.empty();
+  // The reference differs from its own files by ties, in up to a fifth of a unit's codes; over many layers flips add up, to
+  // at most 3 % of the largest value (tests/data/golden/README.md). Its boundaries do not all meet (findings B5, B6).
+  constexpr double kReferenceShare = 0.2, kReferencePeak = 0.03;
+  for (const UnitVerdict& unit : result.units) {
+    const bool near = unit.different <= kReferenceShare * unit.values || unit.largest_step <= kReferencePeak * unit.largest_code;
+    result.within_bounds &= result.dialect == "tico" ? near : unit.different == 0;
+  }
+  if (result.dialect != "tico") result.within_bounds &= result.broken_boundaries.empty();
   return result;
 }
 

@@ -22,6 +22,7 @@ struct UnitVerdict {
   int64_t values = 0;        // output codes compared; 0: the file was read and checked only
   int64_t different = 0;     // codes that differ
   int64_t largest_step = 0;  // largest difference in codes
+  int64_t largest_code = 0;  // largest distance of a code from its zero point
   std::string first_difference;  // "out.0[1,3,17]: code 120, expected 121 (ADD, ...attn_residual_out)"
 };
 

@@ -35,10 +35,10 @@ ValueId Heads(const Builder& b, ValueId x, int64_t heads, int64_t head_dim) {
   return b.Reshape(x, {1, b.ShapeOf(x)[1], heads, head_dim});
 }
 
-// [1,S,H,h] -> [1,H,S,h]; with one position nothing moves.
+// [1,S,H,h] -> [1,H,S,h]; with one position or one head nothing moves.
 ValueId HeadsFirst(const Builder& b, ValueId x) {
   const Shape& shape = b.ShapeOf(x);
-  if (shape[1] == 1) return b.Reshape(x, {1, shape[2], 1, shape[3]});
+  if (shape[1] == 1 || shape[2] == 1) return b.Reshape(x, {1, shape[2], shape[1], shape[3]});
   return b.Transpose(x, {0, 2, 1, 3});
 }
 
@@ -284,9 +284,11 @@ void BuildDecoderLayer(const Builder& b, const TextConfig& config, int index, Ph
 void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
   ValueId hidden = b.Input("inputs_embeds", {1, length, config.hidden_size});
   if (!dialect.duplicate_points) hidden = b.Boundary(EmbeddingPoint(), hidden);
+  // The reference rounds the whole model's input on the range of another tensor (findings B6).
+  const std::string ple_point = dialect.duplicate_points ? "model.per_layer_inputs" : PlePoint();
   const ValueId ple =
       config.HasPle()
-          ? b.Boundary(PlePoint(), b.Input("per_layer_inputs", {1, length, config.NumLayers(), config.ple_dim}))
+          ? b.Boundary(ple_point, b.Input("per_layer_inputs", {1, length, config.NumLayers(), config.ple_dim}))
           : -1;
   std::map<std::string, LayerValues> by_type;
   for (const LayerConfig& layer : config.layers) by_type.try_emplace(LayerTypeName(layer));
@@ -309,7 +311,8 @@ void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, 
     LayerValues in = by_type[LayerTypeName(layer)];
     in.hidden = hidden;
     if (config.HasPle()) {
-      const ValueId slice = b.Add(Slice{{0, 0, i, 0}, {1, static_cast<int32_t>(length), i + 1, config.ple_dim}}, {ple});
+      const Slice of_layer{{0, 0, i, 0}, {1, static_cast<int32_t>(length), i + 1, config.ple_dim}};
+      const ValueId slice = config.NumLayers() == 1 ? ple : b.Add(of_layer, {ple});
       in.ple = b.Reshape(slice, {1, length, config.ple_dim});
     }
     if (layer.kv_shared) in.shared = stored.at(layer.kv_source);
