@@ -68,7 +68,9 @@ class Linears {
   std::map<Key, Kernel> kernels_;
 };
 
-// The same product by panels: groups of columns, each packed by the thread that multiplies with it.
+}  // namespace
+
+// By groups of columns, each packed by the thread that multiplies with it.
 void LinearByPanels(const float* x, const float* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
   const int64_t columns = 4 * PanelColumns();
   constexpr int64_t kRows = 192;  // 512 steps of so many rows of x stay in the second-level cache
@@ -85,8 +87,6 @@ void LinearByPanels(const float* x, const float* w, const float* bias, int64_t m
   if (bias == nullptr) return;
   for (int64_t i = 0; i < m; ++i) simd::Binary(simd::BinaryOp::kAdd, y + i * n, bias, n, y + i * n);
 }
-
-}  // namespace
 
 void Linear(const float* x, const float* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
   if (m == 0 || n == 0) return;

@@ -15,6 +15,9 @@ namespace circlet::gemm {
 // y[m,n] = x[m,k] w[n,k]^T (+ bias[n], when not null). Uses Threads() threads.
 void Linear(const float* x, const float* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y);
 
+// The same by Multiply: what Linear does where oneDNN's kernel will not do.
+void LinearByPanels(const float* x, const float* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y);
+
 // Columns of a panel: two vectors of the processor.
 int64_t PanelColumns();
 

@@ -26,18 +26,20 @@ struct Size {
 };
 
 TEST(LinearTest, IsTheProductWithTheTransposedWeight) {
-  for (const auto& [m, n, k] : {Size{1, 1, 1}, {3, 5, 7}, {1, 200, 64}, {70, 33, 129}, {24, 192, 64}}) {
+  for (const auto& [m, n, k] : {Size{1, 1, 1}, {3, 5, 7}, {1, 200, 64}, {70, 33, 129}, {200, 300, 64}}) {
     const std::vector<float> x = Normal(static_cast<size_t>(m * k), 1), w = Normal(static_cast<size_t>(n * k), 2);
     const std::vector<float> bias = Normal(static_cast<size_t>(n), 3);
     for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
-      std::vector<float> y(static_cast<size_t>(m * n));
-      Linear(x.data(), w.data(), b, m, n, k, y.data());
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < n; ++j) {
-          double sum = b == nullptr ? 0 : b[j];
-          for (int64_t l = 0; l < k; ++l) sum += static_cast<double>(x[i * k + l]) * w[j * k + l];
-          EXPECT_NEAR(y[i * n + j], sum, 1e-6 * static_cast<double>(k)) << i << "," << j << " of " << m << "x" << n;
-        }
+      for (const auto linear : {Linear, LinearByPanels}) {
+        std::vector<float> y(static_cast<size_t>(m * n));
+        linear(x.data(), w.data(), b, m, n, k, y.data());
+        for (int64_t i = 0; i < m; ++i)
+          for (int64_t j = 0; j < n; ++j) {
+            double sum = b == nullptr ? 0 : b[j];
+            for (int64_t l = 0; l < k; ++l) sum += static_cast<double>(x[i * k + l]) * w[j * k + l];
+            EXPECT_NEAR(y[i * n + j], sum, 1e-6 * static_cast<double>(k)) << i << "," << j << " of " << m << "x" << n;
+          }
+      }
     }
   }
 }
@@ -62,16 +64,17 @@ TEST(LinearTest, ThreadsChangeNoBit) {
                                 {129, 77, 333},
                                 {2, 1536, 12288}}) {
     const std::vector<float> x = Normal(static_cast<size_t>(m * k), 4), w = Normal(static_cast<size_t>(n * k), 5);
-    std::vector<float> alone(static_cast<size_t>(m * n));
-    {
-      const WithThreads one(1);
-      Linear(x.data(), w.data(), nullptr, m, n, k, alone.data());
-    }
-    for (const int threads : {2, 3, 4}) {
-      const WithThreads several(threads);
-      std::vector<float> y(alone.size());
-      Linear(x.data(), w.data(), nullptr, m, n, k, y.data());
-      EXPECT_TRUE(SameBits(y, alone)) << m << "x" << n << "x" << k << " with " << threads << " threads";
+    for (const auto linear : {Linear, LinearByPanels}) {
+      std::vector<float> alone(static_cast<size_t>(m * n)), y(alone.size());
+      {
+        const WithThreads one(1);
+        linear(x.data(), w.data(), nullptr, m, n, k, alone.data());
+      }
+      for (const int threads : {2, 3, 4}) {
+        const WithThreads several(threads);
+        linear(x.data(), w.data(), nullptr, m, n, k, y.data());
+        EXPECT_TRUE(SameBits(y, alone)) << m << "x" << n << "x" << k << " with " << threads << " threads";
+      }
     }
   }
 }
