@@ -1,0 +1,48 @@
+// Any calibration file is an Error or samples with ids of the vocabulary and one type an id.
+
+#include <unistd.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <string>
+
+#include "circlet/base/error.h"
+#include "circlet/preprocess/samples.h"
+
+namespace {
+
+// Bytes, the control tokens of a chat, nothing else.
+std::string ByteTokenizer() {
+  std::string vocab;
+  for (int byte = 0; byte < 256; ++byte) vocab += fmt::format("\"<0x{:02X}>\":{},", byte, byte);
+  std::string added;
+  int id = 256;
+  for (const char* content : {"<bos>", "<|image>", "<|image|>", "<image|>", "<|video|>", "<|audio|>"})
+    added +=
+        fmt::format("{}{{\"id\":{},\"content\":\"{}\",\"special\":true}}", added.empty() ? "" : ",", id++, content);
+  vocab.pop_back();
+  return fmt::format(
+      "{{\"added_tokens\":[{}],\"model\":{{\"type\":\"BPE\",\"byte_fallback\":true,\"vocab\":{{{}}},"
+      "\"merges\":[]}}}}",
+      added, vocab);
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  static const circlet::Processor processor{circlet::Tokenizer::Parse(ByteTokenizer(), "tokenizer.json"), {}, {}};
+  static const std::filesystem::path path =
+      std::filesystem::temp_directory_path() / fmt::format("circlet-jsonl-fuzz-{}.jsonl", getpid());
+  std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(data), static_cast<std::streamsize>(size));
+  try {
+    const circlet::SampleSet set = circlet::LoadJsonl(path, processor, {.vocab_size = 262, .max_length = 4096});
+    for (const circlet::Sample& sample : set.samples)
+      if (sample.input_ids.empty() || sample.token_types.size() != sample.input_ids.size()) std::abort();
+  } catch (const circlet::Error&) {
+  }
+  std::filesystem::remove(path);
+  return 0;
+}
