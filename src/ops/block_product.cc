@@ -94,25 +94,32 @@ void MultiplyImpl(const float* a, int64_t a_stride, int64_t m, const Panels& b, 
   }
 }
 
-// Sixteen rows of the transposed operand at a time would need a shuffle network; columns of a panel are few enough that
-// reading them side by side stays within the cache.
+// One panel from rows of the transposed operand. They go through a small tile: rows whose distance is a multiple of
+// 4096 bytes share their cache sets, so each line must be read in one go.
+void PackTransposed(const float* rows, int64_t stride, int64_t columns, int64_t k, float* to) {
+  constexpr int64_t kTile = 16;
+  float tile[kColumns][kTile] = {};
+  for (int64_t k0 = 0; k0 < k; k0 += kTile) {
+    const int64_t depth = std::min(kTile, k - k0);
+    for (int64_t j = 0; j < columns; ++j)
+      std::memcpy(tile[j], rows + j * stride + k0, static_cast<size_t>(depth) * sizeof(float));
+    for (int64_t i = 0; i < depth; ++i)
+      for (int64_t j = 0; j < kColumns; ++j) to[(k0 + i) * kColumns + j] = tile[j][i];
+  }
+}
+
 void PackImpl(const float* b, int64_t stride, bool transposed, const Panels& panels, int64_t first, int64_t last) {
   for (int64_t panel = first; panel < last; ++panel) {
     float* to = panels.data + panel * panels.k * kColumns;
     const int64_t columns = std::min(kColumns, panels.n - panel * kColumns);
     if (transposed) {
-      const float* from = b + panel * kColumns * stride;
-      constexpr int64_t kBlock = 16;
-      for (int64_t k0 = 0; k0 < panels.k; k0 += kBlock)
-        for (int64_t j = 0; j < kColumns; ++j)
-          for (int64_t k = k0; k < std::min(panels.k, k0 + kBlock); ++k)
-            to[k * kColumns + j] = j < columns ? from[j * stride + k] : 0.0f;
-    } else {
-      const float* from = b + panel * kColumns;
-      for (int64_t k = 0; k < panels.k; ++k) {
-        std::memcpy(to + k * kColumns, from + k * stride, static_cast<size_t>(columns) * sizeof(float));
-        std::fill(to + k * kColumns + columns, to + (k + 1) * kColumns, 0.0f);
-      }
+      PackTransposed(b + panel * kColumns * stride, stride, columns, panels.k, to);
+      continue;
+    }
+    const float* from = b + panel * kColumns;
+    for (int64_t k = 0; k < panels.k; ++k) {
+      std::memcpy(to + k * kColumns, from + k * stride, static_cast<size_t>(columns) * sizeof(float));
+      std::fill(to + k * kColumns + columns, to + (k + 1) * kColumns, 0.0f);
     }
   }
 }

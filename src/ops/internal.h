@@ -8,7 +8,7 @@
 
 namespace circlet {
 
-// The first element of a piece that a thread takes at a time in elementwise loops: large enough to hide the hand-over.
+// Elements a thread takes at a time in elementwise loops: enough to hide the hand-over.
 inline constexpr int64_t kElementGrain = 1 << 15;
 
 // Rows a thread takes at a time so that a piece has about kElementGrain elements.

@@ -43,7 +43,7 @@ void Rope::Eval(const EvalContext& context) const {
   float* y = context.out[0].F32().data();
   // A few positions at a time: visitors get pieces worth their call, and all of it stays in the cache.
   const int64_t block = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, heads * head_size));
-  ParallelFor(positions, block, [&](int64_t begin, int64_t end) {
+  ParallelFor(positions, 8 * block, [&](int64_t begin, int64_t end) {
     const size_t floats = static_cast<size_t>(std::max<int64_t>(1, block * heads * width));
     const auto scratch = hwy::AllocateAligned<float>(5 * floats);
     float* x1 = scratch.get();  // [rows, half]

@@ -10,7 +10,7 @@
 
 namespace circlet::simd {
 
-// "AVX3_DL", "AVX2", ...: what the manifest names.
+// "AVX3" (AVX-512), "AVX2", "SSE4", "SSSE3" or "SCALAR": what the manifest names.
 const char* InstructionSet();
 
 struct Range {
@@ -28,12 +28,12 @@ struct Grid {
 };
 // x[i] = (clamp(R(x[i])) - zero_point) * scale (ptq.md 2.4; circle_execution.md 4.2). NaN stays NaN.
 void Snap(float* x, int64_t count, const Grid& grid);
-void Quantize(const float* x, int64_t count, const Grid& grid, int16_t* codes);
+void Quantize(const float* x, int64_t count, const Grid& grid, int16_t* codes);  // NaN gets the smallest code
 void Dequantize(const int16_t* codes, int64_t count, float scale, int32_t zero_point, float* x);
 
 void BF16ToF32(const uint16_t* in, int64_t count, float* out);
 
-// y = a op b, equal counts; b may be a single value (b_step 0) or a row.
+// y = a op b; y may be a. A NaN in a survives max and min.
 enum class BinaryOp { kAdd, kSub, kMul, kMax, kMin };
 void Binary(BinaryOp op, const float* a, const float* b, int64_t count, float* y);
 void BinaryScalar(BinaryOp op, const float* a, float b, int64_t count, float* y);

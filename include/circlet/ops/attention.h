@@ -32,7 +32,8 @@ struct Attention {
   static constexpr std::string_view kName = "attention";
   static constexpr bool kFused = true;
   // Keys whose mask value is at most half of `mask_fill` are kept out of products, statistics and rounding; their
-  // probability is exactly 0. Otherwise every key is computed and observed (the reference).
+  // probability is exactly 0. A row that keeps no key (a padded query) weighs all of them, as its expansion does, but
+  // does not show them to visitors that only look. Otherwise every key is computed and observed (the reference).
   bool skip_masked = true;
   float mask_fill = -120.0f;
   // The expansion transposes k itself (the reference's form) or lets BATCH_MATMUL do it.
