@@ -37,8 +37,7 @@ void CheckScalar(const Verifier& verifier, const Table& table, int id, const Pla
 
 template <typename T>
 void CheckVector(const Verifier& verifier, const Table& table, int id, const Place& place) {
-  Require(table.VerifyOffset(verifier, Slot(id)) &&
-              verifier.VerifyVector(table.GetPointer<const Vector<T>*>(Slot(id))),
+  Require(table.VerifyOffset(verifier, Slot(id)) && verifier.VerifyVector(table.GetPointer<const Vector<T>*>(Slot(id))),
           place);
 }
 

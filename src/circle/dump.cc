@@ -65,8 +65,8 @@ std::string TensorText(const Model& model, int32_t index) {
   const Tensor& tensor = model.tensors[static_cast<size_t>(index)];
   const std::optional<int8_t> type = TensorTypeOf(tensor.type.dtype);
   std::string text = fmt::format("#{}:{}", index, type.has_value() ? TensorTypeName(*type) : "?");
-  text += tensor.signature.empty() ? tensor.type.shape.ToString()
-                                   : fmt::format("[{}]", fmt::join(tensor.signature, ","));
+  text +=
+      tensor.signature.empty() ? tensor.type.shape.ToString() : fmt::format("[{}]", fmt::join(tensor.signature, ","));
   if (!tensor.data.Empty()) text += ":const";
   if (tensor.qparams.has_value() && !tensor.qparams->scale.empty() && !tensor.qparams->zero_point.empty()) {
     const QParams& grid = *tensor.qparams;

@@ -57,7 +57,8 @@ class Reader {
     ReadBuffers(Children(root, model_field::kBuffers));
     const Tables* subgraphs = Children(root, model_field::kSubgraphs);
     if (Count(subgraphs) != 1)
-      Fail("{} subgraphs; circlet reads files of exactly one: export each graph to a file of its own", Count(subgraphs));
+      Fail("{} subgraphs; circlet reads files of exactly one: export each graph to a file of its own",
+           Count(subgraphs));
     const Table& subgraph = *subgraphs->Get(0);
     Model model;
     model.description = Text(root, model_field::kDescription);
@@ -103,9 +104,10 @@ class Reader {
   // byte about once.
   void Spend(uint64_t bytes) {
     if (bytes > budget_)
-      Fail("names, lists and copied constants are more than 16 times the file ({} bytes), as offsets refer to the same "
-           "bytes again and again; {}",
-           size_, kRemedy);
+      Fail(
+          "names, lists and copied constants are more than 16 times the file ({} bytes), as offsets refer to the same "
+          "bytes again and again; {}",
+          size_, kRemedy);
     budget_ -= bytes;
   }
 
@@ -134,13 +136,16 @@ class Reader {
       const auto narrow = Scalar<int8_t>(table, code_field::kDeprecatedBuiltinCode);
       const auto wide = Scalar<int32_t>(table, code_field::kBuiltinCode);
       if (narrow != std::min(127, wide) && (wide != 0 || narrow == 127))
-        Fail("operator code {}: deprecated_builtin_code is {}, builtin_code {} ({}); the first must be the smaller of "
-             "127 and the second; {}",
-             i, narrow, wide, OperatorName(wide), kRemedy);
+        Fail(
+            "operator code {}: deprecated_builtin_code is {}, builtin_code {} ({}); the first must be the smaller of "
+            "127 and the second; {}",
+            i, narrow, wide, OperatorName(wide), kRemedy);
       const int32_t code = wide == 0 ? narrow : wide;
       if (code == kCustomCode)
-        Fail("operator code {}: custom operator \"{}\"; circlet knows builtin operators only: export the model without it",
-             i, Text(table, code_field::kCustomCode));
+        Fail(
+            "operator code {}: custom operator \"{}\"; circlet knows builtin operators only: export the model without "
+            "it",
+            i, Text(table, code_field::kCustomCode));
       if (FindOperator(code) == nullptr)
         Fail("operator code {}: builtin operator {} is unknown to circlet; export the model without it", i, code);
       codes_.push_back(code);
@@ -175,8 +180,8 @@ class Reader {
   void CheckRange(uint32_t buffer, uint64_t offset, uint64_t bytes,
                   std::map<uint64_t, std::pair<uint64_t, uint32_t>>& ranges) const {
     if (offset < 8 || bytes == 0 || offset > size_ || bytes > size_ - offset)
-      Fail("buffer {}: {} bytes at offset {} are not inside the file of {} bytes; was it cut off while copying?", buffer,
-           bytes, offset, size_);
+      Fail("buffer {}: {} bytes at offset {} are not inside the file of {} bytes; was it cut off while copying?",
+           buffer, bytes, offset, size_);
     const auto next = ranges.lower_bound(offset);
     const auto overlaps = [&](uint64_t begin, const std::pair<uint64_t, uint32_t>& other) {
       if (begin < offset + bytes && offset < other.first)
@@ -195,8 +200,10 @@ class Reader {
       const auto type = Scalar<int8_t>(table, tensor_field::kType);
       const std::optional<DType> dtype = DTypeOf(type);
       if (!dtype.has_value())
-        Fail("element type {} is not supported; circlet reads dense numbers, bool and 4-bit codes: export another format",
-             TensorTypeName(type));
+        Fail(
+            "element type {} is not supported; circlet reads dense numbers, bool and 4-bit codes: export another "
+            "format",
+            TensorTypeName(type));
       tensor.type.dtype = *dtype;
       const std::vector<int32_t> sizes = Numbers<int32_t>(table, tensor_field::kShape);
       if (sizes.size() > kMaxRank) Fail("{} axes; at most {} make sense; {}", sizes.size(), kMaxRank, kRemedy);
@@ -227,7 +234,8 @@ class Reader {
 
   std::optional<QParams> ReadQuantization(const Table& table, DType dtype) {
     if (const auto details = Scalar<uint8_t>(table, quantization_field::kDetailsType); details != 0)
-      Fail("quantization details of type {}; circlet reads scale and zero point only: export affine quantization", details);
+      Fail("quantization details of type {}; circlet reads scale and zero point only: export affine quantization",
+           details);
     QParams qparams{.dtype = dtype};
     qparams.scale = Numbers<float>(table, quantization_field::kScale);
     const std::vector<int64_t> zero_points = Numbers<int64_t>(table, quantization_field::kZeroPoint);
@@ -290,7 +298,8 @@ class Reader {
     CheckTable(*options, schema.options, std::string(schema.options.name));
     std::vector<CircleOption> values;
     for (const FieldSchema& field : schema.options.fields) {
-      if (!options->CheckField(Slot(field.id)) && (field.kind == FieldKind::kInt32s || field.kind == FieldKind::kString))
+      if (!options->CheckField(Slot(field.id)) &&
+          (field.kind == FieldKind::kInt32s || field.kind == FieldKind::kString))
         continue;
       values.push_back(ReadOption(*options, field));
     }

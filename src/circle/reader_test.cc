@@ -173,7 +173,8 @@ TEST(CircleReaderTest, ExternalRangesMustLieInsideTheFileAndApart) {
 TEST(CircleReaderTest, OperatorCodesThatDisagreeAreAnError) {
   Editable file;
   file.Set<int8_t>(file.CodeAt(0), code_field::kDeprecatedBuiltinCode, 18);
-  EXPECT_THAT(file.Error(), HasSubstr("operator code 0: deprecated_builtin_code is 18, builtin_code 9 (FULLY_CONNECTED)"));
+  EXPECT_THAT(file.Error(),
+              HasSubstr("operator code 0: deprecated_builtin_code is 18, builtin_code 9 (FULLY_CONNECTED)"));
   // A file from before the wide field existed.
   file.Set<int8_t>(file.CodeAt(0), code_field::kDeprecatedBuiltinCode, 9);
   file.Set<int32_t>(file.CodeAt(0), code_field::kBuiltinCode, 0);

@@ -12,7 +12,8 @@ namespace {
 
 using enum FieldKind;
 
-// ---- Tables of the file ----------------------------------------------------------------------------------------------
+// ---- Tables of the file
+// ----------------------------------------------------------------------------------------------
 
 constexpr FieldSchema kQuantizationFields[] = {
     {quantization_field::kScale, "scale", kFloats},
@@ -79,7 +80,8 @@ constexpr FieldSchema kModelFields[] = {
 };
 constexpr TableSchema kModel{"Model", kModelFields};
 
-// ---- Element types (circle.md 2.2) -------------------------------------------------------------------------------------
+// ---- Element types (circle.md 2.2)
+// -------------------------------------------------------------------------------------
 
 struct TypeRow {
   int8_t type;
@@ -88,38 +90,23 @@ struct TypeRow {
 };
 
 constexpr TypeRow kTypes[] = {
-    {0, "FLOAT32", DType::kF32},
-    {1, "FLOAT16", DType::kF16},
-    {2, "INT32", DType::kI32},
-    {3, "UINT8", DType::kU8},
-    {4, "INT64", DType::kI64},
-    {5, "STRING", {}},
-    {6, "BOOL", DType::kBool},
-    {7, "INT16", DType::kI16},
-    {8, "COMPLEX64", {}},
-    {9, "INT8", DType::kI8},
-    {10, "FLOAT64", DType::kF64},
-    {11, "COMPLEX128", {}},
-    {12, "UINT64", DType::kU64},
-    {13, "RESOURCE", {}},
-    {14, "VARIANT", {}},
-    {15, "UINT32", DType::kU32},
-    {16, "UINT16", DType::kU16},
-    {17, "INT4", DType::kI4},
-    {18, "BFLOAT16", {}},  // named by later schemas; no reader of 0.10 takes it
-    {-1, "UINT4", DType::kU4},
-    {-2, "GGML_Q4_0", {}},
-    {-3, "GGML_Q4_1", {}},
-    {-4, "GGML_Q8_0", {}},
-    {-5, "GGML_Q8_1", {}},
-    {-6, "MXFP4", {}},
-    {-7, "MXINT8", {}},
+    {0, "FLOAT32", DType::kF32}, {1, "FLOAT16", DType::kF16}, {2, "INT32", DType::kI32},    {3, "UINT8", DType::kU8},
+    {4, "INT64", DType::kI64},   {5, "STRING", {}},           {6, "BOOL", DType::kBool},    {7, "INT16", DType::kI16},
+    {8, "COMPLEX64", {}},        {9, "INT8", DType::kI8},     {10, "FLOAT64", DType::kF64}, {11, "COMPLEX128", {}},
+    {12, "UINT64", DType::kU64}, {13, "RESOURCE", {}},        {14, "VARIANT", {}},          {15, "UINT32", DType::kU32},
+    {16, "UINT16", DType::kU16}, {17, "INT4", DType::kI4},    {18, "BFLOAT16", {}},  // named by later schemas; no
+                                                                                     // reader of 0.10 takes it
+    {-1, "UINT4", DType::kU4},   {-2, "GGML_Q4_0", {}},       {-3, "GGML_Q4_1", {}},        {-4, "GGML_Q8_0", {}},
+    {-5, "GGML_Q8_1", {}},       {-6, "MXFP4", {}},           {-7, "MXINT8", {}},
 };
 
-// ---- Options tables (circle.md 3.2) ------------------------------------------------------------------------------------
+// ---- Options tables (circle.md 3.2)
+// ------------------------------------------------------------------------------------
 
 constexpr FieldSchema Act(int id) { return {id, "fused_activation_function", kInt8}; }
-constexpr FieldSchema Bool(int id, std::string_view name, bool value = false) { return {id, name, kBool, value ? 1. : 0.}; }
+constexpr FieldSchema Bool(int id, std::string_view name, bool value = false) {
+  return {id, name, kBool, value ? 1. : 0.};
+}
 constexpr FieldSchema Byte(int id, std::string_view name) { return {id, name, kInt8}; }
 constexpr FieldSchema Int(int id, std::string_view name, int value = 0) {
   return {id, name, kInt32, static_cast<double>(value)};

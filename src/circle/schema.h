@@ -1,7 +1,7 @@
 #pragma once
 
-// The Circle schema as data (circle.md 1.1, 2, 3.2). Writer, reader, bounds check and dump walk these tables; a field, an
-// operator or an element type is stated here and nowhere else.
+// The Circle schema as data (circle.md 1.1, 2, 3.2). Writer, reader, bounds check and dump walk these tables; a field,
+// an operator or an element type is stated here and nowhere else.
 
 #include <cstdint>
 #include <optional>
@@ -49,7 +49,8 @@ struct TableSchema {
   std::span<const FieldSchema> fields;  // by id; the fields that circlet reads or refuses
 };
 
-// ---- Tables of the file ----------------------------------------------------------------------------------------------
+// ---- Tables of the file
+// ----------------------------------------------------------------------------------------------
 
 namespace model_field {
 enum : int { kVersion = 0, kOperatorCodes = 1, kSubgraphs = 2, kDescription = 3, kBuffers = 4 };
@@ -94,7 +95,8 @@ enum : int { kScale = 2, kZeroPoint = 3, kDetailsType = 4, kQuantizedDimension =
 
 const TableSchema& ModelTable();
 
-// ---- Element types -----------------------------------------------------------------------------------------------------
+// ---- Element types
+// -----------------------------------------------------------------------------------------------------
 
 // "INT16" for 7, "GGML_Q4_0" for -2; "TYPE_99" for values outside the schema.
 std::string TensorTypeName(int8_t type);
@@ -103,7 +105,8 @@ std::optional<DType> DTypeOf(int8_t type);
 // The other way; none for bfloat16, which readers of schema 0.10 lack.
 std::optional<int8_t> TensorTypeOf(DType type);
 
-// ---- Operators ---------------------------------------------------------------------------------------------------------
+// ---- Operators
+// ---------------------------------------------------------------------------------------------------------
 
 struct OperatorSchema {
   int32_t code;  // BuiltinOperator

@@ -36,12 +36,12 @@ class Verifier {
   }
   bool Exists(int32_t tensor) const { return tensor >= 0 && static_cast<size_t>(tensor) < model_.tensors.size(); }
 
-  // ---- Tensors -------------------------------------------------------------------------------------------------------
+  // ---- Tensors
+  // -------------------------------------------------------------------------------------------------------
 
   void CheckTensor(const Tensor& tensor, const std::string& place) {
     const TensorType& type = tensor.type;
-    if (!TensorTypeOf(type.dtype).has_value())
-      Fault(place, "Circle has no {}; store it as float32", Name(type.dtype));
+    if (!TensorTypeOf(type.dtype).has_value()) Fault(place, "Circle has no {}; store it as float32", Name(type.dtype));
     for (const int64_t size : type.shape.Sizes()) {
       if (size < 0 || size > INT32_MAX)
         Fault(place, "shape {} has the size {}, which is not in 0..2147483647", type.shape.ToString(), size);
@@ -86,8 +86,7 @@ class Verifier {
     if (!IsInteger(type.dtype) || type.dtype == DType::kU32 || type.dtype == DType::kU64)
       return Fault(place, "scale and zero point on {}; only int4 to int64 and uint4 to uint16 are quantized",
                    type.ToString());
-    if (grid.dtype != type.dtype)
-      Fault(place, "is {}, its grid is for {}", type.ToString(), Name(grid.dtype));
+    if (grid.dtype != type.dtype) Fault(place, "is {}, its grid is for {}", type.ToString(), Name(grid.dtype));
     if (grid.scale.empty() || grid.scale.size() != grid.zero_point.size())
       return Fault(place, "{} scales and {} zero points; there must be equally many, at least one", grid.scale.size(),
                    grid.zero_point.size());
@@ -100,8 +99,8 @@ class Verifier {
     const auto bad_zero =
         std::ranges::find_if(grid.zero_point, [&](int32_t z) { return z < codes.min || z > codes.max; });
     if (bad_zero != grid.zero_point.end())
-      Fault(place, "zero point {} is {}, outside {}..{} of {}", bad_zero - grid.zero_point.begin(), *bad_zero, codes.min,
-            codes.max, Name(type.dtype));
+      Fault(place, "zero point {} is {}, outside {}..{} of {}", bad_zero - grid.zero_point.begin(), *bad_zero,
+            codes.min, codes.max, Name(type.dtype));
   }
 
   void CheckAxis(const Tensor& tensor, const QParams& grid, const std::string& place) {
@@ -121,7 +120,8 @@ class Verifier {
             unknown ? "an unknown size" : fmt::format("size {} (shape {})", shape[grid.axis], shape.ToString()));
   }
 
-  // ---- Dataflow ------------------------------------------------------------------------------------------------------
+  // ---- Dataflow
+  // ------------------------------------------------------------------------------------------------------
 
   static constexpr int64_t kUndefined = -2;
   static constexpr int64_t kGraphInput = -1;

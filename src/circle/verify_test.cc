@@ -26,10 +26,13 @@ std::string FaultAfter(Change&& change) {
 }
 
 TEST(CircleVerifyTest, ShapesMustFitTheFormat) {
-  EXPECT_THAT(FaultAfter([](Model& m) { m.tensors[2].type.dtype = m.tensors[2].qparams->dtype = DType::kBF16,
-                                        m.tensors[2].qparams.reset(); }),
+  EXPECT_THAT(FaultAfter([](Model& m) {
+                m.tensors[2].type.dtype = m.tensors[2].qparams->dtype = DType::kBF16, m.tensors[2].qparams.reset();
+              }),
               StartsWith("tensor 2 \"y\": Circle has no bfloat16"));
-  EXPECT_THAT(FaultAfter([](Model& m) { m.tensors[8].type.shape = Shape{1, int64_t{1} << 31}, m.tensors[8].signature = {}; }),
+  EXPECT_THAT(FaultAfter([](Model& m) {
+                m.tensors[8].type.shape = Shape{1, int64_t{1} << 31}, m.tensors[8].signature = {};
+              }),
               HasSubstr("tensor 8 \"z\": shape [1,2147483648] has the size 2147483648"));
   EXPECT_THAT(FaultAfter([](Model& m) {
                 m.tensors[8].type.shape = Shape{INT32_MAX, INT32_MAX, INT32_MAX};
@@ -39,9 +42,13 @@ TEST(CircleVerifyTest, ShapesMustFitTheFormat) {
 }
 
 TEST(CircleVerifyTest, SignatureMustFollowTheShape) {
-  EXPECT_THAT(FaultAfter([](Model& m) { m.tensors[0].signature = {-1, 8}; }),
+  EXPECT_THAT(FaultAfter([](Model& m) {
+                m.tensors[0].signature = {-1, 8};
+              }),
               StartsWith("tensor 0 \"x\": shape_signature [-1,8] has 2 axes, shape [1,1,8] has 3"));
-  EXPECT_THAT(FaultAfter([](Model& m) { m.tensors[0].signature = {1, -1, 9}; }),
+  EXPECT_THAT(FaultAfter([](Model& m) {
+                m.tensors[0].signature = {1, -1, 9};
+              }),
               HasSubstr("shape_signature [1,-1,9] and shape [1,1,8] differ on axis 2"));
   EXPECT_THAT(FaultAfter([](Model& m) { m.tensors[3].signature = {-1}; }),
               HasSubstr("tensor 3 \"gamma\": a constant with the unknown size in shape_signature [-1]"));
@@ -61,7 +68,9 @@ TEST(CircleVerifyTest, GridsMustBeCompleteAndSound) {
               HasSubstr("tensor 1 \"w\": 3 scales on axis 1, which has size 8 (shape [3,8])"));
   EXPECT_THAT(FaultAfter([](Model& m) { m.tensors[1].qparams->axis = 2; }), HasSubstr("shape [3,8] has axes below 2"));
   EXPECT_THAT(FaultAfter([](Model& m) { m.tensors[1].qparams->axis = -1; }), HasSubstr("3 scales without an axis"));
-  EXPECT_THAT(FaultAfter([](Model& m) { m.tensors[0].qparams = QParams{DType::kI16, 1, {1}, {0}}; }),
+  EXPECT_THAT(FaultAfter([](Model& m) {
+                m.tensors[0].qparams = QParams{DType::kI16, 1, {1}, {0}};
+              }),
               HasSubstr("1 scales on axis 1, which has an unknown size"));
   EXPECT_THAT(FaultAfter([](Model& m) { m.tensors[1].qparams->zero_point[1] = 16; }),
               HasSubstr("zero point 1 is 16, outside 0..15 of uint4"));
@@ -72,7 +81,8 @@ TEST(CircleVerifyTest, GridsMustBeCompleteAndSound) {
 }
 
 TEST(CircleVerifyTest, ScalesMustBeFiniteAndPositive) {
-  for (const float scale : {0.0f, -1.0f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
+  for (const float scale :
+       {0.0f, -1.0f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
     EXPECT_THAT(FaultAfter([&](Model& m) { m.tensors[1].qparams->scale[2] = scale; }),
                 AllOf(StartsWith("tensor 1 \"w\": scale 2 is"), HasSubstr("finite and larger than 0")));
 }
@@ -97,16 +107,24 @@ TEST(CircleVerifyTest, EveryValueIsComputedOnceAndBeforeItIsUsed) {
               StartsWith("graph output 0: tensor 8 \"z\" is never computed"));
   EXPECT_THAT(FaultAfter([](Model& m) { m.inputs.push_back(3); }), HasSubstr("tensor 3 \"gamma\" is a constant"));
   EXPECT_THAT(FaultAfter([](Model& m) { m.inputs.push_back(0); }), HasSubstr("tensor 0 \"x\" is listed twice"));
-  EXPECT_THAT(FaultAfter([](Model& m) { m.operators.push_back({18, {}, {6, 7}, {}}); }),
+  EXPECT_THAT(FaultAfter([](Model& m) {
+                m.operators.push_back({18, {}, {6, 7}, {}});
+              }),
               StartsWith("operator 4 MUL: has no output"));
 }
 
 TEST(CircleVerifyTest, OptionsMustBeFieldsOfTheOperator) {
-  EXPECT_THAT(FaultAfter([](Model& m) { m.operators[3].options = {{"beta", 1.0}}; }),
+  EXPECT_THAT(FaultAfter([](Model& m) {
+                m.operators[3].options = {{"beta", 1.0}};
+              }),
               StartsWith("operator 3 MUL: has no option \"beta\""));
-  EXPECT_THAT(FaultAfter([](Model& m) { m.operators[1].options = {{"epsilon", int64_t{1}}}; }),
+  EXPECT_THAT(FaultAfter([](Model& m) {
+                m.operators[1].options = {{"epsilon", int64_t{1}}};
+              }),
               HasSubstr("option \"epsilon\" holds a value that its field cannot store"));
-  EXPECT_THAT(FaultAfter([](Model& m) { m.operators[3].options = {{"fused_activation_function", int64_t{300}}}; }),
+  EXPECT_THAT(FaultAfter([](Model& m) {
+                m.operators[3].options = {{"fused_activation_function", int64_t{300}}};
+              }),
               HasSubstr("\"fused_activation_function\""));
   EXPECT_THAT(FaultAfter([](Model& m) { m.operators[3].code = 200; }),
               StartsWith("operator 3 OPERATOR_200: builtin operator 200 is not in the schema table"));

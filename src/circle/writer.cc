@@ -234,8 +234,8 @@ class HeadBuilder {
     std::vector<Entry> entries;
     for (const CircleOption& option : op.options) {
       const auto field = std::ranges::find(schema.options.fields, option.name, &FieldSchema::name);
-      CIRCLET_CHECK(field != schema.options.fields.end() && Fits(option, *field), "{} has no option \"{}\" of this kind",
-                    schema.name, option.name);
+      CIRCLET_CHECK(field != schema.options.fields.end() && Fits(option, *field),
+                    "{} has no option \"{}\" of this kind", schema.name, option.name);
       flatbuffers::uoffset_t offset = 0;
       if (field->kind == FieldKind::kInt32s) offset = fbb_.CreateVector(std::get<std::vector<int32_t>>(option.value)).o;
       if (field->kind == FieldKind::kString) offset = fbb_.CreateString(std::get<std::string>(option.value)).o;

@@ -6,8 +6,8 @@
 //
 //   [ FlatBuffer: tables, names, grids ][ payload 0 ][ payload 1 ] ...
 //
-// Inline, a payload is the byte vector that Buffer.data refers to (a 4-byte length, then the bytes); past the limit it is
-// bare and Buffer.offset/size hold its place (circle.md 1.3). The bytes start at multiples of 16 either way.
+// Inline, a payload is the byte vector that Buffer.data refers to (a 4-byte length, then the bytes); past the limit it
+// is bare and Buffer.offset/size hold its place (circle.md 1.3). The bytes start at multiples of 16 either way.
 
 #include <cstddef>
 #include <cstdint>

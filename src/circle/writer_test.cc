@@ -41,7 +41,8 @@ TEST(CircleWriterTest, WhatIsWrittenIsReadBackEqual) {
   const int64_t bytes = Write(model, path);
   EXPECT_EQ(bytes, static_cast<int64_t>(std::filesystem::file_size(path)));
   EXPECT_TRUE(SameModel(model, Read(path))) << Dump(Read(path));
-  EXPECT_EQ(ReadFile(path), std::string(reinterpret_cast<const char*>(Serialize(model).data()), Serialize(model).size()));
+  EXPECT_EQ(ReadFile(path),
+            std::string(reinterpret_cast<const char*>(Serialize(model).data()), Serialize(model).size()));
 }
 
 TEST(CircleWriterTest, EveryElementTypeComesBackFromConstants) {
@@ -205,12 +206,13 @@ TEST(CircleWriterTest, ConstantsGoBehindTheFlatBufferJustPastTheLimit) {
   EXPECT_EQ(buffers[1]->GetField<uint64_t>(Slot(buffer_field::kSize), 0), 12);
 }
 
-// 2.5 GiB of zero pages with marks at the ends, so that neither memory nor disk of that size is needed: the file is laid
-// out as Plan says, with holes for the zeros.
+// 2.5 GiB of zero pages with marks at the ends, so that neither memory nor disk of that size is needed: the file is
+// laid out as Plan says, with holes for the zeros.
 TEST(CircleWriterTest, OneConstantOfMoreThanTwoGiBIsWrittenAndReadBack) {
   constexpr int64_t kRows = 5 << 10;
   constexpr int64_t kColumns = 512 << 10;
-  void* pages = mmap(nullptr, kRows * kColumns, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* pages =
+      mmap(nullptr, kRows * kColumns, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   ASSERT_NE(pages, MAP_FAILED);
   const std::shared_ptr<const void> owner(pages, [](const void* p) { munmap(const_cast<void*>(p), kRows * kColumns); });
   const circlet::Tensor large(TensorType{DType::kI8, {kRows, kColumns}}, pages, owner);
