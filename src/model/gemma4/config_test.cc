@@ -297,6 +297,36 @@ TEST(ConfigTest, RopeOfAUsedLayerTypeMayNotBeMissing) {
               HasSubstr("rope_theta: missing"));
 }
 
+TEST(ConfigTest, AnyFieldOfAnyTypeIsReadOrRefusedByName) {
+  json full = E2b();
+  full["text_config"]["per_layer_config"] = {{"4", {{"head_dim", 512}}}};
+  full["text_config"]["rope_parameters"] = {
+      {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 1e4}}},
+      {"full_attention", {{"rope_type", "proportional"}, {"partial_rotary_factor", 0.25}, {"rope_theta", 1e6}}}};
+  full["vision_config"]["rope_parameters"] = {{"rope_type", "axial"}, {"rope_theta", 100.0}};
+  const json values =
+      json::parse(R"([null, true, 0, -1, 7, 0.5, 1e300, -1e300, 9223372036854775807, 18446744073709551615,
+                                      "", "x", [], [1], ["x"], {}, {"x": 1}, {"0": {}}, [[]], [null]])");
+  int refused = 0;
+  const json fields = full.flatten();
+  for (const auto& [pointer, unused] : fields.items()) {
+    // The field itself and every object around it.
+    for (json::json_pointer at(pointer); !at.empty(); at = at.parent_pointer()) {
+      for (const json& value : values) {
+        json config = full;
+        config[at] = value;
+        try {
+          Parse(config);
+        } catch (const Error& error) {
+          ++refused;
+          EXPECT_THAT(error.what(), ::testing::StartsWith("config.json: "));
+        }
+      }
+    }
+  }
+  EXPECT_GT(refused, 500);
+}
+
 TEST(ConfigTest, MissingFileNamesThePath) {
   const TempDirectory directory;
   try {

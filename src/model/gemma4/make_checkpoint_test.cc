@@ -241,6 +241,13 @@ TEST(RandomTensorTest, EachKindOfParameterHasItsRange) {
   expect_within("model.audio_tower.layers.0.norm_post_attn.weight", {64}, 0.75f, 1.25f);
 }
 
+TEST(RandomTensorTest, ValuesAreRoundedToNearest) {
+  // Cutting bits off would lower the mean of values around 1 by half a step, 0.003.
+  double sum = 0;
+  for (const float value : Draw("a_norm.weight", {200000})) sum += value;
+  EXPECT_NEAR(sum / 200000, 1.0, 0.0015);
+}
+
 TEST(RandomTensorTest, NamesAndSeedsGiveDifferentNumbers) {
   const std::vector<float> values = Draw("a.weight", {8, 6});
   EXPECT_EQ(values, Draw("a.weight", {8, 6}));
