@@ -205,10 +205,11 @@ ChatFormat DetectChatFormat(std::string_view text, std::string_view source) {
 }
 
 ChatFormat LoadChatFormat(const std::filesystem::path& directory) {
+  std::error_code ignored;
   const std::filesystem::path own = directory / "chat_template.jinja";
-  if (std::filesystem::exists(own)) return DetectChatFormat(ReadFile(own), own.filename().string());
+  if (std::filesystem::exists(own, ignored)) return DetectChatFormat(ReadFile(own), own.filename().string());
   const std::filesystem::path config = directory / "tokenizer_config.json";
-  if (!std::filesystem::exists(config)) return {};
+  if (!std::filesystem::exists(config, ignored)) return {};
   const json tree = ReadJson(config);
   const JsonObject object(tree, config.string());
   const json& text = object.Raw("chat_template");

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <new>
 #include <utility>
 
 #include "circlet/base/error.h"
@@ -16,8 +17,12 @@ Image LoadImage(const std::filesystem::path& path) {
 Image DecodeImage(std::span<const std::byte> bytes, std::string_view file) {
   if (bytes.empty()) Fail("{}: the file is empty; was the image written completely?", file);
   if (!IsPng(bytes) && !IsJpeg(bytes)) Fail("{}: neither PNG nor JPEG; convert the image to one of them", file);
-  StoredImage stored = IsPng(bytes) ? DecodePng(bytes, file) : DecodeJpeg(bytes, file);
-  return Upright(std::move(stored.image), stored.orientation);
+  try {
+    StoredImage stored = IsPng(bytes) ? DecodePng(bytes, file) : DecodeJpeg(bytes, file);
+    return Upright(std::move(stored.image), stored.orientation);
+  } catch (const std::bad_alloc&) {
+    Fail("{}: no memory for its pixels; scale the image down", file);
+  }
 }
 
 void CheckSize(ImageSize size, size_t bytes, int64_t max_pixels_per_byte, std::string_view file) {

@@ -54,7 +54,8 @@ ImageRules ReadRules(const JsonObject& object, std::string source) {
 ImageRules LoadImageRules(const std::filesystem::path& directory) {
   for (const char* name : {"processor_config.json", "preprocessor_config.json"}) {
     const std::filesystem::path path = directory / name;
-    if (!std::filesystem::exists(path)) continue;
+    std::error_code ignored;
+    if (!std::filesystem::exists(path, ignored)) continue;
     const json tree = ReadJson(path);
     const JsonObject root(tree, path.string());
     if (root.Has("image_processor")) return ReadRules(root.Object("image_processor"), name);

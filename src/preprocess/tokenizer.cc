@@ -172,11 +172,12 @@ int64_t Tokenizer::Tables::Control(std::string_view piece, std::string_view fiel
 }
 
 Tokenizer Tokenizer::Load(const std::filesystem::path& path) {
-  const bool is_directory = std::filesystem::is_directory(path);
+  std::error_code ignored;  // ReadFile says what is wrong
+  const bool is_directory = std::filesystem::is_directory(path, ignored);
   const std::filesystem::path file = is_directory ? path / "tokenizer.json" : path;
   const std::filesystem::path config = path / "tokenizer_config.json";
   std::vector<AddedToken> configured;
-  if (is_directory && std::filesystem::exists(config))
+  if (is_directory && std::filesystem::exists(config, ignored))
     configured = ReadConfiguredTokens(ReadJson(config), config.string());
   return Build(ReadFile(file), file.string(), std::move(configured), config.string());
 }

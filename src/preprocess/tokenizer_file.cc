@@ -91,8 +91,8 @@ class Reader : public nlohmann::json_sax<json> {
  private:
   enum Table { kNone, kVocab, kMerges };
 
-  // The next value belongs to this field of the model; depth 2 = root and model.
-  bool InModel(std::string_view field) const { return stack_.size() == 2 && model_depth_ == 2 && key_ == field; }
+  // Whether the next value is this field of the model.
+  bool InModel(std::string_view field) const { return stack_.size() == 2 && in_model_ && key_ == field; }
 
   bool Open(json value) {
     if (stack_.size() >= static_cast<size_t>(kJsonDepthLimit))
@@ -102,13 +102,12 @@ class Reader : public nlohmann::json_sax<json> {
       stack_.push_back(&file_.settings);
       return true;
     }
-    if (stack_.size() == 1 && key_ == "model") model_depth_ = 2;
+    if (stack_.size() == 1) in_model_ = key_ == "model";
     stack_.push_back(&Place(std::move(value)));
     return true;
   }
   bool Close() {
     stack_.pop_back();
-    if (stack_.size() == 1) model_depth_ = 0;
     return true;
   }
   bool Value(json value) {
@@ -148,7 +147,6 @@ class Reader : public nlohmann::json_sax<json> {
       file_.merges.emplace_back(left, Keep(text.substr(blank + 1)));
       return true;
     }
-    if (parts_ == 2) BadMerge("an array of more than 2");
     if (parts_ == 0)
       file_.merges.emplace_back(Keep(text), std::string_view());
     else
@@ -174,7 +172,7 @@ class Reader : public nlohmann::json_sax<json> {
   std::string_view name_;
   std::vector<json*> stack_;  // the open containers of the tree
   std::string key_;
-  size_t model_depth_ = 0;
+  bool in_model_ = false;  // the open member of the root is "model"
   Table table_ = kNone;
   bool has_vocab_ = false, has_merges_ = false;
   std::string_view piece_;
