@@ -65,22 +65,22 @@ constexpr std::array<Builtin, 6> kBuiltins{{
 
 constexpr std::string_view kBefore = R"(model:
   family: gemma4
-  name_or_path: null # or --model
+  name_or_path: null # given on the command line
 runtime:
   dtype: float32
   seed: 42
 calibration:
   datasets: null # or --data
-  seq_len: null # the export length
+  seq_len: null
 pipeline:
   - name: ptq
 )";
 
 constexpr std::string_view kAfter = R"(export:
   enabled: true
-  output_dir: null # or --output-dir
+  output_dir: null # or --output
   artifacts: [circle_per_layer]
-  max_seq_len: null # calibration.seq_len, else 2048
+  max_seq_len: null # or --max-seq-len; else the longest sample
   prefill_decode: true
   vision:
     granularity: monolithic # or layer, or both
