@@ -132,8 +132,8 @@ TEST(ChatTest, ToolsAreDeclaredCalledAndAnswered) {
 
   messages[2]["content"] = "21 C";
   EXPECT_THAT(render(), HasSubstr("response:get_weather{value:<|\"|>21 C<|\"|>}<tool_response|>"));
-  messages[1]["tool_calls"][0]["function"]["arguments"] = "{\"city\": \"Oslo\"}";
-  EXPECT_THAT(render(), HasSubstr("call:get_weather{city:<|\"|>Oslo<|\"|>}<tool_call|>"));
+  messages[1]["tool_calls"][0]["function"]["arguments"] = "{\"Unit\": 1, \"city\": \"Oslo\"}";
+  EXPECT_THAT(render(), HasSubstr("call:get_weather{city:<|\"|>Oslo<|\"|>,Unit:1}<tool_call|>"));
 }
 
 TEST(ChatTest, ThoughtsOfEarlierAnswersAreRemoved) {
