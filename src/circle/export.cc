@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "circle/codes.h"
+
 namespace circlet::circle {
 namespace {
 
@@ -26,8 +28,10 @@ class Exporter {
       }
     }
     for (const Graph::Output& output : graph_.Outputs()) model_.outputs.push_back(TensorOf(output.value));
+    SettleClamps();
     FillHoles();
     QuantizeConstants();
+    QuantizeBiases();
     return std::move(model_);
   }
 
@@ -37,6 +41,7 @@ class Exporter {
     int producer = -1;       // index of the operator
     bool keeps = false;      // the producer only moves values
     std::string name;        // for errors
+    bool pointed = false;    // `name` is that of a point
     ValueId constant = -1;   // a float constant or parameter that may still get a grid
   };
 
@@ -93,7 +98,10 @@ class Exporter {
     if (grid != nullptr && point.use != PointUse::kSimulationOnly) {
       Tensor& tensor = model_.tensors[index];
       if (!tensor.qparams.has_value()) {
-        if (origins_[index].producer >= 0) tensor.name = origins_[index].name = point.name;
+        if (origins_[index].producer >= 0) {
+          tensor.name = origins_[index].name = point.name;
+          origins_[index].pointed = true;
+        }
         AssignBack(index, *grid);
       } else if (*tensor.qparams != *grid) {
         const int32_t requantized = NewTensor(point.name, graph_.TypeOf(node.in[0]), /*computed=*/true);
@@ -114,7 +122,31 @@ class Exporter {
     return index;
   }
 
+  // A value against a constant bound.
+  bool IsClamp(const Operator& op) const {
+    return (op.code == Minimum::kCircleCode || op.code == Maximum::kCircleCode) &&
+           origins_[op.inputs[1]].constant >= 0;
+  }
+
+  // A constant under another shape is a constant, one for all that ask.
+  bool FoldReshape(const Node& node) {
+    const auto* reshape = std::get_if<Reshape>(&node.op.kind);
+    if (reshape == nullptr) return false;
+    const int32_t index = TensorOf(node.in[0]);
+    if (origins_[index].constant < 0) return false;
+    auto [it, inserted] = reshaped_.try_emplace({index, reshape->shape.ToString()});
+    if (inserted) {
+      it->second = NewTensor(model_.tensors[index].name, {DType::kF32, reshape->shape}, /*computed=*/false);
+      model_.tensors[it->second].data = model_.tensors[index].data.Reshaped(reshape->shape);
+      if (model_.tensors[index].qparams) Assign(it->second, *model_.tensors[index].qparams);
+      origins_[it->second].constant = origins_[index].constant;
+    }
+    tensor_of_[node.out[0]] = it->second;
+    return true;
+  }
+
   void EmitOperator(const Node& node) {
+    if (FoldReshape(node)) return;
     std::vector<TensorType> in, out;
     for (const ValueId id : node.in) in.push_back(graph_.TypeOf(id));
     for (const ValueId id : node.out) out.push_back(graph_.TypeOf(id));
@@ -134,7 +166,8 @@ class Exporter {
         default: emitted.inputs.push_back(IntConstant(arg));
       }
     }
-    const bool keeps = node.op.KeepsValues() || std::holds_alternative<Requantize>(node.op.kind);
+    const bool keeps =
+        node.op.KeepsValues() || std::holds_alternative<Requantize>(node.op.kind) || IsClamp(emitted);
     for (size_t i = 0; i < node.out.size(); ++i) {
       const int32_t index = NewTensor(std::string(node.op.Name()), out[i], /*computed=*/true);
       origins_[index].producer = static_cast<int>(model_.operators.size());
@@ -160,6 +193,88 @@ class Exporter {
       if (arg.kind == CircleArg::Kind::kInts) arg.ints[1] = -1;
     for (CircleOption& option : op.options)
       if (auto* sizes = std::get_if<std::vector<int32_t>>(&option.value)) (*sizes)[1] = -1;
+  }
+
+  // A clamp computes on the grid of its output: an input with another grid is requantized first, and a bound that no code
+  // can pass is left out (circle_execution.md 7, "quantized clamp").
+  void SettleClamps() {
+    std::vector<Operator> settled;
+    std::map<int32_t, int32_t> standin;  // of the output of a clamp that is left out
+    const auto current = [&](int32_t index) {
+      const auto it = standin.find(index);
+      return it == standin.end() ? index : it->second;
+    };
+    for (Operator& op : model_.operators) {
+      for (int32_t& input : op.inputs) input = current(input);
+      if (IsClamp(op) && !SettleClamp(op, settled)) {
+        standin[op.outputs[0]] = op.inputs[0];
+        continue;
+      }
+      settled.push_back(std::move(op));
+    }
+    model_.operators = std::move(settled);
+    for (int32_t& output : model_.outputs) output = current(output);
+    for (size_t i = 0; i < model_.operators.size(); ++i)
+      for (const int32_t output : model_.operators[i].outputs) origins_[output].producer = static_cast<int>(i);
+  }
+
+  // Gives one clamp its grid; false when it cannot bind.
+  bool SettleClamp(Operator& op, std::vector<Operator>& settled) {
+    int32_t& input = op.inputs[0];
+    const int32_t bound = op.inputs[1], output = op.outputs[0];
+    const std::optional<QParams> given = model_.tensors[input].qparams;
+    if (!model_.tensors[output].qparams && given) Assign(output, *given);
+    const std::optional<QParams> grid = model_.tensors[output].qparams;
+    if (!grid || !given) return true;
+    if (*grid != *given) {
+      const int32_t requantized = NewTensor(model_.tensors[output].name, {DType::kF32, model_.tensors[output].type.shape}, /*computed=*/true);
+      Assign(requantized, *grid);
+      settled.push_back({.code = kQuantizeCode, .inputs = {input}, .outputs = {requantized}});
+      input = requantized;
+    }
+    if (Binds(op.code, bound, *grid)) {
+      Assign(bound, *grid);
+      return true;
+    }
+    if (origins_[output].pointed && !origins_[input].pointed) {
+      model_.tensors[input].name = origins_[input].name = origins_[output].name;
+      origins_[input].pointed = true;
+    }
+    return false;
+  }
+
+  bool Binds(int32_t code, int32_t bound, const QParams& grid) const {
+    const float value = model_.tensors[bound].data.F32()[0];
+    if (!std::isfinite(value)) return false;
+    const CodeRange codes = CodesOf(grid.dtype);
+    const int64_t at = CodeAt(source_.Quantize(model_.tensors[bound].data, grid), 0);
+    return code == Minimum::kCircleCode ? at < codes.max : at > codes.min;
+  }
+
+  // b / (s_in s_w[c]) as whole numbers; a per-tensor weight scale serves every channel (ptq.md 2.6, findings A1).
+  void QuantizeBiases() {
+    for (const Operator& op : model_.operators) {
+      if (op.code != FullyConnected::kCircleCode || op.inputs.size() < 3 || op.inputs[2] < 0) continue;
+      const std::optional<QParams>&x = model_.tensors[op.inputs[0]].qparams, &w = model_.tensors[op.inputs[1]].qparams;
+      Tensor& bias = model_.tensors[op.inputs[2]];
+      if (!x || !w || bias.qparams) continue;
+      const std::span<const float> values = bias.data.F32();
+      QParams grid{.dtype = x->dtype == DType::kI16 ? DType::kI64 : DType::kI32, .axis = 0};
+      circlet::Tensor codes(TensorType{grid.dtype, bias.type.shape});
+      for (size_t c = 0; c < values.size(); ++c) {
+        const float scale = x->scale[0] * w->scale[w->PerChannel() ? c : 0];
+        grid.scale.push_back(scale);
+        grid.zero_point.push_back(0);
+        const int64_t code = std::llrint(values[c] / scale);
+        if (grid.dtype == DType::kI64)
+          codes.I64()[c] = code;
+        else
+          codes.As<int32_t>()[c] = static_cast<int32_t>(std::clamp<int64_t>(code, INT32_MIN, INT32_MAX));
+      }
+      bias.data = std::move(codes);
+      bias.type.dtype = grid.dtype;
+      bias.qparams = std::move(grid);
+    }
   }
 
   // A product with a bare constant whose result has a grid: the constant gets the grid that holds it exactly, and a
@@ -201,6 +316,7 @@ class Exporter {
   std::vector<int32_t> tensor_of_;  // by value
   Model model_;
   std::vector<Origin> origins_;  // by tensor
+  std::map<std::pair<int32_t, std::string>, int32_t> reshaped_;  // constants under other shapes
 };
 
 // A RESHAPE of a RESHAPE reads the first one's input; what nothing reads then goes.

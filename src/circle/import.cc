@@ -1,6 +1,7 @@
 #include <array>
 #include <cstring>
 
+#include "circle/codes.h"
 #include "circlet/base/threads.h"
 #include "circlet/circle/export.h"
 #include "ops/simd.h"
@@ -124,19 +125,6 @@ class Importer {
   std::vector<ValueId> value_of_;
   std::vector<std::string> names_;
 };
-
-int32_t CodeAt(const circlet::Tensor& data, int64_t index) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(data.Raw());
-  switch (data.GetDType()) {
-    case DType::kU4: return (bytes[index / 2] >> (index % 2 * 4)) & 0xf;
-    case DType::kI4: return static_cast<int8_t>(static_cast<uint8_t>(bytes[index / 2] << (index % 2 == 0 ? 4 : 0))) >> 4;
-    case DType::kU8: return bytes[index];
-    case DType::kI8: return static_cast<int8_t>(bytes[index]);
-    case DType::kI16: return data.As<int16_t>()[index];
-    case DType::kI32: return data.As<int32_t>()[index];
-    default: Fail("constants of type {} cannot be dequantized", Name(data.GetDType()));
-  }
-}
 
 // Rounds a tensor to a file's grid (circle_execution.md 4.2).
 class Snapper final : public PointVisitor {

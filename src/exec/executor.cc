@@ -34,6 +34,7 @@ struct Executor::Plan {
   Graph graph;
   MemoryPlan memory;
   std::vector<std::vector<PointVisitor*>> visitors;  // by node
+  bool points_write = false;
   Tensor arena;
   bool bound = false;
   std::vector<Tensor> tensors;  // by value
@@ -90,6 +91,7 @@ Executor::Executor(const Graph& graph, PointReading* reading) : plan_(std::make_
   plan_->graph = graph;
   std::vector<PointUseOfNode> uses(graph.Nodes().size());
   plan_->visitors.resize(graph.Nodes().size());
+  plan_->points_write = reading != nullptr && reading->Writes();
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {
     const Node& node = graph.Nodes()[i];
     for (const Point& point : node.points) {
@@ -140,7 +142,10 @@ std::map<std::string, Tensor> Executor::Run(const std::map<std::string, Tensor>&
           std::memcpy(operands.out[0].Raw(), operands.in[0].Raw(), static_cast<size_t>(operands.in[0].Bytes()));
         if (plan.visitors[i][0] != nullptr) VisitAll(*plan.visitors[i][0], operands.out[0]);
       } else if (!node.op.IsView()) {
-        node.op.Eval({.in = operands.in, .out = operands.out, .points = plan.visitors[i]});
+        node.op.Eval({.in = operands.in,
+                      .out = operands.out,
+                      .points = plan.visitors[i],
+                      .points_write = plan.points_write});
       }
     } catch (const Error& error) {
       throw error.Within(Label(plan.graph, i));

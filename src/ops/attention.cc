@@ -13,7 +13,7 @@
 namespace circlet {
 namespace {
 
-enum AttentionPoint { kLogitsRaw, kLogits, kMaskAdd, kSoftmax, kAttnOut, kAttnWeights, kAttnOutH };
+enum AttentionPoint { kLogitsRaw, kLogits, kMaskAdd, kSoftmax, kAttnOut, kAttnWeights, kAttnOutH, kScale };
 
 // Query rows that share one product: enough to keep the processor's multipliers busy, few enough that their scores fit
 // the second-level cache and that a causal mask wastes little.
@@ -64,6 +64,7 @@ class AttentionRun {
         v_floats_(gemm::PackedFloats(sizes_.keys, sizes_.head_size)),
         packed_(hwy::AllocateAligned<float>(static_cast<size_t>(sizes_.kv_heads * (k_floats_ + v_floats_)))),
         row_keys_(static_cast<size_t>(sizes_.queries)) {
+    if (PointVisitor* visitor = At(kScale)) visitor->Visit({&scale_, 1}, 0);
     PackAll();
     const float* mask = context.in[3].F32().data();
     ParallelFor(sizes_.queries, RowGrain(sizes_.keys), [&](int64_t begin, int64_t end) {
@@ -93,7 +94,9 @@ class AttentionRun {
   }
 
  private:
-  PointVisitor* At(AttentionPoint point) const { return context_.points.empty() ? nullptr : context_.points[point]; }
+  PointVisitor* At(AttentionPoint point) const {
+    return static_cast<size_t>(point) < context_.points.size() ? context_.points[point] : nullptr;
+  }
 
   gemm::Panels KeyPanels(int64_t kv_head) const {
     return {packed_.get() + kv_head * (k_floats_ + v_floats_), sizes_.head_size, sizes_.keys};
@@ -129,6 +132,9 @@ class AttentionRun {
   // Scores of one row in [low, high) to probabilities; what the row does not keep becomes exactly 0.
   void SoftmaxRow(const RowKeys& row, const float* mask, float* scores, int64_t first, KeyRun range) const {
     Visit(kLogitsRaw, row, scores, first);
+    if (scale_ != 1.0f)
+      for (const KeyRun& run : row.runs)
+        for (int64_t key = run.begin; key < run.end; ++key) scores[key] *= scale_;
     Visit(kLogits, row, scores, first);
     for (const KeyRun& run : row.runs)
       simd::Binary(simd::BinaryOp::kAdd, scores + run.begin, mask + run.begin, run.end - run.begin, scores + run.begin);
@@ -187,6 +193,7 @@ class AttentionRun {
   const EvalContext& context_;
   Sizes sizes_;
   int64_t score_stride_;
+  float scale_ = 1.0f;  // on its grid
   int64_t k_floats_, v_floats_;
   hwy::AlignedFreeUniquePtr<float[]> packed_;
   std::vector<RowKeys> row_keys_;
@@ -203,6 +210,8 @@ std::vector<TensorType> Attention::Infer(Types in) const {
   if (k[1] == 0 || q[1] % k[1] != 0)
     ShapeError(kName, in, fmt::format("{} query heads do not share {} key heads evenly", q[1], k[1]));
   if (q[2] == 0 || k[2] == 0 || q[3] == 0) ShapeError(kName, in, "there must be at least one query and one key");
+  if (form == Form::kBatched && mask.Rank() != 4)
+    ShapeError(kName, in, fmt::format("the mask must be [1,1,{},{}]", q[2], k[2]));
   if (mask != Shape{1, 1, q[2], k[2]} && mask != Shape{1, q[2], k[2]})
     ShapeError(kName, in, fmt::format("the mask must be [1,1,{0},{1}] or [1,{0},{1}]", q[2], k[2]));
   return {{DType::kF32, {1, q[2], q[1] * q[3]}}};
@@ -210,42 +219,94 @@ std::vector<TensorType> Attention::Infer(Types in) const {
 
 void Attention::Eval(const EvalContext& context) const { AttentionRun(*this, context).Run(); }
 
-std::vector<ValueId> Attention::Expand(GraphSink& sink, std::span<const ValueId> in,
-                                       std::span<const Point> points) const {
-  const Sizes sizes(sink.TypeOf(in[0]).shape, sink.TypeOf(in[1]).shape);
-  const auto one = [&](Op op, std::vector<ValueId> operands) {
-    return sink.Add(std::move(op), std::move(operands))[0];
-  };
-  const auto point = [&](AttentionPoint index, ValueId value) {
-    return points.empty() || points[index].name.empty() ? value : sink.AddPoint(points[index], value);
-  };
-  // Head `head` of x [1,count,rows,h] as [1,rows,h].
-  const auto head_of = [&](ValueId x, int64_t head, int64_t count, int64_t rows) {
-    if (count > 1) {
-      const auto h = static_cast<int32_t>(head);
-      x = one(Slice{{0, h, 0, 0}, {1, h + 1, static_cast<int32_t>(rows), static_cast<int32_t>(sizes.head_size)}}, {x});
-    }
-    return one(Reshape{{1, rows, sizes.head_size}}, {x});
-  };
+namespace {
 
-  ValueId mask = in[3];
-  if (sink.TypeOf(mask).shape.Rank() == 4) mask = one(Reshape{{1, sizes.queries, sizes.keys}}, {mask});
+// What both forms of the expansion are written with.
+class Expansion {
+ public:
+  Expansion(GraphSink& sink, std::span<const Point> points) : sink_(sink), points_(points) {}
+
+  ValueId One(Op op, std::vector<ValueId> operands) const { return sink_.Add(std::move(op), std::move(operands))[0]; }
+  ValueId At(AttentionPoint index, ValueId value) const {
+    const bool exists = static_cast<size_t>(index) < points_.size() && !points_[index].name.empty();
+    return exists ? sink_.AddPoint(points_[index], value) : value;
+  }
+  // Heads [begin, begin + count) of x [1,heads,rows,width].
+  ValueId Heads(ValueId x, int64_t begin, int64_t count) const {
+    const Shape& shape = sink_.TypeOf(x).shape;
+    if (count == shape[1]) return x;
+    const auto at = [](int64_t size) { return static_cast<int32_t>(size); };
+    return One(Slice{{0, at(begin), 0, 0}, {1, at(begin + count), at(shape[2]), at(shape[3])}}, {x});
+  }
+
+ private:
+  GraphSink& sink_;
+  std::span<const Point> points_;
+};
+
+ValueId ExpandByHead(const Attention& op, const Sizes& sizes, const Expansion& e, std::span<const ValueId> in,
+                     bool rank3_mask) {
+  const auto head_of = [&](ValueId x, int64_t head, int64_t rows) {
+    return e.One(Reshape{{1, rows, sizes.head_size}}, {e.Heads(x, head, 1)});
+  };
+  const ValueId mask = rank3_mask ? in[3] : e.One(Reshape{{1, sizes.queries, sizes.keys}}, {in[3]});
   std::vector<ValueId> outs;
   ValueId k = -1, v = -1;
   for (int64_t head = 0; head < sizes.heads; ++head) {
     if (head % (sizes.heads / sizes.kv_heads) == 0) {
-      k = head_of(in[1], sizes.KvHead(head), sizes.kv_heads, sizes.keys);
-      v = head_of(in[2], sizes.KvHead(head), sizes.kv_heads, sizes.keys);
+      k = head_of(in[1], sizes.KvHead(head), sizes.keys);
+      v = head_of(in[2], sizes.KvHead(head), sizes.keys);
     }
-    const ValueId q = head_of(in[0], head, sizes.heads, sizes.queries);
-    const ValueId k_operand = explicit_transpose ? one(Transpose{{0, 2, 1}}, {k}) : k;
-    ValueId scores = one(BatchMatMul{.transpose_b = !explicit_transpose}, {q, k_operand});
-    scores = point(kLogits, point(kLogitsRaw, scores));
-    scores = point(kMaskAdd, one(Add{}, {scores, mask}));
-    scores = point(kSoftmax, one(Softmax{}, {scores}));
-    outs.push_back(point(kAttnOut, one(BatchMatMul{}, {scores, v})));
+    const ValueId q = head_of(in[0], head, sizes.queries);
+    const ValueId k_operand = op.explicit_transpose ? e.One(Transpose{{0, 2, 1}}, {k}) : k;
+    ValueId scores = e.One(BatchMatMul{.transpose_b = !op.explicit_transpose}, {q, k_operand});
+    scores = e.At(kLogits, e.At(kLogitsRaw, scores));
+    scores = e.At(kMaskAdd, e.One(Add{}, {scores, mask}));
+    scores = e.At(kSoftmax, e.One(Softmax{}, {scores}));
+    outs.push_back(e.At(kAttnOut, e.One(BatchMatMul{}, {scores, v})));
   }
-  return {point(kAttnOutH, one(Concat{.axis = 2}, std::move(outs)))};
+  return e.At(kAttnOutH, e.One(Concat{.axis = 2}, std::move(outs)));
+}
+
+ValueId ExpandBatched(const Sizes& sizes, GraphSink& sink, const Expansion& e, std::span<const ValueId> in) {
+  const auto& [heads, kv_heads, queries, keys, width] = sizes;
+  const int64_t group = heads / kv_heads;
+  // [1,1,rows,columns] once for each query head of the group, [group,rows,columns].
+  const auto repeated = [&](ValueId x, int64_t rows, int64_t columns) {
+    if (group > 1) x = e.One(BroadcastTo{{1, group, rows, columns}}, {x});
+    return e.One(Reshape{{group, rows, columns}}, {x});
+  };
+  std::vector<ValueId> outs;
+  for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+    ValueId k = e.Heads(in[1], kv_head, 1);
+    const ValueId v = e.Heads(in[2], kv_head, 1);
+    ValueId q = e.Heads(in[0], kv_head * group, group);
+    k = e.One(Transpose{{0, 1, 3, 2}}, {k});
+    q = e.One(Reshape{{group, queries, width}}, {q});
+    k = repeated(k, width, keys);
+    ValueId scores = e.At(kLogitsRaw, e.One(BatchMatMul{}, {q, k}));
+    const ValueId scale = e.At(kScale, sink.AddConstant(Tensor::Scalar(1.0f)));
+    scores = e.At(kLogits, e.One(Mul{}, {scores, scale}));
+    scores = e.One(Reshape{{1, group, queries, keys}}, {scores});
+    scores = e.At(kMaskAdd, e.One(Add{}, {scores, in[3]}));
+    scores = e.At(kSoftmax, e.One(Softmax{}, {scores}));
+    scores = e.One(Reshape{{group, queries, keys}}, {scores});
+    const ValueId out = e.At(kAttnOut, e.One(BatchMatMul{}, {scores, repeated(v, keys, width)}));
+    outs.push_back(e.One(Reshape{{1, group, queries, width}}, {out}));
+  }
+  const ValueId all = outs.size() == 1 ? outs[0] : e.One(Concat{.axis = 1}, std::move(outs));
+  const ValueId by_position = e.One(Transpose{{0, 2, 1, 3}}, {all});
+  return e.At(kAttnOutH, e.One(Reshape{{1, queries, heads * width}}, {by_position}));
+}
+
+}  // namespace
+
+std::vector<ValueId> Attention::Expand(GraphSink& sink, std::span<const ValueId> in,
+                                       std::span<const Point> points) const {
+  const Sizes sizes(sink.TypeOf(in[0]).shape, sink.TypeOf(in[1]).shape);
+  const Expansion expansion(sink, points);
+  if (form == Form::kBatched) return {ExpandBatched(sizes, sink, expansion, in)};
+  return {ExpandByHead(*this, sizes, expansion, in, sink.TypeOf(in[3]).shape.Rank() == 3)};
 }
 
 }  // namespace circlet

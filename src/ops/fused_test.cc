@@ -49,6 +49,7 @@ class EagerSink final : public GraphSink {
     listing.push_back("@" + point.name);
     return Given(std::move(tensor));
   }
+  ValueId AddConstant(Tensor tensor) override { return Given(std::move(tensor)); }
   const TensorType& TypeOf(ValueId value) const override { return tensors_[static_cast<size_t>(value)].Type(); }
   const Tensor& At(ValueId value) const { return tensors_[static_cast<size_t>(value)]; }
 

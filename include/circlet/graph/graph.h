@@ -39,7 +39,7 @@ class Graph final : public GraphSink {
   ValueId AddInput(std::string name, TensorType type);
   // A parameter; asking again for the same name gives the same value (shapes must agree).
   ValueId AddWeight(std::string name, Shape shape, Point point, int axis);
-  ValueId AddConstant(Tensor tensor);
+  ValueId AddConstant(Tensor tensor) override;
   // Throws Error with the operator's shape rule.
   std::vector<ValueId> Add(Op op, std::vector<ValueId> in) override;
   std::vector<ValueId> Add(Op op, std::vector<ValueId> in, std::vector<Point> points);

@@ -26,8 +26,8 @@ struct Rope {
 // Scaled-by-1 dot-product attention: o_h = softmax(q_h k_g^T + mask) v_g with g = h / (H / KV) (gemma4.md 3.5).
 // Inputs: q [1,H,S,h], k and v [1,KV,T,h], mask [1,1,S,T] or [1,S,T] additive; output [1,S,H*h].
 // Runs by blocks of query rows, so no [H,S,T] tensor ever stands in memory.
-// Points of the node, in order: logits_raw, logits, mask_add, softmax, attn_out, attn_weights, attn_out_h
-// (empty names: absent).
+// Points of the node, in order: logits_raw, logits, mask_add, softmax, attn_out, attn_weights, attn_out_h, scale
+// (empty names or missing at the end: absent). scale is a factor 1 of the logits, between logits_raw and logits.
 struct Attention {
   static constexpr std::string_view kName = "attention";
   static constexpr bool kFused = true;
@@ -38,6 +38,11 @@ struct Attention {
   float mask_fill = -120.0f;
   // The expansion transposes k itself (the reference's form) or lets BATCH_MATMUL do it.
   bool explicit_transpose = false;
+  // The expansion: one product a head in rank 3, or one a key head, whose query heads share it, with the mask in rank 4,
+  // a factor `scale` on the logits and k transposed by an operator of its own (the reference's vision tower; it takes a
+  // mask [1,1,S,T]).
+  enum class Form : uint8_t { kByHead, kBatched };
+  Form form = Form::kByHead;
 
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;

@@ -123,6 +123,7 @@ class GraphSink {
   virtual ~GraphSink() = default;
   virtual std::vector<ValueId> Add(Op op, std::vector<ValueId> in) = 0;
   virtual ValueId AddPoint(const Point& point, ValueId value) = 0;
+  virtual ValueId AddConstant(Tensor tensor) = 0;
   virtual const TensorType& TypeOf(ValueId value) const = 0;
 };
 

@@ -3,6 +3,18 @@
 #include <vector>
 
 namespace circlet {
+namespace {
+
+// How far the grid of masked logits reaches below the kept ones: a masked key saturates there, and exp(-40) times any
+// context length vanishes beside the row's largest term (Softmax drops what lies 28 below it).
+constexpr float kMaskHeadroom = 40.0f;
+
+ValueId Clamp(const Builder& b, ValueId x, const std::string& side) {
+  const auto bound = [&](const char* end) { return b.graph().AddWeight(b.Path(side + end), {}, {}, -1); };
+  return b.Add(Maximum{}, {b.Add(Minimum{}, {x, bound("_max")}), bound("_min")});
+}
+
+}  // namespace
 
 ValueId ReferencePoint(const Builder& b, std::string_view name, ValueId value, const Dialect& dialect, PointUse use) {
   return dialect.duplicate_points ? b.Point(name, value, use) : value;
@@ -24,13 +36,57 @@ ValueId Norm(const Builder& b, ValueId x, float eps, bool gain, const Dialect& d
   return b.Point("act_out", b.Add(RmsNorm{eps}, {x, gamma}));
 }
 
-ValueId Mlp(const Builder& b, ValueId x, int64_t inner, const Dialect& dialect) {
+ValueId ClippedLinear(const Builder& b, ValueId x, int64_t out, const Dialect& dialect) {
+  const Builder linear = b.At("linear");
+  x = linear.Point("act_in", Clamp(b, x, "input"));
+  const ValueId weight = linear.Weight("weight", {out, b.ShapeOf(x)[-1]}, /*axis=*/0);
+  const ValueId y = b.Add(FullyConnected{}, {x, weight});
+  if (dialect.clamp_after_point) return Clamp(b, linear.Point("act_out", y), "output");
+  return linear.Point("act_out", Clamp(b, y, "output"));
+}
+
+ValueId UnclippedLinear(const Builder& b, ValueId x, int64_t out, const Dialect& dialect) {
+  return Linear(b.At("linear"), x, out, dialect);
+}
+
+ValueId Mlp(const Builder& b, ValueId x, int64_t inner, const Dialect& dialect, LinearBlock linear) {
   const int64_t width = b.ShapeOf(x)[-1];
-  const ValueId gate = Linear(b.At("gate_proj"), x, inner, dialect);
+  const ValueId gate = linear(b.At("gate_proj"), x, inner, dialect);
   const ValueId act = b.Point("gate_act", b.Add(Gelu{}, {gate}));
-  const ValueId up = Linear(b.At("up_proj"), x, inner, dialect);
+  const ValueId up = linear(b.At("up_proj"), x, inner, dialect);
   const ValueId product = b.Point("mul", b.Add(Mul{}, {act, up}));
-  return Linear(b.At("down_proj"), product, width, dialect);
+  return linear(b.At("down_proj"), product, width, dialect);
+}
+
+ValueId SplitHeads(const Builder& b, ValueId x, int64_t heads) {
+  const Shape& shape = b.ShapeOf(x);
+  return b.Reshape(x, {1, shape[1], heads, shape[2] / heads});
+}
+
+ValueId HeadsFirst(const Builder& b, ValueId x) {
+  const Shape& shape = b.ShapeOf(x);
+  // With one position or one head nothing moves.
+  if (shape[1] == 1 || shape[2] == 1) return b.Reshape(x, {1, shape[2], shape[1], shape[3]});
+  return b.Transpose(x, {0, 2, 1, 3});
+}
+
+ValueId Attend(const Builder& b, ValueId query, ValueId key, ValueId value, ValueId mask, Attention::Form form,
+               const Dialect& dialect) {
+  const auto reference = [&](const char* name, bool exists = true) {
+    return Builder::NamedPoint{dialect.duplicate_points && exists ? name : ""};
+  };
+  return b.AddFused(Attention{.skip_masked = !dialect.observe_masked_keys,
+                              .explicit_transpose = dialect.explicit_k_transpose,
+                              .form = form},
+                    {query, key, value, mask},
+                    {reference("logits_raw"),
+                     {"logits"},
+                     {"mask_add", PointUse::kNormal, dialect.observe_masked_keys ? 0 : kMaskHeadroom},
+                     {"softmax"},
+                     {"attn_out"},
+                     reference("attn_weights"),
+                     reference("attn_out_h"),
+                     reference("scale", form == Attention::Form::kBatched)});
 }
 
 ValueId Rotate(const Builder& b, ValueId x, ValueId cos, ValueId sin, const std::string& prefix, const Rope& rope,

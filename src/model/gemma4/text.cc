@@ -8,10 +8,6 @@
 namespace circlet {
 namespace {
 
-// How far the grid of masked logits reaches below the kept ones: a masked key saturates there, and exp(-40) times any
-// context length vanishes beside the row's largest term (Softmax drops what lies 28 below it).
-constexpr float kMaskHeadroom = 40.0f;
-
 Builder LayerBuilder(const Builder& b, int layer) { return b.At(kTextRoot).At(fmt::format("layers.{}", layer)); }
 
 struct KeyValue {
@@ -31,24 +27,13 @@ struct LayerResults {
   KeyValue present;  // with the past in front
 };
 
-ValueId Heads(const Builder& b, ValueId x, int64_t heads, int64_t head_dim) {
-  return b.Reshape(x, {1, b.ShapeOf(x)[1], heads, head_dim});
-}
-
-// [1,S,H,h] -> [1,H,S,h]; with one position or one head nothing moves.
-ValueId HeadsFirst(const Builder& b, ValueId x) {
-  const Shape& shape = b.ShapeOf(x);
-  if (shape[1] == 1 || shape[2] == 1) return b.Reshape(x, {1, shape[2], shape[1], shape[3]});
-  return b.Transpose(x, {0, 2, 1, 3});
-}
-
 // K and V of this call's positions: norms, RoPE on K only, heads first.
 KeyValue FreshKeyValue(const Builder& b, const LayerConfig& layer, const LayerValues& in, ValueId x, float eps,
                        const Dialect& dialect) {
   const int64_t width = int64_t{layer.kv_heads} * layer.head_dim;
-  const ValueId raw_key = Heads(b, Linear(b.At("k_proj"), x, width, dialect), layer.kv_heads, layer.head_dim);
+  const ValueId raw_key = SplitHeads(b, Linear(b.At("k_proj"), x, width, dialect), layer.kv_heads);
   const ValueId raw_value =
-      layer.k_eq_v ? raw_key : Heads(b, Linear(b.At("v_proj"), x, width, dialect), layer.kv_heads, layer.head_dim);
+      layer.k_eq_v ? raw_key : SplitHeads(b, Linear(b.At("v_proj"), x, width, dialect), layer.kv_heads);
   ValueId key = Norm(b.At("k_norm"), raw_key, eps, true, dialect);
   key = HeadsFirst(b, Rotate(b, key, in.cos, in.sin, "k", Rope{1, true}, dialect));
   ValueId value = HeadsFirst(b, Norm(b.At("v_norm"), raw_value, eps, false, dialect));
@@ -79,7 +64,7 @@ AttentionResults SelfAttention(const Builder& b, const TextConfig& config, const
   tables.sin = ReferencePoint(b, "sin", in.sin, dialect);
 
   ValueId query = Linear(b.At("q_proj"), x, int64_t{config.num_heads} * layer.head_dim, dialect);
-  query = Norm(b.At("q_norm"), Heads(b, query, config.num_heads, layer.head_dim), config.rms_norm_eps, true, dialect);
+  query = Norm(b.At("q_norm"), SplitHeads(b, query, config.num_heads), config.rms_norm_eps, true, dialect);
   query = HeadsFirst(b, Rotate(b, query, tables.cos, tables.sin, "q", Rope{1, true}, dialect));
 
   AttentionResults results;
@@ -90,17 +75,8 @@ AttentionResults SelfAttention(const Builder& b, const TextConfig& config, const
     results.present = Present(b, in.past, results.fresh, dialect);
   }
   const ValueId mask = ReferencePoint(b, "attn_mask", in.mask, dialect);
-  const auto reference = [&](const char* name) { return Builder::NamedPoint{dialect.duplicate_points ? name : ""}; };
-  const ValueId heads = b.AddFused(
-      Attention{.skip_masked = !dialect.observe_masked_keys, .explicit_transpose = dialect.explicit_k_transpose},
-      {query, results.present.key, results.present.value, mask},
-      {reference("logits_raw"),
-       {"logits"},
-       {"mask_add", PointUse::kNormal, dialect.observe_masked_keys ? 0 : kMaskHeadroom},
-       {"softmax"},
-       {"attn_out"},
-       reference("attn_weights"),
-       reference("attn_out_h")});
+  const ValueId heads = Attend(b, query, results.present.key, results.present.value, mask, Attention::Form::kByHead,
+                               dialect);
   results.out = Linear(b.At("o_proj"), heads, config.hidden_size, dialect);
   return results;
 }
