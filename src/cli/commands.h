@@ -7,6 +7,7 @@ namespace circlet {
 
 // Each adds its command to `app`; when the command line picks it, `command` becomes what runs it and gives the exit code.
 void AddQuantize(CLI::App& app, std::function<int()>& command);
+void AddEvaluate(CLI::App& app, std::function<int()>& command);
 void AddVerify(CLI::App& app, std::function<int()>& command);
 void AddShow(CLI::App& app, std::function<int()>& command);
 void AddRun(CLI::App& app, std::function<int()>& command);

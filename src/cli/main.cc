@@ -7,6 +7,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
+#include "circlet/io/names.h"
 #include "cli/commands.h"
 
 namespace {
@@ -17,6 +18,21 @@ void WaitPassively(char** argv) {
   if (getenv("OMP_WAIT_POLICY") != nullptr) return;
   setenv("OMP_WAIT_POLICY", "passive", 1);
   execv("/proc/self/exe", argv);  // on failure the run goes on as it is
+}
+
+// A word that no option or command has names the nearest that there is; other faults are told as CLI11 tells them.
+int Refuse(const CLI::App& app, const CLI::ParseError& error) {
+  const std::vector<std::string> unknown = app.remaining(/*recurse=*/true);
+  if (error.get_exit_code() == 0 || unknown.empty()) return app.exit(error) == 0 ? 0 : 2;
+  const std::vector<CLI::App*> chosen = app.get_subcommands();
+  const CLI::App& command = chosen.empty() ? app : *chosen.front();
+  std::vector<std::string> names;
+  for (const CLI::Option* option : command.get_options())
+    for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
+  for (const CLI::App* verb : command.get_subcommands({})) names.push_back(verb->get_name());
+  fmt::print(stderr, "circlet: {}: not expected here{}; `circlet {}--help` lists what is\n", unknown.front(),
+             circlet::NearestHint(unknown.front(), names), chosen.empty() ? "" : command.get_name() + " ");
+  return 2;
 }
 
 }  // namespace
@@ -32,6 +48,7 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(1, 1024));
   std::function<int()> command;
   circlet::AddQuantize(app, command);
+  circlet::AddEvaluate(app, command);
   circlet::AddVerify(app, command);
   circlet::AddShow(app, command);
   circlet::AddRun(app, command);
@@ -40,7 +57,7 @@ int main(int argc, char** argv) {
     if (threads > 0) circlet::SetThreads(threads);
     return command();
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
+    return Refuse(app, error);
   } catch (const circlet::Bug& bug) {
     fmt::print(stderr, "circlet: this is a bug: {}\n", bug.what());
     return 3;

@@ -37,7 +37,8 @@ nlohmann::json InputEntries(const QuantizeOptions& options) {
 
 OutputRun::OutputRun(fs::path final_path, bool force)
     : final_(WithoutSlash(final_path)), partial_(final_.string() + ".partial"), force_(force) {
-  if (fs::exists(final_)) PrepareOutputDirectory(final_, force);
+  // With `force` an earlier result stays until this run has succeeded.
+  if (fs::exists(final_) && !(force && fs::is_directory(final_))) PrepareOutputDirectory(final_, false);
   std::error_code ignored;
   fs::remove_all(partial_, ignored);
   PrepareOutputDirectory(partial_, false);

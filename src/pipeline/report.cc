@@ -53,6 +53,10 @@ std::string ReportText(const QuantizeResult& result) {
     text += fmt::format("\nperplexity: float {:.4f}, quantized {:.4f} ({} windows, {} tokens)\n",
                         result.perplexity->float_value, result.perplexity->quantized_value, result.perplexity->windows,
                         result.perplexity->tokens);
+  if (result.captions)
+    text += fmt::format("captions: float {} of {}, quantized {}\n", result.captions->float_exact, result.captions->pictures,
+                        result.captions->quantized_exact);
+  if (!result.vision_profile.empty()) text += fmt::format("vision units: {}\n", result.vision_profile);
   if (!result.units.empty()) {
     int64_t bytes = 0, operators = 0;
     for (const UnitFile& unit : result.units) {
@@ -90,6 +94,12 @@ std::string ReportJson(const QuantizeResult& result) {
                           {"tokens", result.perplexity->tokens},
                           {"float", result.perplexity->float_value},
                           {"quantized", result.perplexity->quantized_value}};
+  if (result.captions)
+    json["captions"] = {{"pictures", result.captions->pictures},
+                        {"float_exact", result.captions->float_exact},
+                        {"quantized_exact", result.captions->quantized_exact}};
+  json["pictures"] = result.pictures;
+  json["vision_profile"] = result.vision_profile;
   json["units"] = nlohmann::json::array();
   for (const UnitFile& unit : result.units)
     json["units"].push_back({{"name", unit.name}, {"file", unit.file}, {"bytes", unit.bytes}, {"operators", unit.operators}});

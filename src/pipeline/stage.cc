@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <tuple>
 
 namespace circlet {
 
@@ -23,11 +24,12 @@ std::map<std::string, Tensor> InputsOf(const Step& step, const Item& item, Chain
 
 std::map<std::string, Tensor> RunItem(const Step& step, const Item& item, Chain chain, bool rounded, Executor& executor,
                                       const WeightSource& weights) {
+  if (step.fresh) executor.ForgetWeights();
   return Within(item.label, [&] {
-    if (!step.rows) return executor.Run(InputsOf(step, item, chain), weights);
-    executor.ForgetWeights();
-    return executor.Run(InputsOf(step, item, chain),
-                        [&](const std::string& name) { return step.rows(name, item, rounded); });
+    return executor.Run(InputsOf(step, item, chain), [&](const std::string& name) {
+      const Tensor own = step.own ? step.own(name, item, rounded) : Tensor();
+      return own.Empty() ? weights(name) : own;
+    });
   });
 }
 
@@ -52,14 +54,14 @@ class StageRunner::StepRuns {
   };
   template <typename MakeReading>
   Plan& For(const Item& item, bool observed, const MakeReading& make) {
-    auto& plan = plans_[{item.length, observed}];
+    auto& plan = plans_[{item.length, item.variant, observed}];
     if (plan == nullptr) plan = std::make_unique<Plan>(step_.build(item), make());
     return *plan;
   }
 
  private:
   const Step& step_;
-  std::map<std::pair<int64_t, bool>, std::unique_ptr<Plan>> plans_;
+  std::map<std::tuple<int64_t, std::string, bool>, std::unique_ptr<Plan>> plans_;
 };
 
 int64_t StageRunner::Work(const Stage& stage) const {

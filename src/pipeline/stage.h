@@ -18,6 +18,7 @@ enum class ItemKind : uint8_t {
   kCalibration,  // observed; runs in both chains
   kEvaluation,   // not observed; runs in both chains, its errors are reported
   kWindow,       // of the perplexity text: both chains, no error figures
+  kCaption,      // a picture with its question and answer: both chains, no error figures
   kVerify,       // the padded sample whose codes go into verify.safetensors: fake-quantized chain only
 };
 
@@ -26,14 +27,15 @@ struct Item {
   int id = 0;         // key in the ActivationStore
   ItemKind kind = ItemKind::kCalibration;
   int64_t index = 0;  // among its kind
-  int64_t length = 0;  // positions, padding included
+  int64_t length = 0;  // positions or patches, padding included
+  std::string variant;  // what else shapes a graph: a picture's patch grid, whether a sequence has pictures
   std::string label;  // "calib.3", "eval.0"
 };
 
 // One graph of a stage.
 struct Step {
   std::string name;
-  // Items with the same length share one graph.
+  // Items with the same length and variant share one graph.
   std::function<Graph(const Item&)> build;
   using Source = std::function<Tensor(const Item&, Chain)>;
   std::vector<std::pair<std::string, Source>> inputs;  // by graph input
@@ -44,8 +46,10 @@ struct Step {
   };
   std::vector<Sink> outputs;  // the first one's error is the step's
   WeightSource stored;  // parameters as in the checkpoint
-  // Instead, for tables of which an item needs a few rows: float32 rows, rounded ones in the fake-quantized chain.
-  std::function<Tensor(const std::string& name, const Item&, bool rounded)> rows;
+  // Parameters that differ from item to item (rows of a table, baked positions), float32, in the fake-quantized reading
+  // rounded; an empty tensor leaves the name to `stored`. `fresh`: asked again for every item, not once a graph.
+  std::function<Tensor(const std::string& name, const Item&, bool rounded)> own;
+  bool fresh = false;
 };
 
 struct Stage {

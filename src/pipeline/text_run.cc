@@ -7,12 +7,18 @@
 #include <set>
 
 #include "circlet/model/tables.h"
+#include "circlet/model/vision.h"
 #include "circlet/quant/affine.h"
 
 namespace circlet {
 namespace {
 
 std::string HiddenKey(int layer) { return layer == 0 ? "inputs_embeds" : fmt::format("hidden.{}", layer); }
+// In the reference's dialect the fusion stands between a token's embedding and the merged sequence, on another grid.
+std::string EmbeddingKey(const RunContext& context) {
+  return context.GetDialect().duplicate_points && !context.images.empty() ? "text_embeds" : HiddenKey(0);
+}
+
 std::string KvKey(int layer, const char* which) { return fmt::format("kv.{}.{}", layer, which); }
 
 // Rows of a table in the order of `ids`, as stored.
@@ -89,6 +95,12 @@ int64_t TextItem::Last() const {
   return 0;
 }
 
+const TextItem* RunContext::VerifyText() const {
+  for (const TextItem& text : texts)
+    if (text.item.kind == ItemKind::kVerify) return &text;
+  return nullptr;
+}
+
 WeightSource RunContext::Stored() const {
   return [this](const std::string& name) { return weights.Stored(name); };
 }
@@ -105,11 +117,7 @@ struct TextRun::State {
   const TextConfig& Config() const { return context.config.text; }
   const Dialect& GetDialect() const { return context.GetDialect(); }
 
-  const TextItem* Verify() const {
-    for (const TextItem& text : context.texts)
-      if (text.item.kind == ItemKind::kVerify) return &text;
-    return nullptr;
-  }
+  const TextItem* Verify() const { return context.VerifyText(); }
 
   std::vector<LayerConfig> Types() const {
     std::map<std::string, LayerConfig> types;
@@ -136,6 +144,20 @@ struct TextRun::State {
       sin = rope.sin;
     }
     return cosine ? cos : sin;
+  }
+
+  // Token embeddings with the pictures' features written over their placeholders.
+  Tensor Merged(const Item& item, Chain chain) const {
+    Tensor merged = context.store.Get(item.id, chain, "text_embeds");
+    const TextItem& text = context.TextOf(item);
+    size_t used = 0;
+    for (const int image : text.images) {
+      const Tensor features = context.store.Get(image, chain, "vision.projected");
+      const int64_t rows = features.GetShape()[0];
+      merged = FuseAt(merged, features, std::span(text.places).subspan(used, rows));
+      used += rows;
+    }
+    return merged;
   }
 
   Step::Source FromStore(std::string key) const {
@@ -224,14 +246,15 @@ Stage TextRun::Embeddings() {
             .inputs = {{"ids", [](const Item& item, Chain) { return Iota(item.length); }}},
             .outputs = {{"hidden", "text_embeds", "embed.tokens"}},
             .stored = s.context.Stored(),
-            .rows = s.TableRows()};
+            .own = s.TableRows(),
+            .fresh = true};
   Step merge{.name = "inputs_embeds",
              .build = [&s](const Item& item) {
                return s.Build([&](const Builder& b) {
-                 BuildMergedEmbedding(b, s.Config(), item.length, /*has_image=*/false, s.GetDialect());
+                 BuildMergedEmbedding(b, s.Config(), item.length, !s.context.TextOf(item).images.empty(), s.GetDialect());
                });
              },
-             .inputs = {{"hidden", s.FromStore("text_embeds")}},
+             .inputs = {{"hidden", [&s](const Item& item, Chain chain) { return s.Merged(item, chain); }}},
              .outputs = {{"hidden", HiddenKey(0), ""}, {"merged", "", "inputs_embeds"}},
              .stored = s.context.Stored()};
   return {"embeddings", {std::move(rows), std::move(merge)}};
@@ -248,7 +271,8 @@ Stage TextRun::PerLayerInputs() {
               .inputs = {{"ids", [](const Item& item, Chain) { return Iota(item.length); }}},
               .outputs = {{"per_layer_token_inputs", "ple.tokens", "ple.token_inputs"}},
               .stored = s.context.Stored(),
-              .rows = s.TableRows()};
+              .own = s.TableRows(),
+            .fresh = true};
   Step projection{.name = "per_layer_inputs",
                   .build = [&s](const Item& item) {
                     return s.Build([&](const Builder& b) { BuildPleProjection(b, s.Config(), item.length, s.GetDialect()); });
@@ -342,6 +366,20 @@ TextRun::HeadResult TextRun::Head(Captured* captured, const std::function<void()
         sum += NegativeLogLikelihood(logits.F32().subspan(row * vocab, vocab), text.ids[next]);
     return sum;
   };
+  // Whether the greedy choice at every position of the answer is the answer's next token, and at its end a stop token.
+  const auto follows = [&](const TextItem& text, const Tensor& logits, int64_t begin) {
+    bool exact = true;
+    for (int64_t row = 0; row < logits.GetShape()[1]; ++row) {
+      const int64_t next = begin + row + 1;
+      if (next < text.answer || next >= text.item.length) continue;
+      const std::span<const float> values = logits.F32().subspan(row * vocab, vocab);
+      const int64_t choice = std::max_element(values.begin(), values.end()) - values.begin();
+      const bool stops = std::find(c.config.eos_token_ids.begin(), c.config.eos_token_ids.end(), choice) !=
+                         c.config.eos_token_ids.end();
+      exact &= next + 1 == text.item.length ? stops : choice == text.ids[next];
+    }
+    return exact;
+  };
   const auto hidden_of = [&](const Item& item, Chain chain, int64_t begin, int64_t end) {
     return Values{{"hidden", Positions(c.store.Get(item.id, chain, HiddenKey(layers)), begin, end)}};
   };
@@ -362,6 +400,7 @@ TextRun::HeadResult TextRun::Head(Captured* captured, const std::function<void()
     if (item.kind == ItemKind::kVerify) continue;
     const bool observe = item.kind == ItemKind::kCalibration && !c.calibration.Frozen();
     std::set<ObserveReading*> begun;
+    bool exact = item.kind == ItemKind::kCaption;
     for_slices(item, [&](int64_t begin, int64_t end) {
       Plan& plan = plan_for(observe ? observing : plain, end - begin, [&]() -> std::unique_ptr<PointReading> {
         if (!observe) return nullptr;
@@ -373,9 +412,11 @@ TextRun::HeadResult TextRun::Head(Captured* captured, const std::function<void()
       }
       const Values results = plan.executor.Run(hidden_of(item, Chain::kFloat, begin, end), float_weights);
       if (item.kind == ItemKind::kWindow) result.float_nll += nll(c.TextOf(item), results.at("logits"), begin);
+      if (item.kind == ItemKind::kCaption) exact &= follows(c.TextOf(item), results.at("logits"), begin);
       capture(item, Chain::kFloat, begin, results);
     });
     for (ObserveReading* reading : begun) reading->End();
+    result.float_exact += exact;
     advance();
   }
   c.calibration.Freeze(build(std::min<int64_t>(slice, 1)), c.Stored());
@@ -387,11 +428,16 @@ TextRun::HeadResult TextRun::Head(Captured* captured, const std::function<void()
   const ItemKind shown = has_evaluation ? ItemKind::kEvaluation : ItemKind::kCalibration;
   for (const Item& item : c.items) {
     if (item.kind == ItemKind::kVerify) continue;
+    bool exact = item.kind == ItemKind::kCaption;
     for_slices(item, [&](int64_t begin, int64_t end) {
       Plan& plan = plan_for(rounding, end - begin, fake);
       const Values results = plan.executor.Run(hidden_of(item, Chain::kQuant, begin, end), rounded);
       if (item.kind == ItemKind::kWindow) {
         result.quantized_nll += nll(c.TextOf(item), results.at("logits"), begin);
+        return;
+      }
+      if (item.kind == ItemKind::kCaption) {
+        exact &= follows(c.TextOf(item), results.at("logits"), begin);
         return;
       }
       capture(item, Chain::kQuant, begin, results);
@@ -409,6 +455,8 @@ TextRun::HeadResult TextRun::Head(Captured* captured, const std::function<void()
         result.scatter.emplace_back(expected.F32()[i], found.F32()[i]);
     });
     if (item.kind == ItemKind::kWindow) result.window_tokens += item.length - 1;
+    result.captions += item.kind == ItemKind::kCaption;
+    result.quantized_exact += exact;
     advance();
   }
   return result;
@@ -423,7 +471,7 @@ void TextRun::WriteEmbeddingUnits(UnitWriter& writer) {
   UnitSpec spec{.name = "token_embedding",
                 .graph = s.Build([&](const Builder& b) { BuildTokenEmbedding(b, s.Config(), 1, vocab, s.GetDialect()); }),
                 .dynamic_length = true,
-                .keys = {{"hidden", HiddenKey(0)}}};
+                .keys = {{"hidden", EmbeddingKey(s.context)}}};
   if (verify != nullptr) {
     spec.inputs["ids"] = Tensor::Of<int64_t>({1, s.context.max_seq_len}, verify->ids);
     spec.outputs["hidden"] = s.Kept("text_embeds");

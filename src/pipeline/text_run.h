@@ -15,12 +15,21 @@
 
 namespace circlet {
 
+// A picture as the vision stages read it.
+struct ImageItem {
+  Item item;
+  Tensor pixel_values;             // [1,P,3 ps^2]
+  std::vector<int64_t> positions;  // [P,2]
+};
+
 // A sequence as the text stages read it.
 struct TextItem {
   Item item;
-  std::vector<int64_t> ids;   // placeholders replaced by the pad id
-  std::vector<int64_t> keep;  // 1 = a real position
-  const Sample* sample = nullptr;
+  std::vector<int64_t> ids;     // placeholders replaced by the pad id
+  std::vector<int64_t> keep;    // 1 = a real position
+  std::vector<int> images;      // ids of its pictures' items
+  std::vector<int64_t> places;  // where their features go
+  int64_t answer = 0;           // kCaption: index of the answer's first token
 
   // Index of the last real position.
   int64_t Last() const;
@@ -32,12 +41,17 @@ struct RunContext {
   const ModelWeights& weights;
   Calibration& calibration;
   ActivationStore& store;
-  std::vector<TextItem> texts;  // by position in `items`
-  std::vector<Item> items;      // of `texts`
+  std::vector<TextItem> texts;    // items 0, 1, ...
+  std::vector<Item> items;        // of `texts`
+  std::vector<ImageItem> images;  // items kFirstImage, kFirstImage + 1, ...
+  std::vector<Item> image_items;
   int64_t max_seq_len = 0;
 
   const Dialect& GetDialect() const { return calibration.GetDialect(); }
   const TextItem& TextOf(const Item& item) const { return texts[item.id]; }
+  const ImageItem& ImageOf(int id) const { return images[id - kFirstImage]; }
+  static constexpr int kFirstImage = 1 << 24;
+  const TextItem* VerifyText() const;
   WeightSource Stored() const;
 };
 
@@ -59,6 +73,7 @@ class TextRun {
     std::vector<std::pair<float, float>> scatter;
     double float_nll = 0, quantized_nll = 0;  // sums over all windows
     int64_t window_tokens = 0;
+    int64_t captions = 0, float_exact = 0, quantized_exact = 0;
   };
   // The head in slices of positions: logits never stand in memory for a whole long sequence. With `captured`, logits and
   // last_hidden_state of evaluation items.
@@ -69,7 +84,6 @@ class TextRun {
   void WritePleUnits(UnitWriter& writer);
   void WriteLayerUnits(UnitWriter& writer, int index);
   void WriteHeadUnit(UnitWriter& writer);
-  // `weights`: every parameter of the stack, e.g. out of the layers' files.
   void WriteModelUnit(UnitWriter& writer);
 
   // Every point and parameter of the text side, from graphs of a short length (checks before the run).

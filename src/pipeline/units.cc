@@ -53,6 +53,10 @@ void UnitWriter::Write(UnitSpec spec, const WeightSource& stored) {
   units_.push_back(std::move(unit));
 }
 
+void UnitWriter::WriteTensors(const std::string& file, const std::map<std::string, Tensor>& tensors) const {
+  WriteSafetensors(directory_ / file, tensors);
+}
+
 void UnitWriter::WriteCodes() const { WriteSafetensors(directory_ / kCodesFile, codes_, same_as_); }
 
 nlohmann::json ToJson(const UnitEnd& end) {

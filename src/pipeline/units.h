@@ -47,7 +47,11 @@ class UnitWriter {
   // Writes NAME.q.circle and remembers the unit's codes. `stored` gives parameters in any float type.
   void Write(UnitSpec spec, const WeightSource& stored);
 
+  // A file of tensors that units share.
+  void WriteTensors(const std::string& file, const std::map<std::string, Tensor>& tensors) const;
+
   const std::vector<Unit>& Units() const { return units_; }
+  const std::filesystem::path& Directory() const { return directory_; }
   // verify.safetensors: UNIT.in.K and UNIT.out.K as codes of the tensor's type; one that equals an earlier one is named in
   // the metadata instead ("UNIT.in.K": "OTHER.out.K").
   void WriteCodes() const;

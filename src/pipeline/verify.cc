@@ -16,9 +16,12 @@ namespace circlet {
 namespace fs = std::filesystem;
 namespace {
 
-// Codes of a stored reference as float32 values of the tensor's grid; ids pass.
-Tensor ValuesOf(const circle::Tensor& tensor, const Tensor& stored) {
+// Codes of a stored reference as float32 values of the tensor's grid; ids and floats pass. `place` stands in front of
+// errors.
+Tensor ValuesOf(const circle::Tensor& tensor, const Tensor& stored, const std::string& place) {
   if (!tensor.qparams || stored.GetDType() == DType::kF32) return stored;
+  if (stored.GetDType() != tensor.type.dtype)
+    Fail("{}: is {}, expected {} codes or float32 values", place, stored.Type().ToString(), Name(tensor.type.dtype));
   circle::Tensor constant = tensor;
   constant.type.shape = stored.GetShape();
   constant.data = stored;
@@ -37,10 +40,11 @@ std::string IndexText(const Shape& shape, int64_t flat) {
 void Compare(const circle::Model& model, int output, const Tensor& found, const Tensor& expected, UnitVerdict& verdict) {
   const circle::Tensor& tensor = model.tensors[model.outputs[output]];
   const QParams grid = tensor.qparams.value_or(QParams{.scale = {1}, .zero_point = {0}});
-  const Tensor reference = ValuesOf(tensor, expected);
-  if (reference.GetShape() != found.GetShape())
-    Fail("{}: out.{} is {}, the stored codes are {}", verdict.unit, output, found.GetShape().ToString(),
-         reference.GetShape().ToString());
+  const std::string place = fmt::format("{}.out.{}", verdict.unit, output);
+  const Tensor reference = ValuesOf(tensor, expected, place);
+  if (reference.Type() != found.Type())
+    Fail("{}: the stored codes are {}, {} computes {}; quantize again", place, expected.Type().ToString(), verdict.file,
+         found.Type().ToString());
   for (size_t i = 0; i < found.F32().size(); ++i) {
     ++verdict.values;
     const int64_t code_of_reference = std::lrint(reference.F32()[i] / grid.scale[0]);
@@ -71,60 +75,89 @@ class StoredCodes {
   SafetensorsFile file_;
 };
 
-std::map<std::string, std::string> HashesOf(const nlohmann::json& manifest) {
-  std::map<std::string, std::string> hashes;
-  for (const auto& entry : manifest.value("outputs", nlohmann::json::array()))
-    hashes[entry.value("file", "")] = entry.value("sha256", "");
-  return hashes;
+// What Verify needs of manifest.json and pipeline.json. Both may come from anywhere.
+struct Listing {
+  std::string dialect;
+  std::map<std::string, std::string> sha256;  // by file
+  struct Unit {
+    std::string name, file;
+  };
+  std::vector<Unit> units;
+  std::map<std::string, std::string> grids;  // "lm_head.in.0" -> "int16 scale 0.1 zero point 0"
+  struct Boundary {
+    std::string key, producer, consumer;
+  };
+  std::vector<Boundary> boundaries;
+};
+
+std::string GridText(const JsonObject& end) {
+  return fmt::format("{} scale {} zero point {}", end.Required<std::string>("dtype"), end.Raw("scale").dump(),
+                     end.Raw("zero_point").dump());
 }
 
-void CheckBoundaries(const nlohmann::json& pipeline, VerifyResult& result) {
-  std::map<std::string, std::string> grids;
-  const auto collect = [&](const nlohmann::json& unit, const char* side, const char* mark) {
-    for (size_t k = 0; k < unit[side].size(); ++k) {
-      const nlohmann::json& end = unit[side][k];
-      grids[fmt::format("{}.{}.{}", unit["name"].get<std::string>(), mark, k)] =
-          fmt::format("{} scale {} zero point {}", end["dtype"].get<std::string>(), end.value("scale", nlohmann::json()).dump(),
-                      end.value("zero_point", nlohmann::json()).dump());
+Listing ReadListing(const fs::path& directory) {
+  Listing listing;
+  const nlohmann::json manifest_json = ReadJson(directory / kManifestFile);
+  const JsonObject manifest(manifest_json, (directory / kManifestFile).string());
+  listing.dialect = manifest.Required<std::string>("dialect");
+  for (const JsonObject& output : manifest.Objects("outputs"))
+    listing.sha256[output.Required<std::string>("file")] = output.Required<std::string>("sha256");
+
+  const nlohmann::json pipeline_json = ReadJson(directory / kPipelineFile);
+  const JsonObject pipeline(pipeline_json, (directory / kPipelineFile).string());
+  for (const JsonObject& unit : pipeline.Objects("units")) {
+    const std::string name = unit.Required<std::string>("name"), file = unit.Required<std::string>("file");
+    if (fs::path(file).filename() != file)
+      unit.FailAt("file", fmt::format("\"{}\" is no plain file name; a unit's file lies beside {}", file, kPipelineFile));
+    listing.units.push_back({name, file});
+    for (const auto& [side, mark] : {std::pair{"inputs", "in"}, std::pair{"outputs", "out"}}) {
+      int index = 0;
+      for (const JsonObject& end : unit.Objects(side)) listing.grids[fmt::format("{}.{}.{}", name, mark, index++)] = GridText(end);
     }
+  }
+  if (listing.units.empty()) pipeline.FailAt("units", "lists no unit; is it the output of quantize?");
+  for (const JsonObject& boundary : pipeline.Objects("boundaries"))
+    listing.boundaries.push_back({boundary.Required<std::string>("key"), boundary.Required<std::string>("producer"),
+                                  boundary.Required<std::string>("consumer")});
+  return listing;
+}
+
+std::vector<std::string> BrokenBoundaries(const Listing& listing) {
+  std::vector<std::string> broken;
+  const auto grid = [&](const std::string& end) {
+    const auto it = listing.grids.find(end);
+    return it == listing.grids.end() ? std::string("missing") : it->second;
   };
-  for (const auto& unit : pipeline.at("units")) {
-    collect(unit, "inputs", "in");
-    collect(unit, "outputs", "out");
-  }
-  for (const auto& boundary : pipeline.at("boundaries")) {
-    const std::string producer = boundary.at("producer"), consumer = boundary.at("consumer");
-    if (grids[producer] != grids[consumer])
-      result.broken_boundaries.push_back(fmt::format("{}: {} is {}, {} expects {}", boundary.at("key").get<std::string>(),
-                                                     producer, grids[producer], consumer, grids[consumer]));
-  }
+  for (const Listing::Boundary& boundary : listing.boundaries)
+    if (grid(boundary.producer) != grid(boundary.consumer))
+      broken.push_back(fmt::format("{}: {} is {}, {} expects {}", boundary.key, boundary.producer,
+                                   grid(boundary.producer), boundary.consumer, grid(boundary.consumer)));
+  return broken;
 }
 
 }  // namespace
 
 VerifyResult Verify(const VerifyOptions& options) {
-  const nlohmann::json manifest = ReadJson(options.directory / kManifestFile);
-  const nlohmann::json pipeline = ReadJson(options.directory / kPipelineFile);
-  const std::map<std::string, std::string> hashes = HashesOf(manifest);
+  const Listing listing = ReadListing(options.directory);
   const StoredCodes codes(options.codes.empty() ? options.directory / kCodesFile : options.codes);
-  VerifyResult result{.dialect = manifest.value("dialect", "default")};
-  CheckBoundaries(pipeline, result);
+  VerifyResult result{.dialect = listing.dialect, .broken_boundaries = BrokenBoundaries(listing)};
 
   Progress progress(options.progress);
-  progress.Begin("verify", static_cast<int64_t>(pipeline.at("units").size()));
-  for (const auto& entry : pipeline.at("units")) {
-    UnitVerdict verdict{.unit = entry.at("name"), .file = entry.at("file")};
+  progress.Begin("verify", static_cast<int64_t>(listing.units.size()));
+  for (const Listing::Unit& unit : listing.units) {
+    UnitVerdict verdict{.unit = unit.name, .file = unit.file};
     const fs::path path = options.directory / verdict.file;
-    if (const auto hash = hashes.find(verdict.file); hash != hashes.end() && hash->second != Sha256File(path))
+    if (const auto hash = listing.sha256.find(verdict.file); hash != listing.sha256.end() && hash->second != Sha256File(path))
       Fail("{}: differs from the file that {} lists (SHA-256); quantize again", path.string(), kManifestFile);
     const circle::Model model = circle::Read(path);
     verdict.operators = static_cast<int64_t>(model.operators.size());
     std::map<std::string, Tensor> inputs;
     bool given = true;
     for (size_t k = 0; k < model.inputs.size() && given; ++k) {
-      const Tensor* stored = codes.Find(fmt::format("{}.in.{}", verdict.unit, k));
+      const std::string name = fmt::format("{}.in.{}", verdict.unit, k);
+      const Tensor* stored = codes.Find(name);
       given = stored != nullptr;
-      if (given) inputs[model.tensors[model.inputs[k]].name] = ValuesOf(model.tensors[model.inputs[k]], *stored);
+      if (given) inputs[model.tensors[model.inputs[k]].name] = ValuesOf(model.tensors[model.inputs[k]], *stored, name);
     }
     if (given) {
       const std::map<std::string, Tensor> outputs = Within(verdict.file, [&] { return circle::RunModel(model, inputs); });
@@ -171,7 +204,7 @@ std::map<std::string, Tensor> RunFile(const fs::path& file, const std::map<std::
     if (it == inputs.end()) it = inputs.find(fmt::format("in.{}", k));
     if (it == inputs.end()) Fail("{}: input {} \"{}\" ({}) is missing: give \"{}\" or \"in.{}\"", file.string(), k,
                                  tensor.name, tensor.type.ToString(), tensor.name, k);
-    bound[tensor.name] = ValuesOf(tensor, it->second);
+    bound[tensor.name] = ValuesOf(tensor, it->second, fmt::format("{}: input \"{}\"", file.string(), it->first));
   }
   const std::map<std::string, Tensor> outputs = Within(file.string(), [&] { return circle::RunModel(model, bound); });
   std::map<std::string, Tensor> numbered;

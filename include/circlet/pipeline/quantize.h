@@ -35,7 +35,8 @@ struct QuantizeOptions {
   std::filesystem::path eval_captions;  // caption exact match
 
   enum class Units { kAuto, kDeployment, kAll } units = Units::kAuto;
-  bool text_only = false;
+  bool text_only = false;                // leave samples with pictures out
+  std::string vision_profile;            // named profile or JSON file; default: the most frequent of the samples
 
   std::FILE* progress = nullptr;  // where progress goes; null = nowhere
 };
@@ -60,6 +61,13 @@ struct Perplexity {
   double quantized_value = 0;
 };
 
+// Pictures whose greedy answer is the caption, to the letter.
+struct Captions {
+  int64_t pictures = 0;
+  int64_t float_exact = 0;
+  int64_t quantized_exact = 0;
+};
+
 struct QuantizeResult {
   std::string model, recipe, dialect;
   int64_t calibration_samples = 0, evaluation_samples = 0;
@@ -72,6 +80,9 @@ struct QuantizeResult {
   std::vector<int64_t> output_shape;
   std::vector<std::pair<float, float>> scatter;  // float, quantized: some of the output's values
   std::optional<Perplexity> perplexity;
+  std::optional<Captions> captions;
+  int64_t pictures = 0;         // that ran through the vision tower
+  std::string vision_profile;   // layout of the exported vision units: "24x24 patches, 64 tokens from position 5"
   std::vector<UnitFile> units;
   int64_t points = 0;
   int64_t max_seq_len = 0;

@@ -1,0 +1,258 @@
+#include "pipeline/run_items.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "circlet/io/file.h"
+#include "circlet/io/json.h"
+#include "circlet/io/safetensors.h"
+#include "circlet/model/vision.h"
+
+namespace circlet {
+namespace {
+
+constexpr int64_t kLongestSequence = int64_t{1} << 20;
+
+struct RandomShape {
+  int64_t count = 0, length = 0;
+};
+
+RandomShape ParseRandom(const std::string& text) {
+  long count = 0, length = 0;
+  char x = 0, rest = 0;
+  if (std::sscanf(text.c_str(), "%ld%c%ld%c", &count, &x, &length, &rest) != 3 || x != 'x' || count < 1 || length < 1 ||
+      count > 1'000'000 || length > kLongestSequence)
+    Fail("--random-samples {}: expected NxLENGTH, e.g. 8x2048", text);
+  return {count, length};
+}
+
+void Append(SampleSet set, std::vector<Sample>& samples, std::vector<std::string>& skipped) {
+  std::move(set.samples.begin(), set.samples.end(), std::back_inserter(samples));
+  std::move(set.skipped.begin(), set.skipped.end(), std::back_inserter(skipped));
+}
+
+void LoadCaptionTasks(const QuantizeOptions& options, const Processor& processor, const SampleOptions& rules, RunData& data) {
+  data.captions = LoadCaptions(options.eval_captions, processor, rules);
+  const int64_t turn_end = processor.tokenizer.RequireId("<turn|>");
+  for (const CaptionTask& task : data.captions) {
+    data.answers.push_back(processor.tokenizer.Encode(task.caption, /*add_special=*/false));
+    data.answers.back().push_back(turn_end);
+  }
+}
+
+// One picture of a sample as its own tensor, sharing the bytes.
+Tensor ImageRow(const Tensor& tensor, int64_t image) {
+  Shape shape = tensor.GetShape();
+  const int64_t bytes = tensor.Bytes() / shape[0];
+  shape[0] = 1;
+  return Tensor({tensor.GetDType(), shape}, tensor.Raw() + image * bytes, std::make_shared<Tensor>(tensor));
+}
+
+// What the exported vision units are baked for: patch grid and the pictures' place in the sequence.
+struct Slot {
+  std::vector<int64_t> positions;
+  int64_t start = 0;
+  auto operator<=>(const Slot&) const = default;
+};
+
+class ItemMaker {
+ public:
+  explicit ItemMaker(RunContext& context) : context_(context) {}
+
+  void Add(ItemKind kind, int64_t index, const std::string& label, std::vector<int64_t> ids, std::vector<int64_t> keep,
+           const Sample* sample, int64_t answer = 0) {
+    if (keep.empty()) keep.assign(ids.size(), 1);
+    TextItem text{.keep = std::move(keep), .answer = answer};
+    text.item = {.id = static_cast<int>(context_.texts.size()),
+                 .kind = kind,
+                 .index = index,
+                 .length = static_cast<int64_t>(ids.size()),
+                 .label = label};
+    std::vector<int64_t> soft_tokens;
+    if (sample != nullptr && !sample->pixel_values.Empty())
+      for (int64_t image = 0; image < sample->pixel_values.GetShape()[0]; ++image) {
+        text.images.push_back(AddImage(kind, *sample, image, label));
+        soft_tokens.push_back(LayoutOf(*context_.config.vision, context_.images.back().positions).tokens);
+      }
+    Within(sample == nullptr ? label : sample->source,
+           [&] { text.places = CheckPlaceholders(context_.config, ids, soft_tokens); });
+    text.ids = WithoutPlaceholders(context_.config, ids);
+    text.item.variant = text.images.empty() ? "" : "pictures";
+    context_.items.push_back(text.item);
+    context_.texts.push_back(std::move(text));
+  }
+
+ private:
+  int AddImage(ItemKind kind, const Sample& sample, int64_t image, const std::string& label) {
+    const Tensor positions = ImageRow(sample.image_position_ids, image);
+    ImageItem item{.pixel_values = ImageRow(sample.pixel_values, image),
+                   .positions = {positions.I64().begin(), positions.I64().end()}};
+    // Observers tell pictures apart by number; calibration pictures come first, so theirs do not depend on the others.
+    item.item = {.id = RunContext::kFirstImage + static_cast<int>(context_.images.size()),
+                 .kind = kind,
+                 .index = static_cast<int64_t>(context_.images.size()),
+                 .length = static_cast<int64_t>(item.positions.size()) / 2};
+    item.item.variant.assign(reinterpret_cast<const char*>(item.positions.data()), item.positions.size() * sizeof(int64_t));
+    item.item.label = image == 0 ? label : fmt::format("{}.image.{}", label, image);
+    context_.image_items.push_back(item.item);
+    context_.images.push_back(std::move(item));
+    return context_.images.back().item.id;
+  }
+
+  RunContext& context_;
+};
+
+// The most frequent slot among samples with one picture; the first of equals.
+std::optional<Slot> FrequentSlot(const RunContext& context) {
+  std::map<Slot, int64_t> count;
+  std::optional<Slot> best;
+  for (const TextItem& text : context.texts) {
+    if (text.images.size() != 1 || text.item.kind != ItemKind::kCalibration) continue;
+    const Slot slot{context.ImageOf(text.images[0]).positions, text.places[0]};
+    const int64_t seen = ++count[slot];
+    if (!best || seen > count[*best]) best = slot;
+  }
+  return best;
+}
+
+}  // namespace
+
+RunData LoadRunData(const QuantizeOptions& options, const Gemma4Config& config) {
+  const int sources = !options.data.empty() + !options.samples.empty() + !options.random_samples.empty();
+  if (sources > 1 || (sources == 0 && options.qparams.empty()))
+    Fail("calibration data: give exactly one of --data, --samples and --random-samples (found {})", sources);
+  RunData data;
+  std::optional<Processor> processor;
+  if (!options.data.empty() || !options.eval_text.empty() || !options.eval_captions.empty())
+    processor = LoadProcessor(options.model);
+  const SampleOptions rules{.vocab_size = config.text.vocab_size,
+                            .max_length = options.max_seq_len.value_or(0),
+                            .text_only = options.text_only || !config.vision.has_value(),
+                            .placeholders = {config.image_token_id, config.video_token_id, config.audio_token_id}};
+  if (!options.data.empty()) Append(LoadJsonl(options.data, *processor, rules), data.calibration, data.skipped);
+  if (!options.samples.empty()) {
+    Append(SamplesFromSafetensors(options.samples, "calib", rules), data.calibration, data.skipped);
+    if (SafetensorsFile::Open(options.samples).Find("eval.0.input_ids") != nullptr)
+      Append(SamplesFromSafetensors(options.samples, "eval", rules), data.evaluation, data.skipped);
+  }
+  if (!options.random_samples.empty()) {
+    const RandomShape shape = ParseRandom(options.random_samples);
+    const std::vector<int64_t> forbidden{config.image_token_id, config.video_token_id, config.audio_token_id,
+                                         config.text.pad_token_id};
+    constexpr uint64_t kSeed = 42;
+    data.calibration = RandomSamples(shape.count, shape.length, kSeed, config.text.vocab_size, forbidden);
+    data.random = true;
+  }
+  if (!options.eval_text.empty()) {
+    constexpr int64_t kWindow = 255;
+    data.windows = PerplexityWindows(ReadFile(options.eval_text), processor->tokenizer, kWindow, config.text.bos_token_id);
+    if (data.windows.empty()) Fail("{}: holds no text", options.eval_text.string());
+    if (options.eval_windows && *options.eval_windows < static_cast<int64_t>(data.windows.size()))
+      data.windows.resize(*options.eval_windows);
+  }
+  if (!options.eval_captions.empty()) {
+    if (!config.vision) Fail("--eval-captions: the model has no vision tower");
+    LoadCaptionTasks(options, *processor, rules, data);
+  }
+  if (sources > 0 && data.calibration.empty())
+    Fail("no calibration sample is left: {} have pictures, which this run leaves out", data.skipped.size());
+  return data;
+}
+
+void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& context) {
+  ItemMaker maker(context);
+  const auto add_samples = [&](const std::vector<Sample>& samples, ItemKind kind, const char* label) {
+    for (size_t i = 0; i < samples.size(); ++i)
+      maker.Add(kind, static_cast<int64_t>(i), fmt::format("{}.{}", label, i), samples[i].input_ids,
+                {samples[i].attention_mask.begin(), samples[i].attention_mask.end()}, &samples[i]);
+  };
+  add_samples(data.calibration, ItemKind::kCalibration, "calib");
+  add_samples(data.evaluation, ItemKind::kEvaluation, "eval");
+  for (size_t i = 0; i < data.windows.size(); ++i)
+    maker.Add(ItemKind::kWindow, static_cast<int64_t>(i), fmt::format("window.{}", i), data.windows[i], {}, nullptr);
+  for (size_t i = 0; i < data.captions.size(); ++i) {
+    std::vector<int64_t> ids = data.captions[i].prompt.input_ids;
+    const auto answer = static_cast<int64_t>(ids.size());
+    ids.insert(ids.end(), data.answers[i].begin(), data.answers[i].end());
+    maker.Add(ItemKind::kCaption, static_cast<int64_t>(i), fmt::format("caption.{}", i), std::move(ids), {},
+              &data.captions[i].prompt, answer);
+  }
+
+  int64_t longest = 1;
+  for (const TextItem& text : context.texts)
+    if (text.item.kind == ItemKind::kCalibration || text.item.kind == ItemKind::kEvaluation)
+      longest = std::max(longest, text.item.length);
+  const auto& recipe = context.calibration.GetRecipe();
+  context.max_seq_len = options.max_seq_len.value_or(recipe.export_options.max_seq_len.value_or((longest + 7) / 8 * 8));
+  if (context.max_seq_len < 2 || context.max_seq_len > kLongestSequence)
+    Fail("sequence length {}: expected 2 .. {}", context.max_seq_len, kLongestSequence);
+  if (longest > context.max_seq_len)
+    Fail("a sample has {} tokens, the exported sequence length is {}; raise --max-seq-len", longest, context.max_seq_len);
+  if (options.output.empty()) return;
+
+  // Calibration picks the vision layout; a sample that was not calibrated on verifies it when there is one.
+  const std::optional<Slot> slot = FrequentSlot(context);
+  const auto fits = [&](const TextItem& text) {
+    if (!slot) return text.images.empty();
+    return text.images.size() == 1 && Slot{context.ImageOf(text.images[0]).positions, text.places[0]} == *slot;
+  };
+  const Sample* chosen = nullptr;
+  size_t at = 0;
+  for (const auto* pool : {&data.calibration, &data.evaluation}) {
+    const Sample* best = nullptr;
+    for (const Sample& sample : *pool) {
+      const TextItem& text = context.texts[at++];
+      if (fits(text) && (best == nullptr || sample.input_ids.size() > best->input_ids.size())) best = &sample;
+    }
+    if (best != nullptr) chosen = best;
+  }
+  if (chosen == nullptr) return;
+  std::vector<int64_t> ids = chosen->input_ids;
+  std::vector<int64_t> keep(chosen->attention_mask.begin(), chosen->attention_mask.end());
+  if (keep.empty()) keep.assign(ids.size(), 1);
+  ids.resize(context.max_seq_len, context.config.text.pad_token_id);
+  keep.resize(context.max_seq_len, 0);
+  maker.Add(ItemKind::kVerify, 0, "verify", std::move(ids), std::move(keep), chosen);
+}
+
+std::string VisionProfileText(const RunContext& context) {
+  const TextItem* verify = context.VerifyText();
+  if (verify == nullptr || verify->images.size() != 1) return "";
+  const PatchLayout layout = LayoutOf(*context.config.vision, context.ImageOf(verify->images[0]).positions);
+  return fmt::format("{}x{} patches, {} soft tokens from position {}: the most frequent of the calibration samples",
+                     layout.valid / layout.grid_width, layout.grid_width, layout.tokens, verify->places[0]);
+}
+
+void WriteVisionProfile(const RunContext& context, const std::filesystem::path& directory) {
+  const TextItem* verify = context.VerifyText();
+  if (verify == nullptr || verify->images.size() != 1) return;
+  const VisionConfig& vision = *context.config.vision;
+  const std::vector<int64_t>& positions = context.ImageOf(verify->images[0]).positions;
+  const PatchLayout layout = LayoutOf(vision, positions);
+  const int64_t k = vision.pooling_kernel_size, height = layout.valid / layout.grid_width, width = layout.grid_width;
+  WriteJson(directory / "vision_profile.json",
+            {{"name", "custom"},
+             {"visual_start_idx", verify->places[0]},
+             {"num_visual_tokens", layout.tokens},
+             {"visual_end_idx", verify->places[0] + layout.tokens},
+             {"max_soft_tokens", layout.slots},
+             {"patch_grid_height", height},
+             {"patch_grid_width", width},
+             {"soft_grid_height", height / k},
+             {"soft_grid_width", width / k},
+             {"patch_size", vision.patch_size},
+             {"pooling_kernel_size", k},
+             {"image_height", height * vision.patch_size},
+             {"image_width", width * vision.patch_size},
+             {"patch_vector_size", vision.PatchValues()},
+             {"num_patches", layout.patches},
+             {"num_valid_patches", layout.valid},
+             {"num_padding_patches", layout.patches - layout.valid},
+             {"batch_size", 1},
+             {"tokenizer_add_bos_token", false},
+             {"image_position_ids_shape", {1, layout.patches, 2}},
+             {"image_position_ids_sha256", Sha256(std::as_bytes(std::span(positions)))}});
+}
+
+}  // namespace circlet

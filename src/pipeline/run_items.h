@@ -1,0 +1,32 @@
+#pragma once
+
+// From options to what runs through the stages: samples, perplexity windows, captions, and the sample that the exported
+// units are verified with.
+
+#include "circlet/pipeline/quantize.h"
+#include "circlet/preprocess/samples.h"
+#include "pipeline/text_run.h"
+
+namespace circlet {
+
+struct RunData {
+  std::vector<Sample> calibration, evaluation;
+  std::vector<std::vector<int64_t>> windows;
+  std::vector<CaptionTask> captions;
+  std::vector<std::vector<int64_t>> answers;  // of captions: token ids, the turn's end behind them
+  std::vector<std::string> skipped;
+  bool random = false;
+};
+
+// Throws Error for data that is missing, damaged, empty or does not fit the model.
+RunData LoadRunData(const QuantizeOptions& options, const Gemma4Config& config);
+
+// Fills texts, images and max_seq_len of `context`; order: calibration, evaluation, windows, captions, verification.
+// The verification sample is the longest with the vision layout of the exported units, right-padded.
+void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& context);
+
+// vision_profile.json of the verification sample's layout (ptq.md 17).
+void WriteVisionProfile(const RunContext& context, const std::filesystem::path& directory);
+std::string VisionProfileText(const RunContext& context);
+
+}  // namespace circlet

@@ -1,0 +1,262 @@
+#include "pipeline/vision_run.h"
+
+#include <nlohmann/json.hpp>
+
+#include "circlet/io/json.h"
+#include "circlet/io/safetensors.h"
+#include "circlet/model/tables.h"
+#include "circlet/quant/affine.h"
+
+namespace circlet {
+namespace {
+
+std::string HiddenKey(int layer) { return fmt::format("vision.hidden.{}", layer); }
+
+using Values = std::map<std::string, Tensor>;
+
+}  // namespace
+
+struct VisionRun::State {
+  explicit State(RunContext& c)
+      : context(c), config(*c.config.vision), weights(config, c.Stored(), c.GetDialect()), stored(weights.Folded()) {}
+
+  RunContext& context;
+  const VisionConfig& config;
+  VisionWeights weights;
+  WeightSource stored;
+  std::map<std::string, Tensor> tables;  // by kind and layout
+
+  const Dialect& GetDialect() const { return context.GetDialect(); }
+  const ImageItem& ImageOf(const Item& item) const { return context.ImageOf(item.id); }
+
+  // The verification sample and its one picture; none: no picture, or several.
+  const TextItem* Verify() const {
+    const TextItem* text = context.VerifyText();
+    return text != nullptr && text->images.size() == 1 ? text : nullptr;
+  }
+  const ImageItem& VerifyImage() const { return context.ImageOf(Verify()->images[0]); }
+  Tensor Kept(const std::string& key) const { return context.store.Get(Verify()->images[0], Chain::kQuant, key); }
+
+  Graph Build(const std::function<void(const Builder&)>& body) const {
+    Graph graph;
+    body(Builder(graph));
+    return graph;
+  }
+
+  Tensor Table(const ImageItem& image, const std::string& which) {
+    Tensor& table = tables[which + image.item.variant];
+    if (table.Empty()) {
+      const RopeTables rope = VisionRopeTables(config.rope_theta, config.head_dim, image.positions);
+      tables["cos" + image.item.variant] = rope.cos;
+      tables["sin" + image.item.variant] = rope.sin;
+      tables["mask" + image.item.variant] = VisionMask(image.positions);
+    }
+    return tables[which + image.item.variant];
+  }
+
+  // The reference rounds the position table before it looks positions up.
+  const QParams* TableGrid() const {
+    return GetDialect().duplicate_points ? context.calibration.GridOf(VisionWeights::PositionTablePoint()) : nullptr;
+  }
+
+  Step MakeStep(std::string name, std::function<void(const Builder&, const ImageItem&)> build) {
+    return {.name = std::move(name),
+            .build = [this, build = std::move(build)](const Item& item) {
+              return Build([&](const Builder& b) { build(b, ImageOf(item)); });
+            },
+            .stored = stored};
+  }
+
+  Step::Source FromStore(std::string key) const {
+    return [this, key = std::move(key)](const Item& item, Chain chain) { return context.store.Get(item.id, chain, key); };
+  }
+  void AddTables(Step& step) {
+    for (const char* which : {"mask", "cos", "sin"})
+      step.inputs.emplace_back(which, [this, which](const Item& item, Chain) { return Table(ImageOf(item), which); });
+  }
+
+  Values RunRounded(const Graph& graph, const Values& inputs) {
+    FakeQuantReading reading(context.calibration);
+    Executor executor(graph, &reading);
+    const WeightSource rounded = context.calibration.RoundedWeights(stored);
+    const ImageItem& image = VerifyImage();
+    return executor.Run(inputs, [&](const std::string& name) {
+      return name == VisionWeights::PositionEmbeddingsName() ? weights.PositionEmbeddings(image.positions, TableGrid())
+                                                             : rounded(name);
+    });
+  }
+  // Parameters of the verification picture's units.
+  WeightSource UnitWeights() const { return weights.For(VerifyImage().positions, TableGrid()); }
+};
+
+VisionRun::VisionRun(RunContext& context) : state_(std::make_unique<State>(context)) {}
+VisionRun::~VisionRun() = default;
+
+std::vector<Stage> VisionRun::Stages() {
+  State& s = *state_;
+  std::vector<Stage> stages;
+  const auto add = [&](Step step) { stages.push_back({step.name, {step}}); };
+
+  Step tables = s.MakeStep("vision.tables", [&s](const Builder& b, const ImageItem& image) {
+    BuildVisionTables(b, s.config, image.item.length, s.GetDialect());
+  });
+  s.AddTables(tables);
+  tables.outputs = {{"mask", "", "vision.attn_mask"}, {"cos", "", "vision.rope_cos"}, {"sin", "", "vision.rope_sin"}};
+  add(std::move(tables));
+
+  Step patches = s.MakeStep("vision.patch_embed", [&s](const Builder& b, const ImageItem& image) {
+    BuildPatchEmbedder(b, s.config, image.item.length, s.GetDialect());
+  });
+  patches.inputs = {{"pixel_values", [&s](const Item& item, Chain) { return s.ImageOf(item).pixel_values; }}};
+  patches.outputs = {{"hidden", HiddenKey(0), "vision.patch_embed"}};
+  patches.own = [&s](const std::string& name, const Item& item, bool rounded) -> Tensor {
+    if (name != VisionWeights::PositionEmbeddingsName()) return {};
+    return s.weights.PositionEmbeddings(s.ImageOf(item).positions, rounded ? s.TableGrid() : nullptr);
+  };
+  add(std::move(patches));
+
+  for (int i = 0; i < s.config.num_layers; ++i) {
+    const std::string name = fmt::format("vision.layers.{}", i);
+    Step layer = s.MakeStep(name, [&s, i](const Builder& b, const ImageItem& image) {
+      BuildVisionLayer(b, s.config, i, image.item.length, s.GetDialect());
+    });
+    layer.inputs = {{"hidden", s.FromStore(HiddenKey(i))}};
+    s.AddTables(layer);
+    layer.outputs = {{"hidden", HiddenKey(i + 1), name + ".out"}};
+    add(std::move(layer));
+  }
+
+  Step pooler = s.MakeStep("vision.pooled", [&s](const Builder& b, const ImageItem& image) {
+    BuildVisionPooler(b, s.config, image.positions, VisionUse::kRun, s.GetDialect());
+  });
+  pooler.inputs = {{"hidden", s.FromStore(HiddenKey(s.config.num_layers))}};
+  pooler.outputs = {{"pooled", "vision.pooled", "vision.pooled"}};
+  add(std::move(pooler));
+
+  Step post = s.MakeStep("vision.projected", [&s](const Builder& b, const ImageItem& image) {
+    BuildVisionPost(b, s.context.config, image.positions, s.GetDialect());
+  });
+  post.inputs = {{"pooled", s.FromStore("vision.pooled")}};
+  post.outputs = {{"projected", "vision.projected", "vision.projected"},
+                  {"last_hidden_state", "vision.last_hidden_state", "vision.last_hidden_state"}};
+  add(std::move(post));
+  return stages;
+}
+
+void VisionRun::DropAfter(size_t stage) {
+  // Stage 2 + i is layer i. The verification units are written at the end and read every boundary of their picture.
+  State& s = *state_;
+  if (stage < 2 || s.Verify() != nullptr) return;
+  s.context.store.Drop(HiddenKey(static_cast<int>(stage) - 2));
+}
+
+void VisionRun::WriteSplitUnits(UnitWriter& writer) {
+  State& s = *state_;
+  if (s.Verify() == nullptr) return;
+  const ImageItem& image = s.VerifyImage();
+  const int64_t patches = image.item.length;
+  const WeightSource weights = s.UnitWeights();
+  const auto write = [&](std::string name, Graph graph, std::map<std::string, std::string> keys, Values inputs,
+                         Values outputs, std::map<std::string, std::string> output_keys) {
+    writer.Write({.name = std::move(name),
+                  .graph = std::move(graph),
+                  .keys = std::move(keys),
+                  .output_keys = std::move(output_keys),
+                  .inputs = std::move(inputs),
+                  .outputs = std::move(outputs)},
+                 weights);
+  };
+  write("vision_patch_embedder",
+        s.Build([&](const Builder& b) { BuildPatchEmbedder(b, s.config, patches, s.GetDialect()); }), {},
+        {{"pixel_values", image.pixel_values}}, {{"hidden", s.Kept(HiddenKey(0))}}, {{"hidden", HiddenKey(0)}});
+  for (int i = 0; i < s.config.num_layers; ++i)
+    write(fmt::format("vision_encoder_layer_{:02}", i),
+          s.Build([&](const Builder& b) { BuildVisionLayer(b, s.config, i, patches, s.GetDialect()); }),
+          {{"hidden", HiddenKey(i)}, {"mask", "vision.mask"}, {"cos", "vision.cos"}, {"sin", "vision.sin"}},
+          {{"hidden", s.Kept(HiddenKey(i))},
+           {"mask", s.Table(image, "mask")},
+           {"cos", s.Table(image, "cos")},
+           {"sin", s.Table(image, "sin")}},
+          {{"hidden", s.Kept(HiddenKey(i + 1))}}, {{"hidden", HiddenKey(i + 1)}});
+  const int layers = s.config.num_layers;
+  const Graph pooler = s.Build([&](const Builder& b) {
+    BuildVisionPooler(b, s.config, image.positions, VisionUse::kExport, s.GetDialect());
+  });
+  const Values pooled_in{{"hidden", s.Kept(HiddenKey(layers))}};
+  write("vision_pooler", pooler, {{"hidden", HiddenKey(layers)}, {"pooled", "vision.pooled"}}, pooled_in,
+        s.RunRounded(pooler, pooled_in), {});
+  const Graph post = WithOutputs(
+      s.Build([&](const Builder& b) { BuildVisionPost(b, s.context.config, image.positions, s.GetDialect()); }),
+      {"projected"});
+  write("vision_post_projection", post, {{"pooled", "vision.pooled"}, {"projected", "vision.projected"}},
+        {{"pooled", s.Kept("vision.pooled")}}, {{"projected", s.Kept("vision.projected")}}, {});
+  writer.WriteTensors("vision_context.safetensors", {{"mask", s.Table(image, "mask")},
+                                                     {"cos", s.Table(image, "cos")},
+                                                     {"sin", s.Table(image, "sin")}});
+}
+
+void VisionRun::WriteWholeUnits(UnitWriter& writer) {
+  State& s = *state_;
+  if (s.Verify() == nullptr) return;
+  const ImageItem& image = s.VerifyImage();
+  const int64_t tokens = LayoutOf(s.config, image.positions).tokens;
+  const WeightSource weights = s.UnitWeights();
+  const auto write = [&](std::string name, const std::function<void(const Builder&)>& build,
+                         std::map<std::string, std::string> keys, const Values& inputs) {
+    UnitSpec spec{.name = std::move(name), .graph = s.Build(build), .keys = std::move(keys), .inputs = inputs};
+    spec.outputs = s.RunRounded(spec.graph, inputs);
+    writer.Write(std::move(spec), weights);
+  };
+  const Values pixels{{"pixel_values", image.pixel_values}};
+  write("vision_prefill",
+        [&](const Builder& b) {
+          BuildVisionPrefill(b, s.context.config, image.positions, VisionUse::kExport, s.GetDialect());
+        },
+        {{"projected", "vision.projected"}}, pixels);
+  write("vision_model",
+        [&](const Builder& b) { BuildVisionModel(b, s.config, image.positions, VisionUse::kExport, s.GetDialect()); },
+        {{"last_hidden_state", "vision.last_hidden_state"}}, pixels);
+  write("vision_encoder",
+        [&](const Builder& b) { BuildVisionEncoder(b, s.config, image.positions, s.GetDialect()); }, {},
+        {{"hidden", s.Kept(HiddenKey(0))}});
+  write("multimodal_embedder",
+        [&](const Builder& b) { BuildMultimodalEmbedder(b, s.context.config, tokens, s.GetDialect()); },
+        {{"hidden", "vision.last_hidden_state"}, {"projected", "vision.projected"}},
+        {{"hidden", s.Kept("vision.last_hidden_state")}});
+}
+
+void VisionRun::WriteFusionUnit(UnitWriter& writer) {
+  State& s = *state_;
+  const TextItem* verify = s.Verify();
+  if (verify == nullptr) return;
+  const int64_t tokens = static_cast<int64_t>(verify->places.size());
+  UnitSpec spec{.name = "multimodal_fusion_prefill",
+                .graph = s.Build([&](const Builder& b) {
+                  BuildFusion(b, s.context.config.text, s.context.max_seq_len, verify->places[0], tokens, s.GetDialect());
+                }),
+                .keys = {{"text", s.GetDialect().duplicate_points ? "text_embeds" : "inputs_embeds"},
+                         {"visual", "vision.projected"},
+                         {"fused", "inputs_embeds"}},
+                .inputs = {{"text", s.context.store.Get(verify->item.id, Chain::kQuant, "text_embeds")},
+                           {"visual", s.Kept("vision.projected")}}};
+  spec.outputs = s.RunRounded(spec.graph, spec.inputs);
+  writer.Write(std::move(spec), s.stored);
+}
+
+void VisionRun::WriteFullUnit(UnitWriter& writer) {
+  State& s = *state_;
+  const TextItem* verify = s.Verify();
+  if (verify == nullptr || s.GetDialect().duplicate_points) return;
+  const ImageItem& image = s.VerifyImage();
+  const ImageSlot slot{image.positions, verify->places[0]};
+  UnitSpec spec{.name = "gemma4_model_full",
+                .graph = s.Build([&](const Builder& b) {
+                  BuildGemma4Full(b, s.context.config, s.context.max_seq_len, &slot, s.GetDialect());
+                }),
+                .inputs = {{"ids", Tensor::Of<int64_t>({1, s.context.max_seq_len}, verify->ids)},
+                           {"pixel_values", image.pixel_values}}};
+  spec.outputs = s.RunRounded(spec.graph, spec.inputs);
+  writer.Write(std::move(spec), s.UnitWeights());
+}
+
+}  // namespace circlet

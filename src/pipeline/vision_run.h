@@ -1,0 +1,35 @@
+#pragma once
+
+// The vision side of a model as stages and units. Pictures are items of their own; sequences fetch their features.
+
+#include <memory>
+
+#include "circlet/model/vision.h"
+#include "pipeline/text_run.h"
+
+namespace circlet {
+
+class VisionRun {
+ public:
+  // context.config.vision is set.
+  explicit VisionRun(RunContext& context);
+  ~VisionRun();
+
+  // Tables, patch embedder, encoder layers, pooler, projection. After each, what no later stage reads is dropped by
+  // DropAfter with the stage's index.
+  std::vector<Stage> Stages();
+  void DropAfter(size_t stage);
+
+  // Units of the verification picture's layout: the split by layer, and the whole parts.
+  void WriteSplitUnits(UnitWriter& writer);
+  void WriteWholeUnits(UnitWriter& writer);
+  // text and picture features -> fused sequence; ids and pixels -> last hidden state (dialect default).
+  void WriteFusionUnit(UnitWriter& writer);
+  void WriteFullUnit(UnitWriter& writer);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace circlet
