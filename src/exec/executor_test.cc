@@ -1,0 +1,151 @@
+#include "circlet/exec/executor.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "circlet/graph/builder.h"
+#include "exec/memory_plan.h"
+
+namespace circlet {
+namespace {
+
+WeightSource NoWeights() {
+  return [](const std::string& name) -> Tensor { throw Bug("no weight " + name); };
+}
+
+Tensor Values(Shape shape, std::vector<float> values) { return Tensor::Of<float>(std::move(shape), values); }
+
+std::vector<float> List(const Tensor& tensor) { return {tensor.F32().begin(), tensor.F32().end()}; }
+
+// Doubles every value at its points.
+class Doubling final : public PointReading, public PointVisitor {
+ public:
+  PointVisitor* At(const Point& point, const TensorType&) override { return point.name == "skip" ? nullptr : this; }
+  bool Writes() const override { return true; }
+  void Visit(std::span<float> values, int64_t) override {
+    for (float& value : values) value *= 2;
+  }
+};
+
+class Counting final : public PointReading, public PointVisitor {
+ public:
+  PointVisitor* At(const Point&, const TensorType&) override { return this; }
+  bool Writes() const override { return false; }
+  void Visit(std::span<float> values, int64_t) override { seen += static_cast<int64_t>(values.size()); }
+  std::atomic<int64_t> seen = 0;
+};
+
+TEST(ExecutorTest, APointChangesItsOwnReadersOnly) {
+  Graph graph;
+  const Builder b(graph);
+  const ValueId sum = b.Add(Add{}, {b.Input("x", {2}), b.Input("y", {2})});
+  b.Output("pointed", b.Point("p", sum));
+  b.Output("plain", sum);
+  Doubling doubling;
+  Executor executor(graph, &doubling);
+  const auto out = executor.Run({{"x", Values({2}, {1, 2})}, {"y", Values({2}, {10, 20})}}, NoWeights());
+  EXPECT_THAT(List(out.at("pointed")), testing::ElementsAre(22, 44));
+  EXPECT_THAT(List(out.at("plain")), testing::ElementsAre(11, 22));
+}
+
+TEST(ExecutorTest, InputsAreNeverWritten) {
+  Graph graph;
+  const Builder b(graph);
+  const ValueId x = b.Point("p", b.Reshape(b.Input("x", {2, 2}), {4}));
+  b.Output("y", b.Add(Neg{}, {x}));
+  Doubling doubling;
+  Executor executor(graph, &doubling);
+  const Tensor input = Values({2, 2}, {1, 2, 3, 4});
+  EXPECT_THAT(List(executor.Run({{"x", input}}, NoWeights()).at("y")), testing::ElementsAre(-2, -4, -6, -8));
+  EXPECT_THAT(List(input), testing::ElementsAre(1, 2, 3, 4));
+}
+
+TEST(ExecutorTest, ObserversSeeEveryValueOfDeadBranchesToo) {
+  Graph graph;
+  const Builder b(graph);
+  const ValueId x = b.Input("x", {3, 5});
+  b.Point("dead", b.Add(Neg{}, {x}));
+  b.Output("y", b.Add(Tanh{}, {x}));
+  Counting counting;
+  Executor executor(graph, &counting);
+  executor.Run({{"x", Tensor(TensorType{DType::kF32, {3, 5}})}}, NoWeights());
+  EXPECT_EQ(counting.seen, 15);
+}
+
+TEST(ExecutorTest, AMissingOrMisshapenInputIsNamed) {
+  Graph graph;
+  const Builder b(graph);
+  b.Output("y", b.Add(Neg{}, {b.Input("hidden", {2, 3})}));
+  Executor executor(graph, nullptr);
+  const auto text = [&](const std::map<std::string, Tensor>& inputs) -> std::string {
+    try {
+      executor.Run(inputs, NoWeights());
+      return "";
+    } catch (const Error& error) {
+      return error.what();
+    }
+  };
+  EXPECT_THAT(text({}), testing::HasSubstr("input \"hidden\" (float32[2,3]) is missing"));
+  EXPECT_THAT(text({{"hidden", Values({3}, {1, 2, 3})}}), testing::HasSubstr("is float32[3], expected float32[2,3]"));
+}
+
+TEST(ExecutorTest, AChainOfInPlaceOperatorsNeedsOneBuffer) {
+  Graph graph;
+  const Builder b(graph);
+  ValueId x = b.Add(Neg{}, {b.Input("x", {64, 64})});
+  for (int i = 0; i < 10; ++i) x = b.Add(Tanh{}, {x});
+  b.Output("y", x);
+  EXPECT_EQ(Executor(graph, nullptr).PlannedBytes(), 64 * 64 * 4);
+}
+
+// Random graphs of reshapes, in-place and binary operators: the plan gives the values that unshared buffers give.
+TEST(ExecutorTest, SharedBuffersNeverChangeAResult) {
+  std::mt19937 random(7);
+  for (int round = 0; round < 50; ++round) {
+    Graph graph;
+    const Builder b(graph);
+    std::vector<ValueId> values{b.Input("x", {4, 6}), b.Input("y", {4, 6})};
+    std::vector<std::vector<float>> expected;
+    Tensor x(TensorType{DType::kF32, {4, 6}}), y(TensorType{DType::kF32, {4, 6}});
+    for (float& v : x.F32()) v = static_cast<float>(random() % 7) - 3;
+    for (float& v : y.F32()) v = static_cast<float>(random() % 7) - 3;
+    expected = {List(x), List(y)};
+    for (int step = 0; step < 12; ++step) {
+      const size_t i = random() % values.size(), j = random() % values.size();
+      std::vector<float> result = expected[i];
+      switch (random() % 4) {
+        case 0:
+          values.push_back(b.Add(Neg{}, {values[i]}));
+          for (float& v : result) v = -v;
+          break;
+        case 1:
+          values.push_back(b.Reshape(b.Reshape(values[i], {24}), {4, 6}));
+          break;
+        case 2:
+          values.push_back(b.Add(Maximum{}, {values[i], values[j]}));
+          for (size_t k = 0; k < result.size(); ++k) result[k] = std::max(result[k], expected[j][k]);
+          break;
+        default:
+          values.push_back(b.Add(Sub{}, {values[i], values[j]}));
+          for (size_t k = 0; k < result.size(); ++k) result[k] -= expected[j][k];
+      }
+      expected.push_back(std::move(result));
+    }
+    std::vector<std::pair<std::string, size_t>> outputs;
+    for (int k = 0; k < 3; ++k) {
+      const size_t pick = random() % values.size();
+      outputs.emplace_back("out" + std::to_string(k), pick);
+      b.Output(outputs.back().first, values[pick]);
+    }
+    Executor executor(graph, nullptr);
+    for (int run = 0; run < 2; ++run) {
+      const auto results = executor.Run({{"x", x}, {"y", y}}, NoWeights());
+      for (const auto& [name, pick] : outputs) EXPECT_EQ(List(results.at(name)), expected[pick]) << Dump(graph) << name;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace circlet
