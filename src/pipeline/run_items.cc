@@ -78,6 +78,7 @@ class ItemMaker {
     Within(sample == nullptr ? label : sample->source,
            [&] { text.places = CheckPlaceholders(context_.config, ids, soft_tokens); });
     text.ids = WithoutPlaceholders(context_.config, ids);
+    text.item.real = text.Last() + 1;
     text.item.variant = text.images.empty() ? "" : "pictures";
     context_.items.push_back(text.item);
     context_.texts.push_back(std::move(text));
@@ -93,6 +94,7 @@ class ItemMaker {
                  .kind = kind,
                  .index = static_cast<int64_t>(context_.images.size()),
                  .length = static_cast<int64_t>(item.positions.size()) / 2};
+    item.item.real = LayoutOf(*context_.config.vision, item.positions).valid;
     item.item.variant.assign(reinterpret_cast<const char*>(item.positions.data()), item.positions.size() * sizeof(int64_t));
     item.item.label = image == 0 ? label : fmt::format("{}.image.{}", label, image);
     context_.image_items.push_back(item.item);

@@ -28,6 +28,7 @@ struct Item {
   ItemKind kind = ItemKind::kCalibration;
   int64_t index = 0;  // among its kind
   int64_t length = 0;  // positions or patches, padding included
+  int64_t real = 0;    // leading positions that are no padding: those whose errors count
   std::string variant;  // what else shapes a graph: a picture's patch grid, whether a sequence has pictures
   std::string label;  // "calib.3", "eval.0"
 };
@@ -45,6 +46,7 @@ struct Step {
     std::string capture;  // name among the saved stages; empty: none
   };
   std::vector<Sink> outputs;  // the first one's error is the step's
+  bool measured = true;
   WeightSource stored;  // parameters as in the checkpoint
   // Parameters that differ from item to item (rows of a table, baked positions), float32, in the fake-quantized reading
   // rounded; an empty tensor leaves the name to `stored`. `fresh`: asked again for every item, not once a graph.

@@ -237,6 +237,7 @@ Stage TextRun::Tables() {
 
 Stage TextRun::Embeddings() {
   State& s = *state_;
+  // Placeholders are looked up as the pad id and then overwritten, so the errors that count are the merged sequence's.
   Step rows{.name = "embed_tokens",
             .build = [&s](const Item& item) {
               return s.Build([&](const Builder& b) {
@@ -245,6 +246,7 @@ Stage TextRun::Embeddings() {
             },
             .inputs = {{"ids", [](const Item& item, Chain) { return Iota(item.length); }}},
             .outputs = {{"hidden", "text_embeds", "embed.tokens"}},
+            .measured = s.context.images.empty(),
             .stored = s.context.Stored(),
             .own = s.TableRows(),
             .fresh = true};
@@ -581,9 +583,10 @@ void TextRun::WriteLayerUnits(UnitWriter& writer, int index) {
             Appended(decode.inputs.at(std::string("past_") + which), decode.outputs.at(std::string("new_") + which));
   }
   // A layer's output has its successor's key; input and output share the graph's name "hidden".
+  const CalibratedGrids grids(s.context.calibration, s.context.Stored());
   const auto write = [&](UnitSpec spec) {
     spec.output_keys = {{"hidden", HiddenKey(index + 1)}};
-    writer.Write(std::move(spec), s.context.Stored());
+    writer.Write(std::move(spec), grids);
   };
   write(std::move(prefill));
   write(std::move(decode));

@@ -30,8 +30,7 @@ void UnitWriter::Remember(const std::string& name, const circle::Tensor& tensor,
   }
 }
 
-void UnitWriter::Write(UnitSpec spec, const WeightSource& stored) {
-  const CalibratedGrids grids(calibration_, stored);
+void UnitWriter::Write(UnitSpec spec, const CalibratedGrids& grids) {
   const circle::Model model = Within(
       spec.name, [&] { return circle::ToCircle(spec.graph, grids, {.dynamic_length = spec.dynamic_length}); });
   Unit unit{.file = {.name = spec.name, .file = spec.name + kUnitSuffix}};

@@ -44,8 +44,10 @@ class UnitWriter {
   UnitWriter(std::filesystem::path directory, const Calibration& calibration)
       : directory_(std::move(directory)), calibration_(calibration) {}
 
-  // Writes NAME.q.circle and remembers the unit's codes. `stored` gives parameters in any float type.
-  void Write(UnitSpec spec, const WeightSource& stored);
+  // Writes NAME.q.circle and remembers the unit's codes. `stored` gives parameters in any float type; units that share
+  // parameters are written from the same grids.
+  void Write(UnitSpec spec, const WeightSource& stored) { Write(std::move(spec), CalibratedGrids(calibration_, stored)); }
+  void Write(UnitSpec spec, const CalibratedGrids& grids);
 
   // A file of tensors that units share.
   void WriteTensors(const std::string& file, const std::map<std::string, Tensor>& tensors) const;

@@ -46,7 +46,7 @@ struct VisionRun::State {
   Tensor Table(const ImageItem& image, const std::string& which) {
     Tensor& table = tables[which + image.item.variant];
     if (table.Empty()) {
-      const RopeTables rope = VisionRopeTables(config.rope_theta, config.head_dim, image.positions);
+      const RopeTables rope = VisionRopeTables(config, image.positions, GetDialect());
       tables["cos" + image.item.variant] = rope.cos;
       tables["sin" + image.item.variant] = rope.sin;
       tables["mask" + image.item.variant] = VisionMask(image.positions);

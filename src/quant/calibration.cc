@@ -180,7 +180,9 @@ const QParams* CalibratedGrids::Find(const Point& point) const {
 }
 
 Tensor CalibratedGrids::WeightCodes(const std::string& name, const QParams& grid) const {
-  return QuantizeWeight(stored_(name), grid, calibration_.GetDialect().rounding).codes;
+  Tensor& codes = codes_[name];
+  if (codes.Empty()) codes = QuantizeWeight(stored_(name), grid, calibration_.GetDialect().rounding).codes;
+  return codes;
 }
 
 Tensor CalibratedGrids::WeightFloat(const std::string& name) const { return ToF32(stored_(name)); }

@@ -103,7 +103,7 @@ class FakeQuantReading final : public PointReading {
   std::map<std::string, std::unique_ptr<PointVisitor>> visitors_;
 };
 
-// The frozen grids as export needs them.
+// The frozen grids as export needs them. Codes of a parameter are made once and shared by the units that read it.
 class CalibratedGrids final : public circle::GridSource {
  public:
   CalibratedGrids(const Calibration& calibration, WeightSource stored)
@@ -116,6 +116,7 @@ class CalibratedGrids final : public circle::GridSource {
  private:
   const Calibration& calibration_;
   WeightSource stored_;  // any float type
+  mutable std::map<std::string, Tensor> codes_;
 };
 
 }  // namespace circlet
