@@ -46,7 +46,7 @@ class EagerSink final : public GraphSink {
   ValueId AddPoint(const Point& point, ValueId value) override {
     Tensor tensor = tensors_[static_cast<size_t>(value)].Clone();
     if (at_point_) at_point_(point, tensor);
-    listing.push_back("@" + point.name);
+    listing.push_back(fmt::format("@{}", point.name));
     return Given(std::move(tensor));
   }
   ValueId AddConstant(Tensor tensor) override { return Given(std::move(tensor)); }
