@@ -31,15 +31,22 @@ int64_t TensorType::Bytes() const {
 
 std::string TensorType::ToString() const { return std::string(Name(dtype)) + shape.ToString(); }
 
-Tensor::Tensor(TensorType type) : type_(std::move(type)) {
+Tensor::Tensor(TensorType type) {
+  *this = Uninitialized(std::move(type));
+  std::memset(data_, 0, static_cast<size_t>(Bytes()));
+}
+
+Tensor Tensor::Uninitialized(TensorType type) {
+  Tensor tensor;
   constexpr int64_t kAlignment = 64;
-  const int64_t bytes = type_.Bytes();
+  const int64_t bytes = type.Bytes();
   const int64_t rounded = std::max(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
   auto* memory = static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(rounded)));
-  if (memory == nullptr) Fail("{}: no memory for {} bytes", type_.ToString(), bytes);
-  std::memset(memory, 0, static_cast<size_t>(rounded));
-  data_ = memory;
-  owner_ = std::shared_ptr<const void>(memory, [](const void* p) { std::free(const_cast<void*>(p)); });
+  if (memory == nullptr) Fail("{}: no memory for {} bytes", type.ToString(), bytes);
+  tensor.type_ = std::move(type);
+  tensor.data_ = memory;
+  tensor.owner_ = std::shared_ptr<const void>(memory, [](const void* p) { std::free(const_cast<void*>(p)); });
+  return tensor;
 }
 
 Tensor::Tensor(TensorType type, void* data, std::shared_ptr<const void> owner)
@@ -103,7 +110,7 @@ Tensor Tensor::Reshaped(Shape shape) const {
 }
 
 Tensor Tensor::Clone() const {
-  Tensor copy(type_);
+  Tensor copy = Uninitialized(type_);
   if (Bytes() > 0) std::memcpy(copy.Raw(), data_, static_cast<size_t>(Bytes()));
   return copy;
 }
@@ -126,7 +133,7 @@ float HalfToFloat(uint16_t half) {
 
 Tensor ToF32(const Tensor& tensor) {
   if (tensor.GetDType() == DType::kF32) return tensor;
-  Tensor result(TensorType{DType::kF32, tensor.GetShape()});
+  const Tensor result = Tensor::Uninitialized({DType::kF32, tensor.GetShape()});
   const std::span<float> out = result.F32();
   // Checkpoint bytes need not be aligned to their element.
   const std::byte* in = tensor.Raw();

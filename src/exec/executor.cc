@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "circlet/base/threads.h"
 #include "exec/memory_plan.h"
@@ -28,6 +29,17 @@ std::string Label(const Graph& graph, size_t index) {
   return fmt::format("node {}", index);
 }
 
+// Scratch memory of the calling thread, shared by all its executors: a run's results are copied out of it, so nothing in it
+// outlives the run. It grows to the largest plan.
+std::byte* Scratch(int64_t bytes) {
+  thread_local Tensor scratch;
+  if (scratch.Empty() || scratch.Bytes() < bytes) {
+    scratch = Tensor();
+    scratch = Tensor(TensorType{DType::kU8, Shape{bytes}});
+  }
+  return scratch.Raw();
+}
+
 }  // namespace
 
 struct Executor::Plan {
@@ -35,7 +47,7 @@ struct Executor::Plan {
   MemoryPlan memory;
   std::vector<std::vector<PointVisitor*>> visitors;  // by node
   bool points_write = false;
-  Tensor arena;
+  std::byte* arena = nullptr;
   bool bound = false;
   std::vector<Tensor> tensors;  // by value
   struct Operands {
@@ -48,7 +60,7 @@ struct Executor::Plan {
   Tensor TensorOf(ValueId id) const {
     const MemoryPlan::Home& home = memory.homes[id];
     if (home.place == MemoryPlan::Place::kArena)
-      return Tensor(graph.TypeOf(id), arena.Raw() + home.offset, nullptr);
+      return Tensor(graph.TypeOf(id), arena + home.offset, nullptr);
     return Tensor(graph.TypeOf(id), tensors[home.root].Raw(), nullptr);
   }
 
@@ -123,14 +135,11 @@ int64_t Executor::PlannedBytes() const { return plan_->memory.arena_bytes; }
 std::map<std::string, Tensor> Executor::Run(const std::map<std::string, Tensor>& inputs, const WeightSource& weights) {
   Plan& plan = *plan_;
   plan.BindInputs(inputs);
-  if (!plan.bound) {
-    plan.BindWeights(weights);
-    if (plan.arena.Empty()) plan.arena = Tensor(TensorType{DType::kU8, Shape{plan.memory.arena_bytes}});
-    plan.BindOperands(true);
-    plan.bound = true;
-  } else {
-    plan.BindOperands(false);
-  }
+  if (!plan.bound) plan.BindWeights(weights);
+  std::byte* const arena = Scratch(plan.memory.arena_bytes);
+  const bool moved = arena != std::exchange(plan.arena, arena);
+  plan.BindOperands(!plan.bound || moved);
+  plan.bound = true;
 
   for (size_t i = 0; i < plan.graph.Nodes().size(); ++i) {
     if (!plan.memory.needed[i]) continue;

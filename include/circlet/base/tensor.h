@@ -48,6 +48,8 @@ class Tensor {
   Tensor() = default;
   // New zeroed memory, aligned to 64 bytes.
   explicit Tensor(TensorType type);
+  // The same without zeroing, for a caller that writes every byte.
+  static Tensor Uninitialized(TensorType type);
   // Somebody else's memory; `owner` (may be null) is kept as long as the tensor lives.
   Tensor(TensorType type, void* data, std::shared_ptr<const void> owner);
 
