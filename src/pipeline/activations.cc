@@ -21,11 +21,14 @@ Tensor ActivationStore::Get(int item, Chain chain, const std::string& key) const
   return tensors_.at(key).at({item, chain});
 }
 
-void ActivationStore::Drop(const std::string& key) {
+void ActivationStore::Drop(const std::string& key, int kept) {
   const auto it = tensors_.find(key);
   if (it == tensors_.end()) return;
-  for (const auto& [slot, tensor] : it->second) bytes_ -= tensor.Bytes();
-  tensors_.erase(it);
+  std::erase_if(it->second, [&](const auto& entry) {
+    if (entry.first.first == kept) return false;
+    bytes_ -= entry.second.Bytes();
+    return true;
+  });
 }
 
 }  // namespace circlet

@@ -19,8 +19,8 @@ class ActivationStore {
   // CHECKs that it is there.
   Tensor Get(int item, Chain chain, const std::string& key) const;
   bool Has(int item, Chain chain, const std::string& key) const;
-  // Forgets `key` of every item.
-  void Drop(const std::string& key);
+  // Forgets `key` of every item but `kept`.
+  void Drop(const std::string& key, int kept = -1);
   int64_t Bytes() const { return bytes_; }
 
  private:

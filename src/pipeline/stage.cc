@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <set>
 #include <tuple>
 
 namespace circlet {
@@ -105,9 +106,11 @@ void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors, const
       advance();
     }
   }
+  // A variant may have points that others lack (the reference's fusion with pictures).
   for (const Step& step : stage.steps) {
-    const auto example = std::find_if(items_.begin(), items_.end(), Observed);
-    if (example != items_.end()) calibration_.Freeze(step.build(*example), step.stored);
+    std::set<std::string> frozen;
+    for (const Item& item : items_)
+      if (Observed(item) && frozen.insert(item.variant).second) calibration_.Freeze(step.build(item), step.stored);
   }
   for (const Step& step : stage.steps) {
     StepRuns runs(step);

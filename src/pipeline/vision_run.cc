@@ -144,10 +144,11 @@ std::vector<Stage> VisionRun::Stages() {
 }
 
 void VisionRun::DropAfter(size_t stage) {
-  // Stage 2 + i is layer i. The verification units are written at the end and read every boundary of their picture.
+  // Stage 2 + i is layer i. The units are written at the end and read every boundary of the verification picture.
   State& s = *state_;
-  if (stage < 2 || s.Verify() != nullptr) return;
-  s.context.store.Drop(HiddenKey(static_cast<int>(stage) - 2));
+  if (stage < 2) return;
+  const int kept = s.Verify() == nullptr ? -1 : s.Verify()->images[0];
+  s.context.store.Drop(HiddenKey(static_cast<int>(stage) - 2), kept);
 }
 
 void VisionRun::WriteSplitUnits(UnitWriter& writer) {
