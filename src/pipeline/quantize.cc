@@ -106,6 +106,7 @@ QuantizeResult Quantize(const QuantizeOptions& options) {
   const auto write = [&](const auto& body) {
     if (units) clock.Time("export", body);
   };
+  const std::optional<VisionProfile> profile = ExportedProfile(context);
   std::optional<VisionRun> vision;
   if (!context.images.empty()) {
     vision.emplace(context);
@@ -141,7 +142,7 @@ QuantizeResult Quantize(const QuantizeOptions& options) {
     text.WriteHeadUnit(*units);
     if (whole) text.WriteModelUnit(*units);
     if (whole && vision) vision->WriteFullUnit(*units);
-    if (vision) WriteVisionProfile(context, units->Directory());
+    if (profile) WriteJson(units->Directory() / "vision_profile.json", profile->ToJson());
   });
   progress.End();
 
@@ -157,7 +158,11 @@ QuantizeResult Quantize(const QuantizeOptions& options) {
                                    std::exp(head.float_nll / head.window_tokens),
                                    std::exp(head.quantized_nll / head.window_tokens)};
   if (head.captions > 0) result.captions = Captions{head.captions, head.float_exact, head.quantized_exact};
-  result.vision_profile = VisionProfileText(context);
+  if (profile)
+    result.vision_profile = fmt::format(
+        "{}x{} patches, {} soft tokens from position {} ({})", profile->patch_grid_height, profile->patch_grid_width,
+        profile->num_visual_tokens, profile->visual_start_idx,
+        options.vision_profile.empty() ? "the most frequent of the calibration samples" : profile->name);
   result.pictures = static_cast<int64_t>(context.images.size());
   result.model = options.model.filename().empty() ? options.model.parent_path().filename().string()
                                                   : options.model.filename().string();

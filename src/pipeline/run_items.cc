@@ -49,13 +49,6 @@ Tensor ImageRow(const Tensor& tensor, int64_t image) {
   return Tensor({tensor.GetDType(), shape}, tensor.Raw() + image * bytes, std::make_shared<Tensor>(tensor));
 }
 
-// What the exported vision units are baked for: patch grid and the pictures' place in the sequence.
-struct Slot {
-  std::vector<int64_t> positions;
-  int64_t start = 0;
-  auto operator<=>(const Slot&) const = default;
-};
-
 class ItemMaker {
  public:
   explicit ItemMaker(RunContext& context) : context_(context) {}
@@ -105,17 +98,86 @@ class ItemMaker {
   RunContext& context_;
 };
 
-// The most frequent slot among samples with one picture; the first of equals.
-std::optional<Slot> FrequentSlot(const RunContext& context) {
-  std::map<Slot, int64_t> count;
-  std::optional<Slot> best;
+VisionProfile ProfileOf(const RunContext& context, const TextItem& text) {
+  const VisionConfig& vision = *context.config.vision;
+  const PatchLayout layout = LayoutOf(vision, context.ImageOf(text.images[0]).positions);
+  VisionProfile profile{.name = "custom",
+                        .visual_start_idx = text.places[0],
+                        .num_visual_tokens = layout.tokens,
+                        .max_soft_tokens = layout.slots,
+                        .patch_grid_height = layout.valid / layout.grid_width,
+                        .patch_grid_width = layout.grid_width,
+                        .patch_size = vision.patch_size,
+                        .pooling_kernel_size = vision.pooling_kernel_size};
+  for (const VisionProfile& known : VisionProfile::All()) {
+    profile.name = known.name;
+    if (profile == known) return profile;
+  }
+  profile.name = "custom";
+  return profile;
+}
+
+// The most frequent layout among calibration samples with one picture; the first of equals.
+std::optional<VisionProfile> FrequentProfile(const RunContext& context) {
+  std::vector<std::pair<VisionProfile, int64_t>> counts;
   for (const TextItem& text : context.texts) {
     if (text.images.size() != 1 || text.item.kind != ItemKind::kCalibration) continue;
-    const Slot slot{context.ImageOf(text.images[0]).positions, text.places[0]};
-    const int64_t seen = ++count[slot];
-    if (!best || seen > count[*best]) best = slot;
+    const VisionProfile profile = ProfileOf(context, text);
+    const auto same = std::find_if(counts.begin(), counts.end(), [&](const auto& c) { return c.first == profile; });
+    if (same == counts.end()) {
+      counts.emplace_back(profile, 1);
+    } else {
+      ++same->second;
+    }
   }
-  return best;
+  const auto most = std::max_element(counts.begin(), counts.end(),
+                                     [](const auto& a, const auto& b) { return a.second < b.second; });
+  if (most == counts.end()) return std::nullopt;
+  return most->first;
+}
+
+VisionProfile ProfileFromFile(const std::filesystem::path& path) {
+  const nlohmann::json json = ReadJson(path);
+  const JsonObject object(json, path.filename());
+  return {.name = object.Optional<std::string>("name", "custom"),
+          .visual_start_idx = object.Required<int64_t>("visual_start_idx"),
+          .num_visual_tokens = object.Required<int64_t>("num_visual_tokens"),
+          .max_soft_tokens = object.Required<int64_t>("max_soft_tokens"),
+          .patch_grid_height = object.Required<int64_t>("patch_grid_height"),
+          .patch_grid_width = object.Required<int64_t>("patch_grid_width"),
+          .patch_size = object.Required<int64_t>("patch_size"),
+          .pooling_kernel_size = object.Required<int64_t>("pooling_kernel_size")};
+}
+
+// What --vision-profile or the recipe asks for.
+std::optional<VisionProfile> AskedProfile(const QuantizeOptions& options, const RunContext& context) {
+  if (!context.config.vision) {
+    if (!options.vision_profile.empty()) Fail("--vision-profile: the model has no vision tower");
+    return std::nullopt;
+  }
+  const VisionConfig& vision = *context.config.vision;
+  if (options.vision_profile.ends_with(".json")) {
+    VisionProfile profile = ProfileFromFile(options.vision_profile);
+    profile.Validate(&vision, context.max_seq_len);
+    return profile;
+  }
+  return ProfileOf(context.calibration.GetRecipe().model_args, options.vision_profile, vision, context.max_seq_len);
+}
+
+// A sample of the asked layout, when none of the data has it: a text sample's ids around the picture's slot, and a pattern
+// for the picture. It only tells whether the files compute what was simulated.
+Sample PatternSample(const VisionProfile& profile, const RunContext& context, std::vector<int64_t> ids) {
+  Sample sample{.source = "pattern"};
+  ids.resize(std::max<int64_t>(static_cast<int64_t>(ids.size()), profile.VisualEnd()), context.config.text.bos_token_id);
+  std::fill(ids.begin() + profile.visual_start_idx, ids.begin() + profile.VisualEnd(), context.config.image_token_id);
+  sample.input_ids = std::move(ids);
+  const int64_t patches = profile.Patches();
+  sample.image_position_ids = Tensor::Of<int64_t>({1, patches, 2}, profile.Positions());
+  sample.pixel_values = Tensor(TensorType{DType::kF32, {1, patches, profile.PatchValues()}});
+  const std::span<float> pixels = sample.pixel_values.F32();
+  for (int64_t i = 0; i < profile.ValidPatches() * profile.PatchValues(); ++i)
+    pixels[i] = static_cast<float>((i * 7919 + i / 48 * 31) % 256) / 255.0f;
+  return sample;
 }
 
 }  // namespace
@@ -193,13 +255,18 @@ void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& 
     Fail("a sample has {} tokens, the exported sequence length is {}; raise --max-seq-len", longest, context.max_seq_len);
   if (options.output.empty()) return;
 
-  // Calibration picks the vision layout; a sample that was not calibrated on verifies it when there is one.
-  const std::optional<Slot> slot = FrequentSlot(context);
+  // Calibration picks the vision layout unless one is asked for; a sample that was not calibrated on verifies it when
+  // there is one.
+  const std::optional<VisionProfile> asked = AskedProfile(options, context);
+  const std::optional<VisionProfile> profile = asked ? asked : FrequentProfile(context);
   const auto fits = [&](const TextItem& text) {
-    if (!slot) return text.images.empty();
-    return text.images.size() == 1 && Slot{context.ImageOf(text.images[0]).positions, text.places[0]} == *slot;
+    if (!profile) return text.images.empty();
+    if (text.images.size() != 1) return false;
+    VisionProfile own = ProfileOf(context, text);
+    own.name = profile->name;
+    return own == *profile;
   };
-  const Sample* chosen = nullptr;
+  std::optional<Sample> chosen;
   size_t at = 0;
   for (const auto* pool : {&data.calibration, &data.evaluation}) {
     const Sample* best = nullptr;
@@ -207,54 +274,23 @@ void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& 
       const TextItem& text = context.texts[at++];
       if (fits(text) && (best == nullptr || sample.input_ids.size() > best->input_ids.size())) best = &sample;
     }
-    if (best != nullptr) chosen = best;
+    if (best != nullptr) chosen = *best;
   }
-  if (chosen == nullptr) return;
+  if (!chosen && asked && !context.images.empty())
+    chosen = PatternSample(*asked, context, WithoutPlaceholders(context.config, data.calibration.front().input_ids));
+  if (!chosen) return;
   std::vector<int64_t> ids = chosen->input_ids;
   std::vector<int64_t> keep(chosen->attention_mask.begin(), chosen->attention_mask.end());
   if (keep.empty()) keep.assign(ids.size(), 1);
   ids.resize(context.max_seq_len, context.config.text.pad_token_id);
   keep.resize(context.max_seq_len, 0);
-  maker.Add(ItemKind::kVerify, 0, "verify", std::move(ids), std::move(keep), chosen);
+  maker.Add(ItemKind::kVerify, 0, "verify", std::move(ids), std::move(keep), &*chosen);
 }
 
-std::string VisionProfileText(const RunContext& context) {
+std::optional<VisionProfile> ExportedProfile(const RunContext& context) {
   const TextItem* verify = context.VerifyText();
-  if (verify == nullptr || verify->images.size() != 1) return "";
-  const PatchLayout layout = LayoutOf(*context.config.vision, context.ImageOf(verify->images[0]).positions);
-  return fmt::format("{}x{} patches, {} soft tokens from position {}: the most frequent of the calibration samples",
-                     layout.valid / layout.grid_width, layout.grid_width, layout.tokens, verify->places[0]);
-}
-
-void WriteVisionProfile(const RunContext& context, const std::filesystem::path& directory) {
-  const TextItem* verify = context.VerifyText();
-  if (verify == nullptr || verify->images.size() != 1) return;
-  const VisionConfig& vision = *context.config.vision;
-  const std::vector<int64_t>& positions = context.ImageOf(verify->images[0]).positions;
-  const PatchLayout layout = LayoutOf(vision, positions);
-  const int64_t k = vision.pooling_kernel_size, height = layout.valid / layout.grid_width, width = layout.grid_width;
-  WriteJson(directory / "vision_profile.json",
-            {{"name", "custom"},
-             {"visual_start_idx", verify->places[0]},
-             {"num_visual_tokens", layout.tokens},
-             {"visual_end_idx", verify->places[0] + layout.tokens},
-             {"max_soft_tokens", layout.slots},
-             {"patch_grid_height", height},
-             {"patch_grid_width", width},
-             {"soft_grid_height", height / k},
-             {"soft_grid_width", width / k},
-             {"patch_size", vision.patch_size},
-             {"pooling_kernel_size", k},
-             {"image_height", height * vision.patch_size},
-             {"image_width", width * vision.patch_size},
-             {"patch_vector_size", vision.PatchValues()},
-             {"num_patches", layout.patches},
-             {"num_valid_patches", layout.valid},
-             {"num_padding_patches", layout.patches - layout.valid},
-             {"batch_size", 1},
-             {"tokenizer_add_bos_token", false},
-             {"image_position_ids_shape", {1, layout.patches, 2}},
-             {"image_position_ids_sha256", Sha256(std::as_bytes(std::span(positions)))}});
+  if (verify == nullptr || verify->images.size() != 1) return std::nullopt;
+  return ProfileOf(context, *verify);
 }
 
 }  // namespace circlet

@@ -5,6 +5,7 @@
 
 #include "circlet/pipeline/quantize.h"
 #include "circlet/preprocess/samples.h"
+#include "model/gemma4/vision_profile.h"
 #include "pipeline/text_run.h"
 
 namespace circlet {
@@ -25,8 +26,7 @@ RunData LoadRunData(const QuantizeOptions& options, const Gemma4Config& config);
 // The verification sample is the longest with the vision layout of the exported units, right-padded.
 void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& context);
 
-// vision_profile.json of the verification sample's layout (ptq.md 17).
-void WriteVisionProfile(const RunContext& context, const std::filesystem::path& directory);
-std::string VisionProfileText(const RunContext& context);
+// The layout that the exported vision units are made for; none without pictures.
+std::optional<VisionProfile> ExportedProfile(const RunContext& context);
 
 }  // namespace circlet

@@ -44,11 +44,14 @@ std::span<const float> RealPart(const Item& item, const Tensor& tensor) {
 
 bool Observed(const Item& item) { return item.kind == ItemKind::kCalibration; }
 bool InFloat(const Item& item) { return item.kind != ItemKind::kVerify; }
-bool Measured(const Item& item) {
-  return item.kind == ItemKind::kCalibration || item.kind == ItemKind::kEvaluation;
-}
 
 }  // namespace
+
+ItemKind MeasuredKind(const std::vector<Item>& items) {
+  const bool has_evaluation =
+      std::any_of(items.begin(), items.end(), [](const Item& item) { return item.kind == ItemKind::kEvaluation; });
+  return has_evaluation ? ItemKind::kEvaluation : ItemKind::kCalibration;
+}
 
 // The executors of one step and one reading, by length.
 class StageRunner::StepRuns {
@@ -75,7 +78,8 @@ class StageRunner::StepRuns {
 
 int64_t StageRunner::Work(const Stage& stage) const {
   int64_t work = 0;
-  for (const Item& item : items_) work += (InFloat(item) ? 1 : 0) + (Measured(item) ? 1 : 0) + 1;
+  const ItemKind measured = MeasuredKind(items_);
+  for (const Item& item : items_) work += (InFloat(item) ? 1 : 0) + (item.kind == measured ? 1 : 0) + 1;
   return work * static_cast<int64_t>(stage.steps.size());
 }
 
@@ -114,6 +118,7 @@ void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors, const
   }
   for (const Step& step : stage.steps) {
     StepRuns runs(step);
+    const ItemKind measured = MeasuredKind(items_);
     const WeightSource weights = calibration_.RoundedWeights(step.stored);
     StageError error{.stage = step.name};
     for (const Item& item : items_) {
@@ -125,13 +130,13 @@ void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors, const
         const Tensor expected = store_.Get(item.id, Chain::kFloat, main.key);
         metrics.Add(RealPart(item, expected), RealPart(item, results.at(main.output)));
       };
-      if (Measured(item)) {
+      if (item.kind == measured) {
         compare(RunItem(step, item, Chain::kFloat, true, plan.executor, weights), error.alone);
         advance();
       }
       const std::map<std::string, Tensor> results =
           RunItem(step, item, Chain::kQuant, true, plan.executor, weights);
-      if (Measured(item)) compare(results, error.accumulated);
+      if (item.kind == measured) compare(results, error.accumulated);
       Keep(step, item, Chain::kQuant, results);
       advance();
     }

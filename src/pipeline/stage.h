@@ -16,7 +16,7 @@ namespace circlet {
 
 enum class ItemKind : uint8_t {
   kCalibration,  // observed; runs in both chains
-  kEvaluation,   // not observed; runs in both chains, its errors are reported
+  kEvaluation,   // not observed; runs in both chains
   kWindow,       // of the perplexity text: both chains, no error figures
   kCaption,      // a picture with its question and answer: both chains, no error figures
   kVerify,       // the padded sample whose codes go into verify.safetensors: fake-quantized chain only
@@ -58,6 +58,9 @@ struct Stage {
   std::string name;
   std::vector<Step> steps;
 };
+
+// The kind whose errors are reported: evaluation items when there are any, else those of calibration.
+ItemKind MeasuredKind(const std::vector<Item>& items);
 
 // Values that --save-stages asks for, "float.eval.0.layers.3.out".
 using Captured = std::map<std::string, Tensor>;

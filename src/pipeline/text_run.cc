@@ -425,9 +425,7 @@ TextRun::HeadResult TextRun::Head(Captured* captured, const std::function<void()
 
   const WeightSource rounded = c.calibration.RoundedWeights(c.Stored());
   const auto fake = [&] { return std::make_unique<FakeQuantReading>(c.calibration); };
-  const bool has_evaluation =
-      std::any_of(c.items.begin(), c.items.end(), [](const Item& item) { return item.kind == ItemKind::kEvaluation; });
-  const ItemKind shown = has_evaluation ? ItemKind::kEvaluation : ItemKind::kCalibration;
+  const ItemKind shown = MeasuredKind(c.items);
   for (const Item& item : c.items) {
     if (item.kind == ItemKind::kVerify) continue;
     bool exact = item.kind == ItemKind::kCaption;
@@ -443,12 +441,12 @@ TextRun::HeadResult TextRun::Head(Captured* captured, const std::function<void()
         return;
       }
       capture(item, Chain::kQuant, begin, results);
+      if (item.kind != shown) return;
       Plan& reference = plan_for(plain, end - begin, []() -> std::unique_ptr<PointReading> { return nullptr; });
       const Values inputs = hidden_of(item, Chain::kFloat, begin, end);
       const Tensor expected = reference.executor.Run(inputs, float_weights).at("logits");
       result.error.alone.Add(expected, plan.executor.Run(inputs, rounded).at("logits"));
       const Tensor& found = results.at("logits");
-      if (item.kind != shown) return;
       result.error.accumulated.Add(expected, found);
       result.shape = {1, item.length, vocab};
       constexpr size_t kScatterPoints = 4096;
