@@ -101,6 +101,16 @@ TEST_P(MxFormatTest, ScalingABlockByAPowerOfTwoScalesTheResult) {
   for (int64_t i = 0; i < values.Elements(); ++i) EXPECT_EQ(scaled.F32()[i], values.F32()[i] * 1024);
 }
 
+TEST(MxTest, ValuesBeyondTheLargestSaturate) {
+  for (const auto& [format, value, largest] :
+       {std::tuple(MxFormat::kFp8E4M3, 500.0f, 448.0f), std::tuple(MxFormat::kInt8, 1.999f, 127.0f / 64),
+        std::tuple(MxFormat::kFp4, -7.9f, -6.0f)}) {
+    Tensor values = Tensor::Of<float>({1}, std::vector<float>{value});
+    MxFakeQuantize(values, {.format = format});
+    EXPECT_EQ(values.F32()[0], largest);
+  }
+}
+
 TEST(MxTest, BlocksOf32ShareAnExponentAndTheLastMayBeShort) {
   Tensor values({DType::kF32, {1, 40}});
   for (float& value : values.F32()) value = 0.01f;

@@ -256,9 +256,8 @@ void Observer::EndSample() {
 }
 
 void Observer::Fold(Bounds range) {
-  // Adding zero turns -0 into 0: which of the two came first must not show.
-  min_ = std::min(min_, range.min) + 0.0f;
-  max_ = std::max(max_, range.max) + 0.0f;
+  min_ = std::min(min_, range.min);
+  max_ = std::max(max_, range.max);
 }
 
 void Observer::Merge(const Observer& other) {

@@ -7,6 +7,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <set>
 #include <thread>
 
 #include "circlet/quant/affine.h"
@@ -116,6 +117,48 @@ TEST(ObserverTest, AReservoirEstimatesTheQuantilesOfFarMoreValues) {
   }
   EXPECT_NEAR(observer->Freeze(spec, 0).scale[0] * 32767, 0.9f, 0.015f);
   EXPECT_EQ(observer->State().at("values").size(), 4000u);
+}
+
+TEST(ObserverTest, ASmallReservoirHoldsTheStrongestOfALargeOne) {
+  const Samples samples = RandomSamples(40);
+  ObserverSpec observer{.kind = ObserverSpec::Kind::kPercentile, .max_samples = 1 << 20, .samples_per_batch = 64};
+  nlohmann::json expected = ObserveAll(SpecOf(observer), samples)->State();
+  observer.max_samples = 50;
+  const nlohmann::json small = ObserveAll(SpecOf(observer), samples)->State();
+  for (const char* key : {"priorities", "values"}) {
+    ASSERT_GT(expected.at(key).size(), 2000u);
+    expected[key].erase(expected[key].begin() + 50, expected[key].end());
+    EXPECT_EQ(small.at(key), expected.at(key));
+  }
+}
+
+TEST(ObserverTest, PositionsShiftFromSampleToSample) {
+  std::vector<float> ramp(10000);
+  for (size_t i = 0; i < ramp.size(); ++i) ramp[i] = static_cast<float>(i);
+  const ObserverSpec observer{.kind = ObserverSpec::Kind::kPercentile, .samples_per_batch = 10};
+  const std::vector<float> kept = ObserveAll(SpecOf(observer), {ramp, ramp, ramp})->State().at("values");
+  EXPECT_EQ(kept.size(), 30u);
+  EXPECT_EQ(std::set<float>(kept.begin(), kept.end()).size(), 30u);
+}
+
+TEST(ObserverTest, TheSeedAndTheSampleDecideWhatIsKept) {
+  std::vector<float> ramp(100);
+  for (size_t i = 0; i < ramp.size(); ++i) ramp[i] = static_cast<float>(i);
+  ObserverSpec observer{.kind = ObserverSpec::Kind::kPercentile, .max_samples = 20};
+  const auto kept = [&](int64_t sample) {
+    const std::unique_ptr<Observer> one = Observer::Make(SpecOf(observer));
+    Observe(*one, sample, ramp);
+    return one->State().at("values");
+  };
+  const nlohmann::json first = kept(0);
+  EXPECT_NE(kept(1), first);
+  observer.seed = 1;
+  EXPECT_NE(kept(0), first);
+}
+
+TEST(ObserverTest, TheSignOfZeroDoesNotTellWhichSampleCameFirst) {
+  EXPECT_EQ(ObserveAll(kMinMax, {{0.0f}, {-0.0f}})->State().dump(),
+            ObserveAll(kMinMax, {{-0.0f}, {0.0f}})->State().dump());
 }
 
 class AnyObserverTest : public testing::TestWithParam<const PointSpec*> {};
