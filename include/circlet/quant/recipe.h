@@ -52,9 +52,9 @@ struct ModelArgs {
 
 struct ExportOptions {
   bool enabled = false;
-  std::string output_dir;          // empty: given on the command line
-  bool checkpoint = false;         // artifact ptq_checkpoint: qparams.json and the recipe, for a later export
-  bool circle_per_layer = true;    // artifact circle_per_layer
+  std::string output_dir;        // empty: given on the command line
+  bool checkpoint = false;       // artifact ptq_checkpoint: qparams.json and the recipe, for a later export
+  bool circle_per_layer = true;  // artifact circle_per_layer
   std::optional<int> max_seq_len;
   bool prefill_decode = true;
   enum class Granularity : uint8_t { kMonolithic, kLayer, kBoth } vision = Granularity::kMonolithic;
