@@ -13,7 +13,7 @@ namespace {
 
 // What quantize and evaluate share: the data, the recipe, and what is measured.
 void AddCommon(CLI::App& command, QuantizeOptions& options) {
-  command.add_option("MODEL_DIR", options.model, "Checkpoint directory (config.json, safetensors, tokenizer.json)")->required();
+  command.add_option("MODEL_DIR", options.model, "Checkpoint directory (config.json, safetensors, tokenizer.json)");
   command.add_option("--data", options.data, "Calibration samples, JSON lines");
   command.add_option("--samples", options.samples, "Calibration (calib.N.*) and evaluation (eval.N.*) samples, safetensors");
   command.add_option("--random-samples", options.random_samples, "NxLENGTH samples of random ids, to try the machinery");
@@ -39,7 +39,7 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
       "Example:\n  circlet quantize examples/tiny-gemma4 --data examples/tiny-gemma4/eval/calib.jsonl --recipe w8a16 "
       "--output out/");
   AddCommon(*quantize, *options);
-  quantize->add_option("--output,-o", options->output, "New directory for the result")->required();
+  quantize->add_option("--output,-o", options->output, "New directory for the result");
   quantize->add_flag("--force", options->force, "Replace what an earlier run wrote to the output directory");
   quantize->add_flag("--save-stages", options->save_stages, "Keep every stage's values of the evaluation samples");
   static const std::map<std::string, QuantizeOptions::Units> kUnits{{"auto", QuantizeOptions::Units::kAuto},
@@ -57,8 +57,8 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
     command = [options, quiet] {
       options->progress = *quiet ? nullptr : stderr;
       const QuantizeResult result = Quantize(*options);
-      fmt::print("{}\nwritten to {}; next: circlet verify {}\n", ReportText(result), options->output.string(),
-                 options->output.string());
+      fmt::print("{}\nwritten to {}; next: circlet verify {}\n", ReportText(result), result.output_directory,
+                 result.output_directory);
       return 0;
     };
   });
@@ -80,6 +80,7 @@ void AddEvaluate(CLI::App& app, std::function<int()>& command) {
   evaluate->add_flag("--quiet", options->quiet, "No progress");
   evaluate->callback([options, &command] {
     command = [options] {
+      options->quantize.exports = false;
       options->quantize.progress = options->quiet ? nullptr : stderr;
       const QuantizeResult result = Quantize(options->quantize);
       if (!options->json.empty()) WriteFile(options->json, ReportJson(result));

@@ -60,13 +60,14 @@ void CheckExportable(const Calibration& calibration, const std::vector<Point>& p
 
 }  // namespace
 
-QuantizeResult Quantize(const QuantizeOptions& options) {
+QuantizeResult Quantize(const QuantizeOptions& asked) {
   QuantizeResult result;
   Clock clock(result.seconds);
+  Recipe recipe = Recipe::Load(asked.recipe, asked.set);
+  const QuantizeOptions options = WithRecipe(asked, recipe);
   const Gemma4Config config = ReadConfig(options.model);
-  Recipe recipe = Recipe::Load(options.recipe, options.set);
   const Dialect& dialect = DialectFromName(options.dialect);
-  const RunData data = clock.Time("load", [&] { return LoadRunData(options, config); });
+  const RunData data = clock.Time("load", [&] { return LoadRunData(options, recipe, config); });
   const ModelWeights weights = clock.Time("load", [&] { return ModelWeights::Open(config, options.model); });
 
   Calibration calibration(std::move(recipe), dialect);
@@ -126,9 +127,12 @@ QuantizeResult Quantize(const QuantizeOptions& options) {
   const bool whole = WritesWholeModel(options, weights);
   if (vision)
     write([&] {
-      vision->WriteSplitUnits(*units);
+      using Granularity = ExportOptions::Granularity;
+      const Granularity granularity = calibration.GetRecipe().export_options.vision;
+      if (whole || granularity != Granularity::kMonolithic) vision->WriteSplitUnits(*units);
+      if (whole || granularity != Granularity::kLayer) vision->WritePrefillUnit(*units);
       vision->WriteFusionUnit(*units);
-      if (whole) vision->WriteWholeUnits(*units);
+      if (whole) vision->WritePartUnits(*units);
       calibration.DropWeights();
     });
   for (int i = 0; i < config.text.NumLayers(); ++i) {
@@ -167,6 +171,7 @@ QuantizeResult Quantize(const QuantizeOptions& options) {
   result.model = options.model.filename().empty() ? options.model.parent_path().filename().string()
                                                   : options.model.filename().string();
   result.recipe = calibration.GetRecipe().Name();
+  result.output_directory = options.output.string();
   result.dialect = dialect.name;
   result.calibration_samples = static_cast<int64_t>(data.calibration.size());
   result.evaluation_samples = static_cast<int64_t>(data.evaluation.size());

@@ -182,23 +182,56 @@ Sample PatternSample(const VisionProfile& profile, const RunContext& context, st
 
 }  // namespace
 
-RunData LoadRunData(const QuantizeOptions& options, const Gemma4Config& config) {
-  const int sources = !options.data.empty() + !options.samples.empty() + !options.random_samples.empty();
-  if (sources > 1 || (sources == 0 && options.qparams.empty()))
-    Fail("calibration data: give exactly one of --data, --samples and --random-samples (found {})", sources);
+QuantizeOptions WithRecipe(QuantizeOptions options, const Recipe& recipe) {
+  if (options.model.empty()) options.model = recipe.model.name_or_path;
+  if (options.model.empty()) Fail("no checkpoint: give MODEL_DIR, or model.name_or_path in the recipe");
+  if (options.output.empty() && options.exports) options.output = recipe.export_options.output_dir;
+  if (options.output.empty() && options.exports) Fail("no output directory: give --output, or export.output_dir in the recipe");
+  if (!options.max_seq_len) options.max_seq_len = recipe.export_options.max_seq_len;
+  if (!options.max_seq_len) options.max_seq_len = recipe.model_args.max_seq;
+  if (!options.max_seq_len) options.max_seq_len = recipe.calibration.seq_len;
+  if (recipe.evaluation.enabled && recipe.evaluation.perplexity.enabled && options.eval_text.empty())
+    options.eval_text = recipe.evaluation.perplexity.dataset;
+  if (recipe.evaluation.enabled && recipe.evaluation.captions && options.eval_captions.empty())
+    Fail("evaluation.coco: circlet downloads nothing; give the pictures and captions with --eval-captions FILE.jsonl");
+  return options;
+}
+
+RunData LoadRunData(const QuantizeOptions& options, const Recipe& recipe, const Gemma4Config& config) {
+  constexpr int64_t kEverySample = int64_t{1} << 40;
+  std::vector<DataSource> sources;
+  for (const auto& path : {options.data, options.samples})
+    if (!path.empty()) sources.push_back({.dataset = path, .n_samples = kEverySample});
+  const size_t given = sources.size() + !options.random_samples.empty();
+  if (given == 0) sources = recipe.calibration.datasets;
+  if (given > 1 || (given == 0 && sources.empty() && options.qparams.empty()))
+    Fail("calibration data: give exactly one of --data, --samples and --random-samples (found {})", given);
+
   RunData data;
-  std::optional<Processor> processor;
-  if (!options.data.empty() || !options.eval_text.empty() || !options.eval_captions.empty())
-    processor = LoadProcessor(options.model);
   const SampleOptions rules{.vocab_size = config.text.vocab_size,
                             .max_length = options.max_seq_len.value_or(0),
                             .text_only = options.text_only || !config.vision.has_value(),
                             .placeholders = {config.image_token_id, config.video_token_id, config.audio_token_id}};
-  if (!options.data.empty()) Append(LoadJsonl(options.data, *processor, rules), data.calibration, data.skipped);
-  if (!options.samples.empty()) {
-    Append(SamplesFromSafetensors(options.samples, "calib", rules), data.calibration, data.skipped);
-    if (SafetensorsFile::Open(options.samples).Find("eval.0.input_ids") != nullptr)
-      Append(SamplesFromSafetensors(options.samples, "eval", rules), data.evaluation, data.skipped);
+  std::optional<Processor> processor;
+  const auto needs_processor = [&]() -> const Processor& {
+    if (!processor) processor = LoadProcessor(options.model);
+    return *processor;
+  };
+  for (const DataSource& source : sources) {
+    const std::filesystem::path path = source.dataset;
+    SampleSet set;
+    if (path.extension() == ".safetensors" || path == options.samples) {
+      set = SamplesFromSafetensors(path, "calib", rules);
+      if (SafetensorsFile::Open(path).Find("eval.0.input_ids") != nullptr)
+        Append(SamplesFromSafetensors(path, "eval", rules), data.evaluation, data.skipped);
+    } else if (path == options.data || std::filesystem::exists(path)) {
+      set = LoadJsonl(path, needs_processor(), rules);
+    } else {
+      Fail("calibration.datasets: \"{}\" is no file; circlet downloads nothing, give the path of a .jsonl or .safetensors "
+           "file", source.dataset);
+    }
+    if (static_cast<int64_t>(set.samples.size()) > source.n_samples) set.samples.resize(source.n_samples);
+    Append(std::move(set), data.calibration, data.skipped);
   }
   if (!options.random_samples.empty()) {
     const RandomShape shape = ParseRandom(options.random_samples);
@@ -210,16 +243,17 @@ RunData LoadRunData(const QuantizeOptions& options, const Gemma4Config& config) 
   }
   if (!options.eval_text.empty()) {
     constexpr int64_t kWindow = 255;
-    data.windows = PerplexityWindows(ReadFile(options.eval_text), processor->tokenizer, kWindow, config.text.bos_token_id);
+    data.windows =
+        PerplexityWindows(ReadFile(options.eval_text), needs_processor().tokenizer, kWindow, config.text.bos_token_id);
     if (data.windows.empty()) Fail("{}: holds no text", options.eval_text.string());
     if (options.eval_windows && *options.eval_windows < static_cast<int64_t>(data.windows.size()))
       data.windows.resize(*options.eval_windows);
   }
   if (!options.eval_captions.empty()) {
     if (!config.vision) Fail("--eval-captions: the model has no vision tower");
-    LoadCaptionTasks(options, *processor, rules, data);
+    LoadCaptionTasks(options, needs_processor(), rules, data);
   }
-  if (sources > 0 && data.calibration.empty())
+  if (!sources.empty() && data.calibration.empty())
     Fail("no calibration sample is left: {} have pictures, which this run leaves out", data.skipped.size());
   return data;
 }
@@ -247,8 +281,7 @@ void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& 
   for (const TextItem& text : context.texts)
     if (text.item.kind == ItemKind::kCalibration || text.item.kind == ItemKind::kEvaluation)
       longest = std::max(longest, text.item.length);
-  const auto& recipe = context.calibration.GetRecipe();
-  context.max_seq_len = options.max_seq_len.value_or(recipe.export_options.max_seq_len.value_or((longest + 7) / 8 * 8));
+  context.max_seq_len = options.max_seq_len.value_or((longest + 7) / 8 * 8);
   if (context.max_seq_len < 2 || context.max_seq_len > kLongestSequence)
     Fail("sequence length {}: expected 2 .. {}", context.max_seq_len, kLongestSequence);
   if (longest > context.max_seq_len)

@@ -19,8 +19,12 @@ struct RunData {
   bool random = false;
 };
 
+// What the command line leaves open, from the recipe: model.name_or_path, calibration.datasets (paths), export.output_dir
+// and max_seq_len, evaluation.ppl.dataset (a path).
+QuantizeOptions WithRecipe(QuantizeOptions options, const Recipe& recipe);
+
 // Throws Error for data that is missing, damaged, empty or does not fit the model.
-RunData LoadRunData(const QuantizeOptions& options, const Gemma4Config& config);
+RunData LoadRunData(const QuantizeOptions& options, const Recipe& recipe, const Gemma4Config& config);
 
 // Fills texts, images and max_seq_len of `context`; order: calibration, evaluation, windows, captions, verification.
 // The verification sample is the longest with the vision layout of the exported units, right-padded.

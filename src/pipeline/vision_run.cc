@@ -5,7 +5,7 @@
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/model/tables.h"
-#include "circlet/quant/affine.h"
+
 
 namespace circlet {
 namespace {
@@ -87,6 +87,13 @@ struct VisionRun::State {
   }
   // Parameters of the verification picture's units.
   WeightSource UnitWeights() const { return weights.For(VerifyImage().positions, TableGrid()); }
+
+  void WriteWhole(UnitWriter& writer, std::string name, const std::function<void(const Builder&)>& build,
+                  std::map<std::string, std::string> keys, const Values& inputs) {
+    UnitSpec spec{.name = std::move(name), .graph = Build(build), .keys = std::move(keys), .inputs = inputs};
+    spec.outputs = RunRounded(spec.graph, inputs);
+    writer.Write(std::move(spec), UnitWeights());
+  }
 };
 
 VisionRun::VisionRun(RunContext& context) : state_(std::make_unique<State>(context)) {}
@@ -196,34 +203,34 @@ void VisionRun::WriteSplitUnits(UnitWriter& writer) {
                                                      {"sin", s.Table(image, "sin")}});
 }
 
-void VisionRun::WriteWholeUnits(UnitWriter& writer) {
+void VisionRun::WritePrefillUnit(UnitWriter& writer) {
+  State& s = *state_;
+  if (s.Verify() == nullptr) return;
+  const ImageItem& image = s.VerifyImage();
+  s.WriteWhole(writer, "vision_prefill",
+               [&](const Builder& b) {
+                 BuildVisionPrefill(b, s.context.config, image.positions, VisionUse::kExport, s.GetDialect());
+               },
+               {{"projected", "vision.projected"}}, {{"pixel_values", image.pixel_values}});
+}
+
+void VisionRun::WritePartUnits(UnitWriter& writer) {
   State& s = *state_;
   if (s.Verify() == nullptr) return;
   const ImageItem& image = s.VerifyImage();
   const int64_t tokens = LayoutOf(s.config, image.positions).tokens;
-  const WeightSource weights = s.UnitWeights();
-  const auto write = [&](std::string name, const std::function<void(const Builder&)>& build,
-                         std::map<std::string, std::string> keys, const Values& inputs) {
-    UnitSpec spec{.name = std::move(name), .graph = s.Build(build), .keys = std::move(keys), .inputs = inputs};
-    spec.outputs = s.RunRounded(spec.graph, inputs);
-    writer.Write(std::move(spec), weights);
-  };
-  const Values pixels{{"pixel_values", image.pixel_values}};
-  write("vision_prefill",
-        [&](const Builder& b) {
-          BuildVisionPrefill(b, s.context.config, image.positions, VisionUse::kExport, s.GetDialect());
-        },
-        {{"projected", "vision.projected"}}, pixels);
-  write("vision_model",
-        [&](const Builder& b) { BuildVisionModel(b, s.config, image.positions, VisionUse::kExport, s.GetDialect()); },
-        {{"last_hidden_state", "vision.last_hidden_state"}}, pixels);
-  write("vision_encoder",
-        [&](const Builder& b) { BuildVisionEncoder(b, s.config, image.positions, s.GetDialect()); }, {},
-        {{"hidden", s.Kept(HiddenKey(0))}});
-  write("multimodal_embedder",
-        [&](const Builder& b) { BuildMultimodalEmbedder(b, s.context.config, tokens, s.GetDialect()); },
-        {{"hidden", "vision.last_hidden_state"}, {"projected", "vision.projected"}},
-        {{"hidden", s.Kept("vision.last_hidden_state")}});
+  s.WriteWhole(writer, "vision_model",
+               [&](const Builder& b) {
+                 BuildVisionModel(b, s.config, image.positions, VisionUse::kExport, s.GetDialect());
+               },
+               {{"last_hidden_state", "vision.last_hidden_state"}}, {{"pixel_values", image.pixel_values}});
+  s.WriteWhole(writer, "vision_encoder",
+               [&](const Builder& b) { BuildVisionEncoder(b, s.config, image.positions, s.GetDialect()); }, {},
+               {{"hidden", s.Kept(HiddenKey(0))}});
+  s.WriteWhole(writer, "multimodal_embedder",
+               [&](const Builder& b) { BuildMultimodalEmbedder(b, s.context.config, tokens, s.GetDialect()); },
+               {{"hidden", "vision.last_hidden_state"}, {"projected", "vision.projected"}},
+               {{"hidden", s.Kept("vision.last_hidden_state")}});
 }
 
 void VisionRun::WriteFusionUnit(UnitWriter& writer) {

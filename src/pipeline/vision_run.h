@@ -20,9 +20,11 @@ class VisionRun {
   std::vector<Stage> Stages();
   void DropAfter(size_t stage);
 
-  // Units of the verification picture's layout: the split by layer, and the whole parts.
+  // Units of the verification picture's layout: split by layer; pixels to projected tokens in one; encoder, model and
+  // embedder as parts.
   void WriteSplitUnits(UnitWriter& writer);
-  void WriteWholeUnits(UnitWriter& writer);
+  void WritePrefillUnit(UnitWriter& writer);
+  void WritePartUnits(UnitWriter& writer);
   // text and picture features -> fused sequence; ids and pixels -> last hidden state (dialect default).
   void WriteFusionUnit(UnitWriter& writer);
   void WriteFullUnit(UnitWriter& writer);

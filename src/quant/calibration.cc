@@ -23,28 +23,15 @@ void Calibration::Freeze(const Graph& graph, const WeightSource& weights) {
   for (const Value& value : graph.Values()) {
     const std::string& name = value.weight_point.name;
     if (value.kind != ValueKind::kWeight || name.empty() || params_.Find(name) != nullptr) continue;
-    PointParams params{.spec = recipe_.SpecFor(value.weight_point, dialect_)};
-    if (params.spec.kind == QuantKind::kAffine) {
-      const WeightRange range = Within(name, [&] { return RangeOfWeight(weights(value.name), params.spec.axis); });
-      params.min = range.min;
-      params.max = range.max;
-      params.qparams =
-          params.spec.axis < 0
-              ? ComputeQParams(range.min[0], range.max[0], params.spec.dtype, params.spec.scheme.symmetric)
-              : ComputeQParams(range.min, range.max, params.spec.dtype, params.spec.scheme.symmetric, params.spec.axis);
-    }
-    params_.Set(std::move(params));
+    const PointSpec spec = recipe_.SpecFor(value.weight_point, dialect_);
+    params_.Set(spec.kind == QuantKind::kAffine ? ParamsOfWeight(weights(value.name), spec) : PointParams{.spec = spec});
   }
   for (const Node& node : graph.Nodes()) {
     for (const Point& point : node.points) {
       if (point.name.empty() || point.use == PointUse::kBoundary || params_.Find(point.name) != nullptr) continue;
       const auto observer = observers_.find(point.name);
       CIRCLET_CHECK(observer != observers_.end(), "{} was not observed before its graph was frozen", point.name);
-      PointParams params{.spec = recipe_.SpecFor(point, dialect_)};
-      params.qparams = observer->second->Freeze(params.spec, point.headroom_below);
-      params.min = {observer->second->Min()};
-      params.max = {observer->second->Max()};
-      params_.Set(std::move(params));
+      params_.Set(ParamsOf(*observer->second, recipe_.SpecFor(point, dialect_), point.headroom_below));
       observers_.erase(observer);
     }
   }

@@ -14,8 +14,9 @@
 namespace circlet {
 
 struct QuantizeOptions {
-  std::filesystem::path model;   // Hugging Face checkpoint directory
-  std::filesystem::path output;  // new directory; empty: nothing is written (evaluate)
+  // Hugging Face checkpoint directory, and the new directory for the result; empty: the recipe names them.
+  std::filesystem::path model, output;
+  bool exports = true;           // false: measure only, nothing is written (evaluate)
   bool force = false;            // replace what an earlier run wrote there
 
   // Samples: exactly one of these.
@@ -70,6 +71,7 @@ struct Captions {
 
 struct QuantizeResult {
   std::string model, recipe, dialect;
+  std::string output_directory;
   int64_t calibration_samples = 0, evaluation_samples = 0;
   bool random_data = false;
   std::vector<std::string> skipped;   // samples left out, with the reason
