@@ -8,7 +8,7 @@ function(must)
   endif()
 endfunction()
 must(${CMAKE_COMMAND} --install ${BUILD} --prefix ${work}/prefix)
-must(${CMAKE_COMMAND} -S ${SOURCE}/tests/package -B ${work}/build -DCMAKE_PREFIX_PATH=${work}/prefix
+must(${CMAKE_COMMAND} -G ${GENERATOR} -S ${SOURCE}/tests/package -B ${work}/build -DCMAKE_PREFIX_PATH=${work}/prefix
   -DCMAKE_BUILD_TYPE=Release -DEXAMPLE=${SOURCE}/examples/mlp.cc)
 must(${CMAKE_COMMAND} --build ${work}/build)
 must(${work}/build/consumer ${work}/mlp.circle)
