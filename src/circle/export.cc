@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "circle/codes.h"
 
@@ -81,7 +82,8 @@ class Exporter {
 
   // Gives a tensor its grid; the operators behind which it only moved share it.
   void AssignBack(int32_t index, const QParams& grid) {
-    Tensor& tensor = model_.tensors[index];
+    const Tensor& tensor = model_.tensors[index];
+    if (tensor.qparams.has_value() && *tensor.qparams != grid) Resplit(index, grid);
     if (tensor.qparams.has_value() || tensor.type.dtype != DType::kF32) return;
     Assign(index, grid);
     const Origin& origin = origins_[index];
@@ -89,6 +91,19 @@ class Exporter {
     for (const int32_t input : model_.operators[origin.producer].inputs)
       if (input >= 0 && origins_[input].constant < 0) AssignBack(input, grid);
     for (const int32_t output : model_.operators[origin.producer].outputs) AssignBack(output, grid);
+  }
+
+  // The reference writes a SPLIT whose first half has another grid than its input as SPLIT_V (findings B3).
+  void Resplit(int32_t index, const QParams& grid) {
+    const int producer = origins_[index].producer;
+    if (producer < 0) return;
+    Operator& op = model_.operators[producer];
+    if (op.code != Split::kCircleCode || op.outputs[0] != index) return;
+    Assign(index, grid);
+    const std::vector<int32_t> sizes(op.outputs.size(), static_cast<int32_t>(model_.tensors[index].type.shape[-1]));
+    const int32_t axis = op.inputs[0], x = op.inputs[1];
+    op.code = SplitV::kCircleCode;
+    op.inputs = {x, IntConstant(CircleArg::Ints(sizes)), axis};
   }
 
   void EmitPoint(const Node& node) {
@@ -199,23 +214,43 @@ class Exporter {
   // can pass is left out (circle_execution.md 7, "quantized clamp").
   void SettleClamps() {
     std::vector<Operator> settled;
-    std::map<int32_t, int32_t> standin;  // of the output of a clamp that is left out
+    std::map<int32_t, int32_t> standin;  // for the output of a clamp that is left out
     const auto current = [&](int32_t index) {
       const auto it = standin.find(index);
       return it == standin.end() ? index : it->second;
     };
+    std::vector<int> readers(model_.tensors.size(), 0);
+    for (const Operator& op : model_.operators)
+      for (const int32_t input : op.inputs)
+        if (input >= 0) ++readers[input];
     for (Operator& op : model_.operators) {
       for (int32_t& input : op.inputs) input = current(input);
-      if (IsClamp(op) && !SettleClamp(op, settled)) {
+      const bool clamp = IsClamp(op);
+      if (clamp && !SettleClamp(op, settled)) {
         standin[op.outputs[0]] = op.inputs[0];
         continue;
       }
+      const bool shaped = clamp && !settled.empty() && settled.back().code == Reshape::kCircleCode &&
+                          settled.back().outputs[0] == op.inputs[0] && readers[op.inputs[0]] == 1;
       settled.push_back(std::move(op));
+      if (shaped) MoveReshapeBehind(settled);
     }
     model_.operators = std::move(settled);
     for (int32_t& output : model_.outputs) output = current(output);
     for (size_t i = 0; i < model_.operators.size(); ++i)
       for (const int32_t output : model_.operators[i].outputs) origins_[output].producer = static_cast<int>(i);
+  }
+
+  // RESHAPE, clamp -> clamp, RESHAPE, as the reference orders them.
+  void MoveReshapeBehind(std::vector<Operator>& operators) {
+    Operator &reshape = operators[operators.size() - 2], &clamp = operators.back();
+    const int32_t source = reshape.inputs[0];
+    const int32_t clamped = NewTensor(origins_[source].name, model_.tensors[source].type, /*computed=*/true);
+    model_.tensors[clamped].qparams = model_.tensors[source].qparams;
+    clamp.inputs[0] = source;
+    reshape.inputs[0] = clamped;
+    reshape.outputs[0] = std::exchange(clamp.outputs[0], clamped);
+    std::swap(reshape, clamp);
   }
 
   // Gives one clamp its grid; false when it cannot bind.

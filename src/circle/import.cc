@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -101,7 +102,13 @@ class Importer {
 
     std::vector<ValueId> in;
     for (const int input : parsed->inputs) in.push_back(ValueOf(op.inputs[input]));
-    const bool keeps = parsed->op.KeepsValues();
+    // What only moves keeps its inputs' grid, unless the file says otherwise.
+    const bool moves = parsed->op.KeepsValues();
+    const auto keeps = [&](int32_t output) {
+      return moves && std::ranges::all_of(parsed->inputs, [&](int input) {
+               return model_.tensors[op.inputs[input]].qparams == model_.tensors[output].qparams;
+             });
+    };
     const std::vector<ValueId> out = result_.graph.Add(std::move(parsed->op), std::move(in));
     if (out.size() != op.outputs.size()) Fail("has {} outputs, expected {}", op.outputs.size(), out.size());
     for (size_t i = 0; i < out.size(); ++i) {
@@ -110,7 +117,7 @@ class Importer {
       if (result_.graph.TypeOf(out[i]).shape != expected)
         Fail("tensor {} \"{}\" is declared {}, computed {}", index, model_.tensors[index].name, expected.ToString(),
              result_.graph.TypeOf(out[i]).shape.ToString());
-      value_of_[index] = keeps ? out[i] : Snapped(index, out[i]);
+      value_of_[index] = keeps(index) ? out[i] : Snapped(index, out[i]);
     }
   }
 

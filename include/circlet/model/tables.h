@@ -26,7 +26,8 @@ RopeTables TextRopeTables(const RopeConfig& rope, int head_dim, int64_t start, i
 
 // Tables of patches at `positions` (x, y) pairs [P,2]: the first half of the head turns by x, the second by y, each
 // [f, f] with f = position * theta^(-2j/(head_dim/2)). Padding patches (-1,-1) get position 0. Result [1,P,head_dim].
-RopeTables VisionRopeTables(float theta, int head_dim, std::span<const int64_t> positions);
+// negated_sin: the first f of each axis is negated in the sine table, as the operator Rope{negated_sin} expects it.
+RopeTables VisionRopeTables(float theta, int head_dim, std::span<const int64_t> positions, bool negated_sin = false);
 
 inline constexpr float kMaskFill = -120.0f;
 

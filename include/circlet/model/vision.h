@@ -17,6 +17,7 @@
 #include "circlet/exec/executor.h"
 #include "circlet/graph/builder.h"
 #include "circlet/model/config.h"
+#include "circlet/model/tables.h"
 #include "circlet/quant/dialect.h"
 
 namespace circlet {
@@ -74,6 +75,10 @@ class VisionWeights {
   std::shared_ptr<const State> state_;
 };
 
+// The tables that graphs of a dialect take, [1,P,hd]. In dialect default the first half of each axis' sines is negated, so
+// that no graph negates values: on an asymmetric grid, whose ends differ, a negated value may not fit.
+RopeTables VisionRopeTables(const VisionConfig& config, std::span<const int64_t> positions, const Dialect& dialect);
+
 // mask [1,1,P,P], cos, sin [1,P,hd] -> the same on their points. In dialect default the mask's grid always holds both
 // of its values, also when no picture is padded.
 void BuildVisionTables(const Builder& b, const VisionConfig& config, int64_t patches, const Dialect& dialect);
@@ -83,6 +88,10 @@ void BuildPatchEmbedder(const Builder& b, const VisionConfig& config, int64_t pa
 
 // hidden [1,P,Dv], mask [1,1,P,P], cos, sin [1,P,hd] -> hidden [1,P,Dv].
 void BuildVisionLayer(const Builder& b, const VisionConfig& config, int layer, int64_t patches, const Dialect& dialect);
+
+// The attention of a layer by itself, behind the layer's norm and on its grid; shapes as for the layer.
+void BuildVisionAttention(const Builder& b, const VisionConfig& config, int layer, int64_t patches,
+                          const Dialect& dialect);
 
 // Whether a graph is run on samples or written to a file. The two differ in one place: the reference keeps padding rows
 // out of the pooler's range, by a product with a constant, which its file does without.

@@ -4,8 +4,9 @@
 #include <cstring>
 #include <numeric>
 
-#include "circlet/model/text.h"
+#include "circlet/model/tables.h"
 #include "circlet/model/vision.h"
+#include "model/gemma4/text_parts.h"
 #include "model/gemma4/vision_parts.h"
 
 namespace circlet {
@@ -57,6 +58,32 @@ void BuildFusion(const Builder& b, const TextConfig& config, int64_t length, int
   }
   text = b.Boundary(EmbeddingPoint(), text);
   b.Output("fused", FuseRows(b, text, VisualRows(b, b.Boundary(ProjectedPoint(), visual)), start));
+}
+
+void BuildGemma4Full(const Builder& b, const Gemma4Config& config, int64_t length, const ImageSlot* image,
+                     const Dialect& dialect) {
+  CIRCLET_CHECK(!dialect.duplicate_points, "dialect {} leaves values of the whole model without a grid", dialect.name);
+  const TextConfig& text = config.text;
+  const ValueId ids = b.Input("ids", {1, length}, DType::kI64);
+  ValueId hidden = TokenEmbeddings(b, text, ids, text.vocab_size, dialect);
+  if (image != nullptr) {
+    const PatchLayout layout = LayoutOf(*config.vision, image->positions);
+    CheckSpan(length, image->start, layout.tokens);
+    const ValueId pixels = b.Input("pixel_values", {1, layout.patches, config.vision->PatchValues()});
+    const ValueId tokens = VisionTokens(b, *config.vision, image->positions, pixels, VisionUse::kExport, dialect);
+    hidden = FuseRows(b, hidden, VisualRows(b, Projected(b, config, tokens, dialect)), image->start);
+  }
+  ValueId ple = -1;
+  if (text.HasPle()) ple = PerLayerInputs(b, text, hidden, TokenPle(b, text, ids, text.ple_vocab_size, dialect), dialect);
+
+  std::map<std::string, TextTables> tables;
+  for (const auto& [type, layer] : LayerTypes(text)) {
+    const RopeTables rope = TextRopeTables(layer.rope, layer.head_dim, 0, length, /*negated_sin=*/true);
+    tables[type] = {b.Boundary(MaskPoint(layer), b.Constant(PrefillMask(length, length, layer.window))),
+                    b.Boundary(RopePoint(layer, true), b.Constant(rope.cos)),
+                    b.Boundary(RopePoint(layer, false), b.Constant(rope.sin))};
+  }
+  b.Output("last_hidden_state", TextStack(b, text, hidden, ple, tables, dialect));
 }
 
 std::vector<int64_t> CheckPlaceholders(const Gemma4Config& config, std::span<const int64_t> ids,

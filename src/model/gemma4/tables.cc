@@ -75,7 +75,7 @@ RopeTables TextRopeTables(const RopeConfig& rope, int head_dim, int64_t start, i
   return tables;
 }
 
-RopeTables VisionRopeTables(float theta, int head_dim, std::span<const int64_t> positions) {
+RopeTables VisionRopeTables(float theta, int head_dim, std::span<const int64_t> positions, bool negated_sin) {
   const int64_t count = PairCount(positions);
   const int axis_dim = head_dim / 2;
   const std::vector<float> frequencies = Powers(theta, axis_dim, axis_dim / 2);
@@ -83,8 +83,8 @@ RopeTables VisionRopeTables(float theta, int head_dim, std::span<const int64_t> 
   for (int64_t row = 0; row < count; ++row) {
     for (int axis = 0; axis < 2; ++axis) {
       const int64_t offset = row * head_dim + axis * axis_dim;
-      FillRow(std::max<int64_t>(positions[2 * row + axis], 0), frequencies, 1.0f, tables.cos.F32().data() + offset,
-              tables.sin.F32().data() + offset);
+      FillRow(std::max<int64_t>(positions[2 * row + axis], 0), frequencies, negated_sin ? -1.0f : 1.0f,
+              tables.cos.F32().data() + offset, tables.sin.F32().data() + offset);
     }
   }
   return tables;

@@ -4,6 +4,7 @@
 #include <map>
 
 #include "circlet/model/blocks.h"
+#include "model/gemma4/text_parts.h"
 
 namespace circlet {
 namespace {
@@ -130,6 +131,83 @@ ValueId FinalNorm(const Builder& b, const TextConfig& config, ValueId hidden, co
 
 }  // namespace
 
+// ---- Parts --------------------------------------------------------------------------------------------------------
+
+ValueId TokenEmbeddings(const Builder& b, const TextConfig& config, ValueId ids, int64_t rows, const Dialect& dialect) {
+  const Builder table = b.At(kTextRoot).At("embed_tokens");
+  const float scale = std::sqrt(static_cast<float>(config.hidden_size));
+  const ValueId hidden = ScaledRows(table, ids, rows, config.hidden_size, scale, dialect);
+  // In decode the next layer takes the embedding as it is, so it lies on the grid of the merged sequence.
+  return dialect.duplicate_points ? table.Point("act_out", hidden) : b.Boundary(EmbeddingPoint(), hidden);
+}
+
+ValueId TokenPle(const Builder& b, const TextConfig& config, ValueId ids, int64_t rows, const Dialect& dialect) {
+  const Builder root = b.At(kTextRoot);
+  const Builder table = root.At("embed_tokens_per_layer");
+  const int64_t length = b.ShapeOf(ids)[1], layers = config.NumLayers();
+  ValueId row =
+      ScaledRows(table, ids, rows, layers * config.ple_dim, std::sqrt(static_cast<float>(config.ple_dim)), dialect);
+  row = b.Reshape(table.Point("act_out", row), {1, length, layers, config.ple_dim});
+  // The reference also watches this tensor under the name of the combined one (findings B6).
+  row = ReferencePoint(b, "model.per_layer_inputs", row, dialect, PointUse::kExportOnly);
+  return ReferencePoint(root, "per_layer_token_inputs", row, dialect);
+}
+
+ValueId PerLayerInputs(const Builder& b, const TextConfig& config, ValueId embeds, ValueId tokens,
+                       const Dialect& dialect) {
+  const Builder root = b.At(kTextRoot);
+  ValueId context = Linear(root.At("per_layer_model_projection"), embeds, config.NumLayers() * int64_t{config.ple_dim},
+                           dialect);
+  context = Scale(root, context, 1.0f / std::sqrt(static_cast<float>(config.hidden_size)), "per_layer_projection_scale",
+                  dialect);
+  const Builder norm = root.At("per_layer_projection_norm");
+  if (!dialect.duplicate_points) context = norm.Point("act_in", context);
+  context = Norm(norm, b.Reshape(context, b.ShapeOf(tokens)), config.rms_norm_eps, true, dialect);
+  context = ReferencePoint(root, "per_layer_projection", context, dialect);
+
+  const PointUse sum_use = dialect.ple_float_holes ? PointUse::kExportOnly : PointUse::kNormal;
+  const ValueId sum = root.Point("per_layer_sum", b.Add(Add{}, {context, tokens}), sum_use);
+  return b.Point(PlePoint(), Scale(root, sum, std::sqrt(0.5f), "per_layer_input_scale", dialect));
+}
+
+ValueId TextStack(const Builder& b, const TextConfig& config, ValueId hidden, ValueId ple,
+                  const std::map<std::string, TextTables>& tables, const Dialect& dialect) {
+  const int64_t length = b.ShapeOf(hidden)[1];
+  std::map<int, KeyValue> stored;
+  for (int i = 0; i < config.NumLayers(); ++i) {
+    const LayerConfig& layer = config.layers[i];
+    const TextTables& table = tables.at(LayerTypeName(layer));
+    LayerValues in{.hidden = hidden, .mask = table.mask, .cos = table.cos, .sin = table.sin};
+    if (config.HasPle()) {
+      const Slice of_layer{{0, 0, i, 0}, {1, static_cast<int32_t>(length), i + 1, config.ple_dim}};
+      const ValueId slice = config.NumLayers() == 1 ? ple : b.Add(of_layer, {ple});
+      in.ple = b.Reshape(slice, {1, length, config.ple_dim});
+    }
+    if (layer.kv_shared) in.shared = stored.at(layer.kv_source);
+    const LayerResults out = Layer(LayerBuilder(b, i), config, i, in, dialect);
+    if (layer.stores_kv) stored[i] = out.present;
+    hidden = out.hidden;
+  }
+  return FinalNorm(b, config, hidden, dialect);
+}
+
+ValueId Logits(const Builder& b, const TextConfig& config, ValueId normed, int64_t rows, const Dialect& dialect) {
+  ValueId logits = Linear(b.At("lm_head"), normed, rows, dialect);
+  if (!config.final_logit_softcapping) return ReferencePoint(b, "logits", logits, dialect);
+  const float cap = *config.final_logit_softcapping;
+  logits = b.Point("logit_softcapping_div", Scale(b, logits, 1.0f / cap, "logit_softcapping_div_scale", dialect));
+  logits = b.Point("logit_softcapping_tanh", b.Add(Tanh{}, {logits}));
+  return b.Point("logits", Scale(b, logits, cap, "logit_softcapping_scale", dialect));
+}
+
+std::map<std::string, LayerConfig> LayerTypes(const TextConfig& config) {
+  std::map<std::string, LayerConfig> types;
+  for (const LayerConfig& layer : config.layers) types.try_emplace(LayerTypeName(layer), layer);
+  return types;
+}
+
+// ---- Names --------------------------------------------------------------------------------------------------------
+
 std::string LayerTypeName(const LayerConfig& layer) { return layer.full ? "full_attention" : "sliding_attention"; }
 
 std::string MaskPoint(const LayerConfig& layer) {
@@ -168,14 +246,11 @@ std::string HeadInputPoint(const TextConfig& config, const Dialect& dialect) {
   return LayerInputPoint(config.NumLayers(), dialect);
 }
 
+// ---- Graphs -------------------------------------------------------------------------------------------------------
+
 void BuildTokenEmbedding(const Builder& b, const TextConfig& config, int64_t length, int64_t rows,
                          const Dialect& dialect) {
-  const ValueId ids = b.Input("ids", {1, length}, DType::kI64);
-  const Builder table = b.At(kTextRoot).At("embed_tokens");
-  const float scale = std::sqrt(static_cast<float>(config.hidden_size));
-  const ValueId hidden = ScaledRows(table, ids, rows, config.hidden_size, scale, dialect);
-  // In decode the next layer takes the embedding as it is, so it lies on the grid of the merged sequence.
-  b.Output("hidden", dialect.duplicate_points ? table.Point("act_out", hidden) : b.Boundary(EmbeddingPoint(), hidden));
+  b.Output("hidden", TokenEmbeddings(b, config, b.Input("ids", {1, length}, DType::kI64), rows, dialect));
 }
 
 void BuildMergedEmbedding(const Builder& b, const TextConfig& config, int64_t length, bool has_image,
@@ -188,51 +263,28 @@ void BuildMergedEmbedding(const Builder& b, const TextConfig& config, int64_t le
 
 void BuildPleEmbedding(const Builder& b, const TextConfig& config, int64_t length, int64_t rows,
                        const Dialect& dialect) {
-  const ValueId ids = b.Input("ids", {1, length}, DType::kI64);
-  const Builder root = b.At(kTextRoot);
-  const Builder table = root.At("embed_tokens_per_layer");
-  const int64_t layers = config.NumLayers();
-  ValueId row =
-      ScaledRows(table, ids, rows, layers * config.ple_dim, std::sqrt(static_cast<float>(config.ple_dim)), dialect);
-  row = b.Reshape(table.Point("act_out", row), {1, length, layers, config.ple_dim});
-  // The reference also watches this tensor under the name of the combined one (findings B6).
-  row = ReferencePoint(b, "model.per_layer_inputs", row, dialect, PointUse::kExportOnly);
-  b.Output("per_layer_token_inputs", ReferencePoint(root, "per_layer_token_inputs", row, dialect));
+  b.Output("per_layer_token_inputs", TokenPle(b, config, b.Input("ids", {1, length}, DType::kI64), rows, dialect));
 }
 
 void BuildPleProjection(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
-  const Builder root = b.At(kTextRoot);
-  const int64_t layers = config.NumLayers();
-  const Shape by_layer{1, length, layers, config.ple_dim};
   const ValueId embeds = b.Boundary(EmbeddingPoint(), b.Input("inputs_embeds", {1, length, config.hidden_size}));
-  const ValueId tokens = b.Boundary(TokenPlePoint(dialect), b.Input("per_layer_token_inputs", by_layer));
-
-  ValueId context = Linear(root.At("per_layer_model_projection"), embeds, layers * config.ple_dim, dialect);
-  context = Scale(root, context, 1.0f / std::sqrt(static_cast<float>(config.hidden_size)), "per_layer_projection_scale",
-                  dialect);
-  const Builder norm = root.At("per_layer_projection_norm");
-  if (!dialect.duplicate_points) context = norm.Point("act_in", context);
-  context = Norm(norm, b.Reshape(context, by_layer), config.rms_norm_eps, true, dialect);
-  context = ReferencePoint(root, "per_layer_projection", context, dialect);
-
-  const PointUse sum_use = dialect.ple_float_holes ? PointUse::kExportOnly : PointUse::kNormal;
-  const ValueId sum = root.Point("per_layer_sum", b.Add(Add{}, {context, tokens}), sum_use);
-  b.Output("per_layer_inputs",
-           b.Point(PlePoint(), Scale(root, sum, std::sqrt(0.5f), "per_layer_input_scale", dialect)));
+  const ValueId tokens = b.Boundary(
+      TokenPlePoint(dialect), b.Input("per_layer_token_inputs", {1, length, config.NumLayers(), config.ple_dim}));
+  b.Output("per_layer_inputs", PerLayerInputs(b, config, embeds, tokens, dialect));
 }
 
-void BuildDecoderLayer(const Builder& b, const TextConfig& config, int index, Phase phase, int64_t slots,
-                       const Dialect& dialect, bool inner_outputs) {
+namespace {
+
+// What a unit of one layer takes besides the hidden states, in the order of its inputs.
+LayerValues LayerInputs(const Builder& b, const TextConfig& config, int index, Phase phase, int64_t slots, bool ple,
+                        const Dialect& dialect) {
   const LayerConfig& layer = config.layers[index];
   const bool decode = phase == Phase::kDecode;
   const int64_t length = decode ? 1 : slots;
   const auto cache = [&](const char* name, const std::string& point, int64_t keys) {
     return b.Boundary(point, b.Input(name, {1, layer.kv_heads, keys, layer.head_dim}));
   };
-  const ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
   LayerValues in;
-  // The reference's layer rounds its input at a point of its own.
-  in.hidden = dialect.duplicate_points ? hidden : b.Boundary(LayerInputPoint(index, dialect), hidden);
   in.mask = b.Boundary(MaskPoint(layer), b.Input("mask", decode ? Shape{1, 1, slots} : Shape{1, 1, length, slots}));
   in.cos = b.Boundary(RopePoint(layer, true), b.Input("cos", {1, length, layer.head_dim}));
   in.sin = b.Boundary(RopePoint(layer, false), b.Input("sin", {1, length, layer.head_dim}));
@@ -240,17 +292,54 @@ void BuildDecoderLayer(const Builder& b, const TextConfig& config, int index, Ph
     in.past.key = cache("past_key", KeyPoint(index, dialect), slots - 1);
     in.past.value = cache("past_value", ValuePoint(index, dialect), slots - 1);
   }
-  if (config.HasPle()) in.ple = b.Boundary(PlePoint(), b.Input("per_layer_input", {1, length, config.ple_dim}));
+  if (ple) in.ple = b.Boundary(PlePoint(), b.Input("per_layer_input", {1, length, config.ple_dim}));
   if (layer.kv_shared) {
     in.shared.key = cache("shared_key", KeyPoint(layer.kv_source, dialect), slots);
     in.shared.value = cache("shared_value", ValuePoint(layer.kv_source, dialect), slots);
   }
+  return in;
+}
+
+void LayerOutputs(const Builder& b, ValueId hidden, const KeyValue& fresh) {
+  b.Output("hidden", hidden);
+  if (!fresh.Given()) return;
+  b.Output("new_key", fresh.key);
+  b.Output("new_value", fresh.value);
+}
+
+// A block's own input, on the grid of the norm of the layer that feeds it.
+ValueId NormedInput(const Builder& b, const TextConfig& config, int layer, int64_t length, const char* norm,
+                    const Dialect& dialect) {
+  const ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
+  return dialect.duplicate_points ? hidden : b.Boundary(LayerBuilder(b, layer).At(norm).Path("act_out"), hidden);
+}
+
+}  // namespace
+
+void BuildTextMlp(const Builder& b, const TextConfig& config, int layer, int64_t length, const Dialect& dialect) {
+  const ValueId x = NormedInput(b, config, layer, length, "pre_feedforward_layernorm", dialect);
+  b.Output("hidden", Mlp(LayerBuilder(b, layer).At("mlp"), x, config.layers[layer].intermediate, dialect));
+}
+
+void BuildTextAttention(const Builder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
+                        const Dialect& dialect) {
+  const ValueId x =
+      NormedInput(b, config, layer, phase == Phase::kDecode ? 1 : slots, "input_layernorm", dialect);
+  const LayerValues in = LayerInputs(b, config, layer, phase, slots, /*ple=*/false, dialect);
+  const AttentionResults out =
+      SelfAttention(LayerBuilder(b, layer).At("self_attn"), config, config.layers[layer], in, x, dialect);
+  LayerOutputs(b, out.out, out.fresh);
+}
+
+void BuildDecoderLayer(const Builder& b, const TextConfig& config, int index, Phase phase, int64_t slots,
+                       const Dialect& dialect, bool inner_outputs) {
+  const ValueId hidden = b.Input("hidden", {1, phase == Phase::kDecode ? 1 : slots, config.hidden_size});
+  // The reference's layer rounds its input at a point of its own.
+  const ValueId on_grid = dialect.duplicate_points ? hidden : b.Boundary(LayerInputPoint(index, dialect), hidden);
+  LayerValues in = LayerInputs(b, config, index, phase, slots, config.HasPle(), dialect);
+  in.hidden = on_grid;
   const LayerResults out = Layer(LayerBuilder(b, index), config, index, in, dialect);
-  b.Output("hidden", out.hidden);
-  if (out.fresh.Given()) {
-    b.Output("new_key", out.fresh.key);
-    b.Output("new_value", out.fresh.value);
-  }
+  LayerOutputs(b, out.hidden, out.fresh);
   if (inner_outputs) {
     b.Output("attn_out", out.attn_out);
     b.Output("mlp_out", out.mlp_out);
@@ -266,53 +355,22 @@ void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, 
       config.HasPle()
           ? b.Boundary(ple_point, b.Input("per_layer_inputs", {1, length, config.NumLayers(), config.ple_dim}))
           : -1;
-  std::map<std::string, LayerValues> by_type;
-  for (const LayerConfig& layer : config.layers) by_type.try_emplace(LayerTypeName(layer));
-  const auto example = [&](const std::string& type) {
-    for (const LayerConfig& layer : config.layers)
-      if (LayerTypeName(layer) == type) return layer;
-    return LayerConfig{};
-  };
-  for (auto& [type, values] : by_type)
-    values.mask = b.Boundary(MaskPoint(example(type)), b.Input("mask." + type, {1, 1, length, length}));
-  for (auto& [type, values] : by_type) {
-    const LayerConfig layer = example(type);
-    values.cos = b.Boundary(RopePoint(layer, true), b.Input("cos." + type, {1, length, layer.head_dim}));
-    values.sin = b.Boundary(RopePoint(layer, false), b.Input("sin." + type, {1, length, layer.head_dim}));
+  const std::map<std::string, LayerConfig> types = LayerTypes(config);
+  std::map<std::string, TextTables> tables;
+  for (const auto& [type, layer] : types)
+    tables[type].mask = b.Boundary(MaskPoint(layer), b.Input("mask." + type, {1, 1, length, length}));
+  for (const auto& [type, layer] : types) {
+    tables[type].cos = b.Boundary(RopePoint(layer, true), b.Input("cos." + type, {1, length, layer.head_dim}));
+    tables[type].sin = b.Boundary(RopePoint(layer, false), b.Input("sin." + type, {1, length, layer.head_dim}));
   }
-
-  std::map<int, KeyValue> stored;
-  for (int i = 0; i < config.NumLayers(); ++i) {
-    const LayerConfig& layer = config.layers[i];
-    LayerValues in = by_type[LayerTypeName(layer)];
-    in.hidden = hidden;
-    if (config.HasPle()) {
-      const Slice of_layer{{0, 0, i, 0}, {1, static_cast<int32_t>(length), i + 1, config.ple_dim}};
-      const ValueId slice = config.NumLayers() == 1 ? ple : b.Add(of_layer, {ple});
-      in.ple = b.Reshape(slice, {1, length, config.ple_dim});
-    }
-    if (layer.kv_shared) in.shared = stored.at(layer.kv_source);
-    const LayerResults out = Layer(LayerBuilder(b, i), config, i, in, dialect);
-    if (layer.stores_kv) stored[i] = out.present;
-    hidden = out.hidden;
-  }
-  b.Output("last_hidden_state", FinalNorm(b, config, hidden, dialect));
+  b.Output("last_hidden_state", TextStack(b, config, hidden, ple, tables, dialect));
 }
 
 void BuildHead(const Builder& b, const TextConfig& config, int64_t length, int64_t rows, const Dialect& dialect) {
   ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
   if (!dialect.duplicate_points) hidden = b.Boundary(HeadInputPoint(config, dialect), hidden);
   const ValueId normed = FinalNorm(b, config, hidden, dialect);
-  ValueId logits = Linear(b.At("lm_head"), normed, rows, dialect);
-  if (config.final_logit_softcapping) {
-    const float cap = *config.final_logit_softcapping;
-    logits = b.Point("logit_softcapping_div", Scale(b, logits, 1.0f / cap, "logit_softcapping_div_scale", dialect));
-    logits = b.Point("logit_softcapping_tanh", b.Add(Tanh{}, {logits}));
-    logits = b.Point("logits", Scale(b, logits, cap, "logit_softcapping_scale", dialect));
-  } else {
-    logits = ReferencePoint(b, "logits", logits, dialect);
-  }
-  b.Output("logits", logits);
+  b.Output("logits", Logits(b, config, normed, rows, dialect));
   b.Output("last_hidden_state", normed);
 }
 

@@ -3,13 +3,15 @@
 #include <cmath>
 
 #include "circlet/model/blocks.h"
-#include "circlet/model/tables.h"
 #include "model/gemma4/vision_parts.h"
 
 namespace circlet {
 namespace {
 
 Builder Tower(const Builder& b) { return b.At(kVisionRoot); }
+
+// The reference negates values (findings B3), we negate sines.
+bool NegatedSin(const Dialect& dialect) { return !dialect.rope_piece_points; }
 
 // gemma4.md 5, items 3 and 4; points of ptq.md 6.9.
 ValueId SelfAttention(const Builder& b, const VisionConfig& config, ValueId x, VisionTables tables, LinearBlock linear,
@@ -23,7 +25,7 @@ ValueId SelfAttention(const Builder& b, const VisionConfig& config, ValueId x, V
   const auto rotated = [&](const std::string& letter, int count) {
     const ValueId normed =
         Norm(b.At(letter + "_norm"), heads((letter + "_proj").c_str(), count), config.rms_norm_eps, true, dialect);
-    return HeadsFirst(b, Rotate(b, normed, tables.cos, tables.sin, letter, Rope{2, false}, dialect));
+    return HeadsFirst(b, Rotate(b, normed, tables.cos, tables.sin, letter, Rope{2, NegatedSin(dialect)}, dialect));
   };
   const ValueId query = rotated("q", config.num_heads);
   const ValueId key = rotated("k", config.kv_heads);
@@ -101,12 +103,13 @@ ValueId PooledTokens(const Builder& b, const VisionConfig& config, std::span<con
   const Builder pooler = Tower(b).At("pooler");
   const PatchLayout layout = LayoutOf(config, positions);
   if (dialect.duplicate_points) {
+    hidden = pooler.Point("act_in", hidden);
     if (use == VisionUse::kRun && layout.valid < layout.patches) {
       std::vector<float> real(layout.patches, 0.0f);
       std::fill_n(real.begin(), layout.valid, 1.0f);
       hidden = b.Add(Mul{}, {hidden, b.Constant(Tensor::Of<float>({1, layout.patches, 1}, real))});
     }
-    hidden = pooler.Point("pool_in", pooler.Point("act_in", hidden));
+    hidden = pooler.Point("pool_in", hidden);
   }
   const ValueId weight = pooler.Point("pool_weight", b.Constant(PoolMatrix(config, positions)));
   const ValueId mean = pooler.Point("pool_matmul_out", b.Add(BatchMatMul{}, {weight, hidden}));
@@ -133,8 +136,9 @@ ValueId Projected(const Builder& b, const Gemma4Config& config, ValueId x, const
   return Rank2(b, Linear(embedder.At("embedding_projection"), x, config.text.hidden_size, dialect));
 }
 
-VisionTables ConstantTables(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions) {
-  const RopeTables rope = VisionRopeTables(config.rope_theta, config.head_dim, positions);
+VisionTables ConstantTables(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions,
+                            const Dialect& dialect) {
+  const RopeTables rope = VisionRopeTables(config, positions, dialect);
   const auto on_grid = [&](const std::string& point, Tensor tensor) {
     return b.Boundary(point, b.Constant(std::move(tensor)));
   };
@@ -144,7 +148,7 @@ VisionTables ConstantTables(const Builder& b, const VisionConfig& config, std::s
 
 ValueId EncodedPatches(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions, ValueId hidden,
                        const Dialect& dialect) {
-  const VisionTables tables = ConstantTables(b, config, positions);
+  const VisionTables tables = ConstantTables(b, config, positions, dialect);
   for (int i = 0; i < config.num_layers; ++i) hidden = VisionLayer(b, config, i, hidden, tables, dialect);
   return hidden;
 }
@@ -155,6 +159,10 @@ ValueId VisionTokens(const Builder& b, const VisionConfig& config, std::span<con
   const ValueId encoded = EncodedPatches(b, config, positions, patches, dialect);
   const ValueId pooled = PooledTokens(b, config, positions, encoded, use, dialect);
   return FilledSlots(b, config, LayoutOf(config, positions), pooled, dialect);
+}
+
+RopeTables VisionRopeTables(const VisionConfig& config, std::span<const int64_t> positions, const Dialect& dialect) {
+  return VisionRopeTables(config.rope_theta, config.head_dim, positions, NegatedSin(dialect));
 }
 
 // ---- Names --------------------------------------------------------------------------------------------------------
@@ -215,16 +223,32 @@ void BuildPatchEmbedder(const Builder& b, const VisionConfig& config, int64_t pa
   b.Output("hidden", PatchEmbeddings(b, config, PixelInput(b, config, patches), dialect));
 }
 
+namespace {
+
+VisionTables TableInputs(const Builder& b, const VisionConfig& config, int64_t patches) {
+  return {.mask = b.Boundary(VisionMaskPoint(), b.Input("mask", {1, 1, patches, patches})),
+          .cos = b.Boundary(VisionRopePoint(true), b.Input("cos", {1, patches, config.head_dim})),
+          .sin = b.Boundary(VisionRopePoint(false), b.Input("sin", {1, patches, config.head_dim}))};
+}
+
+}  // namespace
+
 void BuildVisionLayer(const Builder& b, const VisionConfig& config, int layer, int64_t patches,
                       const Dialect& dialect) {
   ValueId hidden = b.Input("hidden", {1, patches, config.hidden_size});
   // The reference's layer rounds its input at a point of its own.
   if (!dialect.duplicate_points) hidden = b.Boundary(VisionLayerInputPoint(layer, dialect), hidden);
-  VisionTables tables;
-  tables.mask = b.Boundary(VisionMaskPoint(), b.Input("mask", {1, 1, patches, patches}));
-  tables.cos = b.Boundary(VisionRopePoint(true), b.Input("cos", {1, patches, config.head_dim}));
-  tables.sin = b.Boundary(VisionRopePoint(false), b.Input("sin", {1, patches, config.head_dim}));
-  b.Output("hidden", VisionLayer(b, config, layer, hidden, tables, dialect));
+  b.Output("hidden", VisionLayer(b, config, layer, hidden, TableInputs(b, config, patches), dialect));
+}
+
+void BuildVisionAttention(const Builder& b, const VisionConfig& config, int layer, int64_t patches,
+                          const Dialect& dialect) {
+  const Builder scope = Tower(b).At("encoder").At(fmt::format("layers.{}", layer));
+  ValueId hidden = b.Input("hidden", {1, patches, config.hidden_size});
+  if (!dialect.duplicate_points) hidden = b.Boundary(scope.At("input_layernorm").Path("act_out"), hidden);
+  const LinearBlock linear = config.use_clipped_linears ? ClippedLinear : UnclippedLinear;
+  b.Output("hidden",
+           SelfAttention(scope.At("self_attn"), config, hidden, TableInputs(b, config, patches), linear, dialect));
 }
 
 void BuildVisionPooler(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions, VisionUse use,

@@ -26,7 +26,8 @@ ValueId FilledSlots(const Builder& b, const VisionConfig& config, const PatchLay
 // x [1,tokens,Dv] or [tokens,Dv] -> [tokens,D].
 ValueId Projected(const Builder& b, const Gemma4Config& config, ValueId x, const Dialect& dialect);
 // Mask and tables of a picture, on the grids of the encoder.
-VisionTables ConstantTables(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions);
+VisionTables ConstantTables(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions,
+                            const Dialect& dialect);
 // All layers with those tables.
 ValueId EncodedPatches(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions, ValueId hidden,
                        const Dialect& dialect);
