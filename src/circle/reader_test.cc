@@ -140,6 +140,8 @@ TEST(CircleReaderTest, PayloadOfWrongSizeNamesTensorAndBothSizes) {
   Editable file;
   file.SetElement<int32_t>(file.TensorAt(3), tensor_field::kShape, 0, 5);
   EXPECT_THAT(file.Error(), StartsWith("m.circle: tensor 3 \"gamma\": its buffer holds 6 bytes, int16[5] takes 10"));
+  file.SetElement<int32_t>(file.TensorAt(3), tensor_field::kShape, 0, 2);
+  EXPECT_THAT(file.Error(), HasSubstr("its buffer holds 6 bytes, int16[2] takes 4"));
   file.SetElement<int32_t>(file.TensorAt(3), tensor_field::kShape, 0, -5);
   EXPECT_THAT(file.Error(), HasSubstr("shape [-5] has the negative size -5"));
 }
