@@ -292,6 +292,7 @@ void RmsNormRowImpl(const float* x, const float* gamma, int64_t count, float eps
 
 // Sums run in kSoftmaxLanes interleaved chains, whatever the width of a vector.
 void SoftmaxRowImpl(float* x, int64_t count) {
+  if (count == 0) return;
   constexpr int64_t kVectors = kSoftmaxLanes / kLanes;
   const int64_t whole = count / kSoftmaxLanes * kSoftmaxLanes;
   HWY_ALIGN float rest[kSoftmaxLanes];
