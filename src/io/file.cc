@@ -109,7 +109,7 @@ void WriteFile(const fs::path& path, std::string_view text) {
 
 namespace {
 
-// A manifest may be damaged or foreign: only plain relative paths that stay inside the directory count.
+// What the manifest lists; it may be damaged or foreign, so the paths are not to be trusted.
 std::vector<fs::path> OwnOutputs(const fs::path& directory) {
   std::vector<fs::path> outputs;
   const fs::path manifest_path = directory / "manifest.json";
@@ -119,9 +119,7 @@ std::vector<fs::path> OwnOutputs(const fs::path& directory) {
   outputs.push_back("manifest.json");
   const auto add = [&](const nlohmann::json& entry) {
     const nlohmann::json& name = entry.is_object() && entry.contains("path") ? entry["path"] : entry;
-    if (!name.is_string()) return;
-    const fs::path path = fs::path(name.get<std::string>()).lexically_normal();
-    if (path.is_relative() && !path.empty() && *path.begin() != "..") outputs.push_back(path);
+    if (name.is_string()) outputs.push_back(name.get<std::string>());
   };
   const nlohmann::json& listed = manifest["outputs"];
   if (listed.is_array()) std::ranges::for_each(listed, add);
@@ -133,7 +131,7 @@ std::vector<fs::path> OwnOutputs(const fs::path& directory) {
 
 void RemoveOwnOutputs(const fs::path& directory) {
   for (const fs::path& output : OwnOutputs(directory)) {
-    // A link on the way could lead out of the directory.
+    // "..", an absolute path or a link on the way could lead out of the directory.
     const fs::path parent = fs::weakly_canonical(directory / output.parent_path());
     const fs::path inside = parent.lexically_relative(fs::canonical(directory));
     if (inside.empty() || *inside.begin() == "..") continue;
