@@ -116,16 +116,12 @@ std::vector<fs::path> OwnOutputs(const fs::path& directory) {
   if (!fs::is_regular_file(fs::symlink_status(manifest_path))) return outputs;
   const nlohmann::json manifest = ReadJson(manifest_path);
   if (!manifest.is_object() || !manifest.contains("outputs")) return outputs;
-  outputs.push_back("manifest.json");
+  outputs = {"manifest.json", "timings.json"};  // which it does not list
   const auto add = [&](const nlohmann::json& entry) {
-    const nlohmann::json& name = entry.is_object() && entry.contains("path") ? entry["path"] : entry;
+    const nlohmann::json& name = entry.is_object() && entry.contains("file") ? entry["file"] : entry;
     if (name.is_string()) outputs.push_back(name.get<std::string>());
   };
-  const nlohmann::json& listed = manifest["outputs"];
-  if (listed.is_array()) std::ranges::for_each(listed, add);
-  if (listed.is_object()) {
-    for (const auto& [name, unused] : listed.items()) add(name);
-  }
+  if (manifest["outputs"].is_array()) std::ranges::for_each(manifest["outputs"], add);
   return outputs;
 }
 

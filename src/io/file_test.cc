@@ -169,12 +169,13 @@ TEST(OutputDirectoryTest, ForceRemovesWhatTheManifestListsAndNothingElse) {
   WriteFile(out / "thesis.txt", "dear");
   WriteFile(out / "circle" / "layer.circle", "x");
   WriteFile(out / "report.json", "{}");
+  WriteFile(out / "timings.json", "{}");
   WriteFile(directory.Path() / "outside.txt", "dear");
   WriteFile(elsewhere.Path() / "linked.txt", "dear");
   fs::create_directory_symlink(elsewhere.Path(), out / "link");
   WriteFile(out / ".report.json.circlet-partial-1-0", "half");
   WriteJson(out / "manifest.json", {{"outputs",
-                                     {{{"path", "circle/layer.circle"}},
+                                     {{{"file", "circle/layer.circle"}},
                                       "report.json",
                                       "../outside.txt",
                                       "listed_directory",

@@ -45,9 +45,9 @@ std::string Sha256(std::span<const std::byte> bytes);
 std::string Sha256File(const std::filesystem::path& path);
 
 // Makes `path` a directory that a run may fill: creates it with its parents, or takes it when it is empty. One that
-// holds files is an Error, unless `force`: then the files that circlet wrote go (those listed under "outputs" in its
-// manifest.json, the manifest itself, and leftovers of AtomicFile) and everything else stays. A path that is no
-// directory or cannot be written is an Error.
+// holds files is an Error, unless `force`: then the files that circlet wrote go (its manifest.json, what this lists
+// under "outputs" by name or as {"file": name}, timings.json, and leftovers of AtomicFile) and everything else stays. A
+// path that is no directory or cannot be written is an Error.
 void PrepareOutputDirectory(const std::filesystem::path& path, bool force);
 
 // Throws Error naming both figures when the file system of `directory` has less than `needed_bytes` free.
