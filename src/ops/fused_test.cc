@@ -232,6 +232,26 @@ TEST(AttentionTest, EqualsItsExpansionWhenPointsSnap) {
         }
 }
 
+// The grid of `scale` cannot hold 1, so that a factor which is not applied shows.
+TEST(AttentionTest, EqualsItsBatchedExpansionWithAFactorOnTheLogits) {
+  std::vector<std::string> names = kAttentionPoints;
+  names.push_back("scale");
+  for (const Case& c : kCases) {
+    if (c.mask_of_rank_3) continue;
+    for (const Mask mask : kMasks)
+      for (const bool wide : {true, false}) {
+        SCOPED_TRACE(c.Text(mask) + (wide ? " int16" : " uint8"));
+        const Attention op{.skip_masked = false, .explicit_transpose = true, .form = Attention::Form::kBatched};
+        const std::vector<Tensor> in = Operands(c, mask, 11);
+        EagerSink sink;
+        EXPECT_TRUE(SameBits(Fused(op, in), Expansion(op, in, {}, sink)));
+        std::map<std::string, simd::Grid> grids = AttentionGrids(c, wide);
+        grids["scale"] = simd::Grid{0.3f, 0, -8, 7, Rounding::kHalfEvenReciprocal};
+        ExpectSameWhenSnapped(op, in, Named(names), grids);
+      }
+  }
+}
+
 TEST(AttentionTest, EqualsItsExpansionWithSomePointsAbsent) {
   const Case c = kCases[0];
   for (size_t absent = 0; absent < kAttentionPoints.size(); ++absent) {
