@@ -28,12 +28,17 @@ inline std::string GoldenText(const std::string& relative) {
   return text;
 }
 
+// TestData(`relative`), an .xz file, unpacked as `path`.
+inline void UnpackGolden(const std::string& relative, const std::filesystem::path& path) {
+  const std::string command = "xz -dc '" + TestData(relative).string() + "' > '" + path.string() + "'";
+  CIRCLET_CHECK(std::system(command.c_str()) == 0, "cannot unpack {}: is xz installed?", relative);
+}
+
 // TestData("golden/tiny_e2b/float.safetensors.xz"), unpacked. The tensors stay valid after the unpacked file is gone.
 inline SafetensorsFile OpenGolden(const std::string& relative) {
   const TempDirectory directory;
   const std::filesystem::path unpacked = directory.Path() / "golden.safetensors";
-  const std::string command = "xz -dc '" + TestData(relative).string() + "' > '" + unpacked.string() + "'";
-  CIRCLET_CHECK(std::system(command.c_str()) == 0, "cannot unpack {}: is xz installed?", relative);
+  UnpackGolden(relative, unpacked);
   return SafetensorsFile::Open(unpacked);
 }
 

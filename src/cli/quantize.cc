@@ -55,6 +55,7 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
   quantize->add_flag("--quiet", *quiet, "No progress");
   quantize->callback([options, quiet, &command] {
     command = [options, quiet] {
+      options->exports = true;
       options->progress = *quiet ? nullptr : stderr;
       const QuantizeResult result = Quantize(*options);
       fmt::print("{}\nwritten to {}; next: circlet verify {}\n", ReportText(result), result.output_directory,
@@ -80,7 +81,6 @@ void AddEvaluate(CLI::App& app, std::function<int()>& command) {
   evaluate->add_flag("--quiet", options->quiet, "No progress");
   evaluate->callback([options, &command] {
     command = [options] {
-      options->quantize.exports = false;
       options->quantize.progress = options->quiet ? nullptr : stderr;
       const QuantizeResult result = Quantize(options->quantize);
       if (!options->json.empty()) WriteFile(options->json, ReportJson(result));

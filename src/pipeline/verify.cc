@@ -170,8 +170,8 @@ VerifyResult Verify(const VerifyOptions& options) {
     progress.Advance();
   }
   // The reference differs from its own files by ties, in up to a fifth of a unit's codes; over many layers flips add up, to
-  // at most 3 % of the largest value (tests/data/golden/README.md). Its boundaries do not all meet (findings B5, B6).
-  constexpr double kReferenceShare = 0.2, kReferencePeak = 0.03;
+  // at most 6.5 % of the largest value (ptq.md 11.5). Its boundaries do not all meet (findings B5, B6).
+  constexpr double kReferenceShare = 0.2, kReferencePeak = 0.065;
   for (const UnitVerdict& unit : result.units) {
     const bool near = unit.different <= kReferenceShare * unit.values || unit.largest_step <= kReferencePeak * unit.largest_code;
     result.within_bounds &= result.dialect == "tico" ? near : unit.different == 0;

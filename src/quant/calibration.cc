@@ -31,7 +31,7 @@ void Calibration::Freeze(const Graph& graph, const WeightSource& weights) {
       if (point.name.empty() || point.use == PointUse::kBoundary || params_.Find(point.name) != nullptr) continue;
       const auto observer = observers_.find(point.name);
       CIRCLET_CHECK(observer != observers_.end(), "{} was not observed before its graph was frozen", point.name);
-      params_.Set(ParamsOf(*observer->second, recipe_.SpecFor(point, dialect_), point.headroom_below));
+      params_.Set(circlet::ParamsOf(*observer->second, recipe_.SpecFor(point, dialect_), point.headroom_below));
       observers_.erase(observer);
     }
   }

@@ -14,9 +14,9 @@
 namespace circlet {
 
 struct QuantizeOptions {
-  // Hugging Face checkpoint directory, and the new directory for the result; empty: the recipe names them.
-  std::filesystem::path model, output;
-  bool exports = true;           // false: measure only, nothing is written (evaluate)
+  std::filesystem::path model;   // Hugging Face checkpoint directory; empty: the recipe's model.name_or_path
+  std::filesystem::path output;  // new directory; empty: nothing is written
+  bool exports = false;          // an empty output is the recipe's export.output_dir, and an Error when it has none
   bool force = false;            // replace what an earlier run wrote there
 
   // Samples: exactly one of these.

@@ -1,0 +1,532 @@
+// The program from the outside: exit codes, messages, files.
+
+#include <gmock/gmock.h>
+#include <nlohmann/json.hpp>
+
+#include "circlet/circle/model.h"
+#include "circlet/io/json.h"
+#include "circlet/io/safetensors.h"
+#include "golden.h"
+#include "program.h"
+
+namespace circlet {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::AllOf;
+using ::testing::EndsWith;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::Matcher;
+using ::testing::Not;
+using ::testing::StartsWith;
+
+// A copy of the smallest golden model with its samples, to run and to spoil.
+class CliTest : public testing::Test {
+ protected:
+  CliTest() {
+    fs::copy(TestData("golden/seed_example/model"), model_);
+    UnpackGolden("golden/seed_example/inputs.safetensors.xz", samples_);
+  }
+
+  std::vector<std::string> Quantize(const std::vector<std::string>& more = {}) const {
+    std::vector<std::string> arguments{"quantize", model_,     "--samples", samples_, "--recipe",
+                                       "w8a16",    "--output", out_,        "--quiet"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+  }
+  // With other data than the samples.
+  std::vector<std::string> QuantizeText(const std::vector<std::string>& more) const {
+    std::vector<std::string> arguments{"quantize", kTiny, "--output", out_, "--quiet"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+  }
+
+  std::string Lines(const std::string& text) const {
+    const fs::path file = directory_.Path() / "data.jsonl";
+    WriteFile(file, text);
+    return file;
+  }
+
+  void EditConfig(const std::function<void(nlohmann::json&)>& change) const {
+    nlohmann::json config = ReadJson(fs::path(model_) / "config.json");
+    change(config);
+    WriteJson(fs::path(model_) / "config.json", config);
+  }
+
+  void EditTensor(const std::string& name, const std::function<void(Tensor&)>& change) const {
+    const fs::path file = fs::path(model_) / "model.safetensors";
+    std::map<std::string, Tensor> tensors = SafetensorsFile::Open(file).Tensors();
+    Tensor& tensor = tensors.at(name);
+    tensor = tensor.Clone();
+    change(tensor);
+    WriteSafetensors(file, tensors);
+  }
+
+  // The user can mend it: exit code 2, the message, and nothing left behind.
+  void ExpectRefused(const std::vector<std::string>& arguments, const Matcher<std::string>& message,
+                     const std::string& shell = "") const {
+    const ProgramResult result = RunProgram(arguments, shell);
+    EXPECT_EQ(result.exit_code, 2) << result.err;
+    EXPECT_THAT(result.err, AllOf(StartsWith("circlet: "), message));
+    EXPECT_EQ(std::ranges::count(result.err, '\n'), 1) << result.err;
+    EXPECT_THAT(result.out, IsEmpty());
+    ExpectNothingLeft();
+  }
+  void ExpectNothingLeft() const {
+    EXPECT_FALSE(fs::exists(out_));
+    for (const auto& entry : fs::directory_iterator(directory_.Path()))
+      EXPECT_THAT(entry.path().filename().string(), Not(StartsWith("out"))) << "left behind";
+  }
+
+  static constexpr char kTiny[] = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+  TempDirectory directory_;
+  const std::string model_ = directory_.Path() / "model";
+  const std::string samples_ = directory_.Path() / "inputs.safetensors";
+  const std::string out_ = directory_.Path() / "out";
+};
+
+// ---- From directory to files ----------------------------------------------------------------------------------------
+
+TEST_F(CliTest, QuantizeShowRunAndVerifyFollowEachOther) {
+  const ProgramResult quantize = RunProgram(Quantize({"--save-stages"}));
+  ASSERT_EQ(quantize.exit_code, 0) << quantize.err;
+  EXPECT_THAT(quantize.err, IsEmpty());
+  EXPECT_THAT(quantize.out, AllOf(HasSubstr("Quantization Error Summary"), HasSubstr("PEIR"), HasSubstr("logits"),
+                                  HasSubstr("Circle files"), EndsWith("next: circlet verify " + out_ + "\n")));
+  EXPECT_THAT(quantize.out, Not(HasSubstr("RANDOM")));
+
+  const ProgramResult verify = RunProgram({"verify", out_});
+  EXPECT_EQ(verify.exit_code, 0) << verify.err;
+  EXPECT_THAT(verify.out, AllOf(HasSubstr("decoder_layer_decode_0"), HasSubstr("to the last code")));
+
+  const std::string head = out_ + "/lm_head.q.circle";
+  const ProgramResult show = RunProgram({"show", head});
+  EXPECT_EQ(show.exit_code, 0) << show.err;
+  EXPECT_THAT(show.out, AllOf(HasSubstr("FULLY_CONNECTED"), HasSubstr("RMS_NORM"), HasSubstr("UINT8[256,64]:const")));
+
+  const SafetensorsFile codes = SafetensorsFile::Open(out_ + "/verify.safetensors");
+  const std::string in = directory_.Path() / "in.safetensors", result = directory_.Path() / "result.safetensors";
+  WriteSafetensors(in, {{"in.0", codes.Get("lm_head.in.0")}});
+  const ProgramResult run = RunProgram({"run", head, "--inputs", in, "--outputs", result});
+  EXPECT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_THAT(run.out, AllOf(HasSubstr("out.0: float32[1,1,256]"), HasSubstr(result)));
+  const circle::Model model = circle::Read(head);
+  const QParams& grid = model.tensors[model.outputs[0]].qparams.value();
+  const SafetensorsFile results = SafetensorsFile::Open(result);
+  const Tensor& found = results.Get("out.0");
+  const Tensor& expected = codes.Get("lm_head.out.0");
+  for (int64_t i = 0; i < found.Elements(); ++i)
+    ASSERT_EQ(found.F32()[i], static_cast<float>(expected.As<int16_t>()[i]) * grid.scale[0]) << i;
+}
+
+TEST_F(CliTest, TheWrittenFilesHaveTheDocumentedKeys) {
+  const ProgramResult quantize = RunProgram(Quantize());
+  ASSERT_EQ(quantize.exit_code, 0) << quantize.err;
+  const auto keys = [&](const char* file) {
+    std::vector<std::string> names;
+    for (const auto& [name, value] : ReadJson(fs::path(out_) / file).items()) names.push_back(name);
+    return names;
+  };
+  EXPECT_THAT(keys("report.json"),
+              testing::IsSupersetOf({"schema_version", "model", "recipe", "dialect", "calibration_samples",
+                                     "evaluation_samples", "random_data", "skipped", "points", "max_seq_len",
+                                     "unused_tensors", "unknown_config_keys", "output", "stages", "units"}));
+  EXPECT_THAT(keys("manifest.json"),
+              testing::IsSupersetOf({"schema_version", "circlet_version", "instruction_set", "model", "recipe",
+                                     "dialect", "seed", "max_seq_len", "random_data", "inputs", "outputs"}));
+  EXPECT_THAT(keys("pipeline.json"), testing::IsSupersetOf({"schema_version", "units", "boundaries"}));
+  EXPECT_THAT(keys("qparams.json"), testing::IsSupersetOf({"model", "recipe", "dialect", "points", "quant_points"}));
+  EXPECT_THAT(keys("timings.json"), testing::Contains("seconds"));
+
+  const nlohmann::json report = ReadJson(fs::path(out_) / "report.json");
+  EXPECT_EQ(report.at("recipe"), "w8a16");
+  EXPECT_EQ(report.at("random_data"), false);
+  EXPECT_EQ(report.at("output").at("name"), "logits");
+  EXPECT_GT(report.at("output").at("error").at("peir"), 0);
+  EXPECT_LT(report.at("output").at("error").at("peir"), 0.1);
+  EXPECT_GE(report.at("stages").size(), 4);
+
+  // The manifest lists every file but itself and the timings, which differ from run to run.
+  std::map<std::string, std::string> listed, there;
+  for (const auto& entry : ReadJson(fs::path(out_) / "manifest.json").at("outputs"))
+    listed[entry.at("file")] = entry.at("sha256");
+  for (const auto& entry : fs::directory_iterator(out_)) there[entry.path().filename()] = Sha256File(entry.path());
+  there.erase("manifest.json");
+  there.erase("timings.json");
+  EXPECT_EQ(listed, there);
+  for (const auto& unit : report.at("units")) {
+    EXPECT_TRUE(there.contains(unit.at("file")));
+    EXPECT_EQ(unit.at("bytes"), fs::file_size(fs::path(out_) / unit.at("file").get<std::string>()));
+  }
+}
+
+TEST_F(CliTest, RandomSamplesAreSaidToBeRandom) {
+  const ProgramResult result =
+      RunProgram({"quantize", model_, "--random-samples", "2x9", "--units", "deployment", "--output", out_, "--quiet"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("RANDOM token ids"));
+  EXPECT_EQ(ReadJson(fs::path(out_) / "report.json").at("random_data"), true);
+  EXPECT_EQ(ReadJson(fs::path(out_) / "report.json").at("max_seq_len"), 16);
+  EXPECT_FALSE(fs::exists(out_ + "/gemma4_model.q.circle"));
+}
+
+TEST_F(CliTest, FrozenGridsAreUsedAsGiven) {
+  ASSERT_EQ(RunProgram(Quantize()).exit_code, 0);
+  const std::string again = directory_.Path() / "again";
+  std::vector<std::string> arguments = Quantize({"--qparams", out_ + "/qparams.json"});
+  std::ranges::replace(arguments, out_, again);
+  const ProgramResult result = RunProgram(arguments);
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  for (const char* unit : {"lm_head.q.circle", "decoder_layer_decode_0.q.circle", "verify.safetensors"})
+    EXPECT_EQ(Sha256File(fs::path(again) / unit), Sha256File(fs::path(out_) / unit)) << unit;
+}
+
+TEST_F(CliTest, ProgressGoesToStandardErrorAsLinesWhenThatIsNoTerminal) {
+  std::vector<std::string> arguments = Quantize();
+  std::erase(arguments, "--quiet");
+  const ProgramResult result = RunProgram(arguments);
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.err, AllOf(HasSubstr("layers.0"), HasSubstr("logits"), Not(HasSubstr("\r")), EndsWith("\n")));
+}
+
+TEST_F(CliTest, DifferingCodesGiveExitCode1) {
+  ASSERT_EQ(RunProgram(Quantize()).exit_code, 0);
+  const SafetensorsFile stored = SafetensorsFile::Open(out_ + "/verify.safetensors");
+  std::map<std::string, Tensor> codes = stored.Tensors();
+  Tensor& changed = codes.at("lm_head.out.0");
+  changed = changed.Clone();
+  changed.As<int16_t>()[7] ^= 1;
+  const std::string file = directory_.Path() / "changed.safetensors";
+  WriteSafetensors(file, codes, stored.Metadata());
+  const ProgramResult result = RunProgram({"verify", out_, "--samples", file});
+  EXPECT_EQ(result.exit_code, 1) << result.err;
+  EXPECT_THAT(result.out,
+              AllOf(HasSubstr("lm_head: out.0[0,0,7]: code"), HasSubstr("do not compute what was simulated")));
+}
+
+TEST_F(CliTest, ForceReplacesOurFilesAndLeavesOthers) {
+  ASSERT_EQ(RunProgram(Quantize()).exit_code, 0);
+  WriteFile(out_ + "/notes.txt", "mine");
+  const ProgramResult refused = RunProgram(Quantize());
+  EXPECT_EQ(refused.exit_code, 2);
+  EXPECT_THAT(refused.err, AllOf(StartsWith("circlet: " + out_), HasSubstr("is not empty"), HasSubstr("--force")));
+  const ProgramResult replaced = RunProgram(Quantize({"--force", "--units", "deployment"}));
+  ASSERT_EQ(replaced.exit_code, 0) << replaced.err;
+  EXPECT_EQ(ReadFile(out_ + "/notes.txt"), "mine");
+  EXPECT_FALSE(fs::exists(out_ + "/gemma4_model.q.circle")) << "a file of the run before";
+  EXPECT_EQ(RunProgram({"verify", out_}).exit_code, 0);
+}
+
+TEST_F(CliTest, AFailedRunLeavesTheEarlierResultAlone) {
+  ASSERT_EQ(RunProgram(Quantize()).exit_code, 0);
+  const std::string before = Sha256File(out_ + "/manifest.json");
+  EditTensor("model.language_model.layers.0.mlp.up_proj.weight", [](Tensor& tensor) { tensor.F32()[3] = NAN; });
+  EXPECT_EQ(RunProgram(Quantize({"--force"})).exit_code, 2);
+  EXPECT_TRUE(fs::exists(out_ + "/manifest.json")) << "the earlier result is gone";
+  EXPECT_EQ(Sha256File(out_ + "/manifest.json"), before);
+  EXPECT_EQ(RunProgram({"verify", out_}).exit_code, 0);
+}
+
+TEST_F(CliTest, HelpNamesAWorkingCommandForEachVerb) {
+  for (const char* verb : {"quantize", "verify", "show", "run"}) {
+    const ProgramResult result = RunProgram({verb, "--help"});
+    EXPECT_EQ(result.exit_code, 0);
+    EXPECT_THAT(result.out, HasSubstr(fmt::format("Example:\n  circlet {}", verb)));
+  }
+  EXPECT_EQ(RunProgram({"--version"}).exit_code, 0);
+}
+
+// ---- The checkpoint -------------------------------------------------------------------------------------------------
+
+TEST_F(CliTest, AModelThatIsNoDirectoryIsRefused) {
+  fs::remove_all(model_);
+  ExpectRefused(Quantize(), AllOf(HasSubstr(model_), HasSubstr("no directory")));
+  WriteFile(model_, "x");
+  ExpectRefused(Quantize(), AllOf(HasSubstr(model_), HasSubstr("no directory")));
+}
+
+TEST_F(CliTest, ADirectoryWithoutConfigIsRefused) {
+  fs::remove(model_ + "/config.json");
+  ExpectRefused(Quantize(), AllOf(HasSubstr(model_ + "/config.json"), HasSubstr("No such file")));
+}
+
+TEST_F(CliTest, AnotherModelTypeIsNamed) {
+  EditConfig([](nlohmann::json& config) {
+    config["model_type"] = "llama";
+    config["architectures"] = {"LlamaForCausalLM"};
+  });
+  ExpectRefused(Quantize(), AllOf(HasSubstr("config.json"), HasSubstr("LlamaForCausalLM"), HasSubstr("Gemma4")));
+}
+
+TEST_F(CliTest, MixtureOfExpertsIsRefusedByName) {
+  EditConfig([](nlohmann::json& config) { config["text_config"]["enable_moe_block"] = true; });
+  ExpectRefused(Quantize(), AllOf(HasSubstr("config.json: text_config.enable_moe_block"), HasSubstr("experts")));
+}
+
+TEST_F(CliTest, DamagedConfigIsNamedWithItsLine) {
+  WriteFile(model_ + "/config.json", "{\n  \"model_type\": \"gemma4\",\n  \"text_config\": {\n");
+  ExpectRefused(Quantize(), AllOf(HasSubstr(model_ + "/config.json"), HasSubstr("line 4")));
+}
+
+TEST_F(CliTest, ACutCheckpointIsNamed) {
+  fs::resize_file(model_ + "/model.safetensors", 300'000);
+  ExpectRefused(Quantize(),
+                AllOf(HasSubstr("model.safetensors"), HasSubstr("the file is cut"), HasSubstr("download it again")));
+}
+
+TEST_F(CliTest, ACheckpointWithAnOverlongHeaderIsNamed) {
+  std::string bytes = ReadFile(model_ + "/model.safetensors");
+  bytes.replace(0, 8, std::string(8, '\xff'));
+  WriteFile(model_ + "/model.safetensors", bytes);
+  ExpectRefused(Quantize(), AllOf(HasSubstr("model.safetensors"), HasSubstr("the header's length is"),
+                                  HasSubstr("is it a safetensors file?")));
+}
+
+TEST_F(CliTest, AMissingTensorIsNamedWithWhatWasExpected) {
+  const fs::path file = fs::path(model_) / "model.safetensors";
+  std::map<std::string, Tensor> tensors = SafetensorsFile::Open(file).Tensors();
+  tensors.erase("model.language_model.layers.0.mlp.up_proj.weight");
+  WriteSafetensors(file, tensors);
+  ExpectRefused(Quantize(), AllOf(HasSubstr("\"model.language_model.layers.0.mlp.up_proj.weight\""),
+                                  HasSubstr("is missing"), HasSubstr("was a shard left out")));
+}
+
+TEST_F(CliTest, NanInALinearWeightIsNamedWithItsPlace) {
+  EditTensor("model.language_model.layers.0.mlp.up_proj.weight", [](Tensor& tensor) { tensor.F32()[64 + 3] = NAN; });
+  ExpectRefused(Quantize(), AllOf(HasSubstr("layers.0"), HasSubstr("mlp.up_proj"), HasSubstr("NaN")));
+}
+
+TEST_F(CliTest, InfinityInANormIsNamed) {
+  EditTensor("model.language_model.norm.weight", [](Tensor& tensor) { tensor.F32()[5] = INFINITY; });
+  ExpectRefused(Quantize(), AllOf(HasSubstr("model.language_model.norm"), HasSubstr("infinity")));
+}
+
+TEST_F(CliTest, InfiniteActivationsNameTheFirstPoint) {
+  EditTensor("model.language_model.layers.0.self_attn.q_norm.weight", [](Tensor& tensor) { tensor.F32()[0] = 3e38f; });
+  EditTensor("model.language_model.layers.0.self_attn.k_norm.weight", [](Tensor& tensor) { tensor.F32()[0] = 3e38f; });
+  ExpectRefused(Quantize(), AllOf(HasSubstr("layers.0.self_attn"), HasSubstr("a NaN or an infinity reached this point"),
+                                  HasSubstr("check the weights and the calibration data")));
+}
+
+// ---- The data -------------------------------------------------------------------------------------------------------
+
+TEST_F(CliTest, DataMustBeGivenOnce) {
+  ExpectRefused(QuantizeText({}), AllOf(HasSubstr("--data, --samples and --random-samples"), HasSubstr("found 0")));
+  ExpectRefused(Quantize({"--random-samples", "1x8"}), HasSubstr("found 2"));
+}
+
+TEST_F(CliTest, TokenIdsPastTheVocabularyAreNamed) {
+  const std::vector<int64_t> ids{2, 7, 256, 9};
+  WriteSafetensors(samples_, {{"calib.0.input_ids", Tensor::Of<int64_t>({1, 4}, ids)}});
+  ExpectRefused(Quantize(), AllOf(HasSubstr(samples_), HasSubstr("calib.0"), HasSubstr("256"), HasSubstr("vocab")));
+}
+
+TEST_F(CliTest, SamplesWithoutTheExpectedNamesAreRefused) {
+  WriteSafetensors(samples_, {{"x", Tensor::Of<int64_t>({1, 1}, std::vector<int64_t>{2})}});
+  ExpectRefused(Quantize(), AllOf(HasSubstr(samples_), HasSubstr("\"calib.N.input_ids\"")));
+}
+
+TEST_F(CliTest, AnEmptyDataFileIsRefused) {
+  const std::string data = Lines("");
+  ExpectRefused(QuantizeText({"--data", data}), AllOf(HasSubstr(data), HasSubstr("one JSON object a line")));
+}
+
+TEST_F(CliTest, ALineThatIsNotJsonIsNamedByItsNumber) {
+  const std::string data = Lines("{\"type\": \"text\", \"text\": \"Emma\"}\n\n{\"type\": \"text\", \n");
+  ExpectRefused(QuantizeText({"--data", data}), HasSubstr(data + ":3"));
+}
+
+TEST_F(CliTest, AMissingDataFileIsNamed) {
+  ExpectRefused(QuantizeText({"--data", "/nonexistent/calib.jsonl"}),
+                AllOf(HasSubstr("/nonexistent/calib.jsonl"), HasSubstr("No such file")));
+}
+
+TEST_F(CliTest, DataOfPicturesOnlyIsRefused) {
+  const std::string image = std::string(kTiny) + "/eval/images/calib_00.png";
+  const std::string data =
+      Lines(R"({"type": "chat", "messages": [{"role": "user", "content": [{"type": "image", "path": ")" + image +
+            R"("}, {"type": "text", "text": "What?"}]}]})" + "\n");
+  ExpectRefused(QuantizeText({"--data", data}), AllOf(HasSubstr(data), HasSubstr("images"), HasSubstr("text samples")));
+}
+
+TEST_F(CliTest, ASampleLongerThanTheSequenceLengthIsNamed) {
+  ExpectRefused(Quantize({"--max-seq-len", "8"}), AllOf(HasSubstr("calib.0"), HasSubstr("16 tokens"),
+                                                        HasSubstr("limit of 8"), HasSubstr("raise the limit")));
+}
+
+TEST_F(CliTest, SequenceLengthsWithoutMeaningAreRefused) {
+  ExpectRefused({"quantize", model_, "--random-samples", "1x1", "--max-seq-len", "1", "--output", out_, "--quiet"},
+                AllOf(HasSubstr("sequence length 1"), HasSubstr("expected 2 .. ")));
+  ExpectRefused(Quantize({"--max-seq-len", "-4"}), AllOf(HasSubstr("-4")));
+}
+
+TEST_F(CliTest, RandomSamplesNeedCountAndLength) {
+  for (const char* text : {"8", "x", "0x4", "4x0", "4x-1", "4x4x4", "99999999999999999999x4"})
+    ExpectRefused({"quantize", model_, "--random-samples", text, "--output", out_, "--quiet"},
+                  AllOf(HasSubstr(fmt::format("--random-samples {}", text)), HasSubstr("NxLENGTH")));
+}
+
+TEST_F(CliTest, AnEvaluationTextWithoutTextIsRefused) {
+  WriteFile(directory_.Path() / "empty.txt", "");
+  ExpectRefused(QuantizeText({"--random-samples", "1x8", "--eval-text", directory_.Path() / "empty.txt"}),
+                AllOf(HasSubstr("empty.txt"), HasSubstr("text is empty")));
+}
+
+// ---- The recipe -----------------------------------------------------------------------------------------------------
+
+std::vector<std::string> With(std::vector<std::string> arguments, const std::string& from, const std::string& to) {
+  std::ranges::replace(arguments, from, to);
+  return arguments;
+}
+
+TEST_F(CliTest, AnUnknownRecipeNamesTheNearest) {
+  ExpectRefused(With(Quantize(), "w8a16", "w8a61"),
+                AllOf(HasSubstr("unknown recipe \"w8a61\""), HasSubstr("nearest: \"w8a16\""), HasSubstr("known are")));
+}
+
+TEST_F(CliTest, AnUnknownDialectNamesTheKnownOnes) {
+  ExpectRefused(Quantize({"--dialect", "ticco"}),
+                AllOf(HasSubstr("\"ticco\""), HasSubstr("tico"), HasSubstr("default")));
+}
+
+TEST_F(CliTest, AnUnknownRecipeKeyNamesTheNearest) {
+  ExpectRefused(Quantize({"--set", "pipeline.0.activations=uint8"}),
+                AllOf(HasSubstr("activations"), HasSubstr("nearest: \"activation\"")));
+}
+
+TEST_F(CliTest, AnAssignmentWithoutAValueIsRefused) {
+  ExpectRefused(Quantize({"--set", "pipeline.0.activation"}),
+                AllOf(HasSubstr("pipeline.0.activation"), HasSubstr("=")));
+}
+
+TEST_F(CliTest, AnOverrideThatMatchesNothingNamesTheNearestPoint) {
+  ExpectRefused(Quantize({"--set", "pipeline.0.raw_overrides.model.language_model.layers.0.mlp.mull=uint8"}),
+                AllOf(HasSubstr("no point \"model.language_model.layers.0.mlp.mull\""),
+                      HasSubstr("nearest: \"model.language_model.layers.0.mlp.mul\"")));
+}
+
+TEST_F(CliTest, MxFormatsCannotBeExported) {
+  ExpectRefused(Quantize({"--set", "pipeline.0.activation={kind: mx, elem_format: int8, axis: -1}"}),
+                AllOf(HasSubstr("model.language_model."), HasSubstr("simulated only"), HasSubstr("integer type")));
+}
+
+TEST_F(CliTest, FrozenGridsOfAnotherModelNameTheMissingPoint) {
+  const std::string grids = directory_.Path() / "qparams.json";
+  UnpackGolden("golden/tiny_wide/default.qparams.json.xz", grids);
+  ExpectRefused(Quantize({"--qparams", grids, "--dialect", "tico"}),
+                AllOf(HasSubstr("model.language_model."), HasSubstr("nearest")));
+}
+
+// ---- The output -----------------------------------------------------------------------------------------------------
+
+TEST_F(CliTest, AnUnwritablePlaceIsRefusedBeforeAnythingIsComputed) {
+  ExpectRefused(With(Quantize(), out_, "/proc/circlet/out"),
+                AllOf(HasSubstr("/proc/circlet/out"), HasSubstr("No such file")));
+  ExpectRefused(With(Quantize(), out_, samples_ + "/out"), AllOf(HasSubstr(samples_), HasSubstr("Not a directory")));
+}
+
+TEST_F(CliTest, AnOutputThatIsAFileIsRefused) {
+  const std::string file = directory_.Path() / "result";
+  WriteFile(file, "mine");
+  ExpectRefused(With(Quantize(), out_, file),
+                AllOf(HasSubstr(file), HasSubstr("is a file"), HasSubstr("choose another name")));
+  EXPECT_EQ(ReadFile(file), "mine");
+}
+
+// A limit on the size of files stands for a full disk.
+TEST_F(CliTest, AFullDiskLeavesNothingAndIsToldWithTheFile) {
+  ExpectRefused(Quantize(), AllOf(HasSubstr(out_), HasSubstr(".q.circle"), HasSubstr("File too large")),
+                "trap \"\" XFSZ; ulimit -f 8; ");
+}
+
+// ---- Circle files ---------------------------------------------------------------------------------------------------
+
+TEST_F(CliTest, DamagedCircleFilesAreRefusedByShowAndRun) {
+  const std::string golden = TestData("golden/seed_example/circle/w4a16/lm_head.circle");
+  const std::string file = directory_.Path() / "damaged.circle", in = directory_.Path() / "in.safetensors";
+  WriteSafetensors(in, {{"in.0", Tensor::Scalar(1)}});
+  std::string bytes = ReadFile(golden);
+  WriteFile(file, std::string_view(bytes).substr(0, bytes.size() / 2));
+  for (const std::vector<std::string>& arguments :
+       {std::vector<std::string>{"show", file}, {"run", file, "--inputs", in, "--outputs", out_}})
+    ExpectRefused(arguments, HasSubstr(file));
+  WriteFile(file, "no circle");
+  ExpectRefused({"show", file}, HasSubstr(file));
+  fs::remove(file);
+  ExpectRefused({"show", file}, AllOf(HasSubstr(file), HasSubstr("No such file")));
+}
+
+TEST_F(CliTest, RunNamesAMissingInputAndOneOfAnotherShape) {
+  const std::string golden = TestData("golden/seed_example/circle/w4a16/lm_head.circle");
+  const std::string in = directory_.Path() / "in.safetensors";
+  WriteSafetensors(in, {{"hiden", Tensor(TensorType{DType::kF32, {1, 1, 64}})}});
+  ExpectRefused(
+      {"run", golden, "--inputs", in, "--outputs", out_},
+      AllOf(HasSubstr("lm_head.circle"), HasSubstr("input 0"), HasSubstr("int16[1,1,64]"), HasSubstr("\"in.0\"")));
+  WriteSafetensors(in, {{"in.0", Tensor(TensorType{DType::kF32, {1, 1, 63}})}});
+  ExpectRefused({"run", golden, "--inputs", in, "--outputs", out_},
+                AllOf(HasSubstr("lm_head.circle"), HasSubstr("[1,1,63]"), HasSubstr("[1,1,64]")));
+}
+
+TEST_F(CliTest, VerifyRefusesADirectoryThatIsNoResult) {
+  ExpectRefused({"verify", model_}, AllOf(HasSubstr(model_ + "/manifest.json"), HasSubstr("No such file")));
+}
+
+TEST_F(CliTest, VerifyRefusesACutFileByItsHash) {
+  ASSERT_EQ(RunProgram(Quantize()).exit_code, 0);
+  fs::resize_file(out_ + "/lm_head.q.circle", 1000);
+  const ProgramResult result = RunProgram({"verify", out_});
+  EXPECT_EQ(result.exit_code, 2);
+  EXPECT_THAT(result.err,
+              AllOf(HasSubstr("lm_head.q.circle"), HasSubstr("differs from the file that manifest.json lists"),
+                    HasSubstr("quantize again")));
+}
+
+// Anyone may hand us a directory with his own manifest and pipeline.
+TEST_F(CliTest, VerifyRefusesHostilePipelines) {
+  ASSERT_EQ(RunProgram(Quantize()).exit_code, 0);
+  const nlohmann::json pipeline = ReadJson(fs::path(out_) / "pipeline.json");
+  const auto expect = [&](const std::function<void(nlohmann::json&)>& change, const Matcher<std::string>& message) {
+    nlohmann::json changed = pipeline;
+    change(changed);
+    WriteJson(fs::path(out_) / "pipeline.json", changed);
+    const ProgramResult result = RunProgram({"verify", out_});
+    EXPECT_EQ(result.exit_code, 2) << result.err;
+    EXPECT_THAT(result.err, AllOf(StartsWith("circlet: "), HasSubstr("pipeline.json"), message));
+  };
+  nlohmann::json manifest = ReadJson(fs::path(out_) / "manifest.json");
+  manifest.erase("outputs");
+  WriteJson(fs::path(out_) / "manifest.json", manifest);
+  expect([](nlohmann::json& json) { json.erase("units"); }, HasSubstr("units"));
+  expect([](nlohmann::json& json) { json["units"] = 3; }, HasSubstr("units"));
+  expect([](nlohmann::json& json) { json["units"][0].erase("file"); }, HasSubstr("file"));
+  expect([](nlohmann::json& json) { json["units"][0]["inputs"][0]["dtype"] = 7; }, HasSubstr("dtype"));
+  expect([](nlohmann::json& json) { json["units"][0]["file"] = "../../etc/passwd"; }, HasSubstr("../../etc/passwd"));
+  expect([](nlohmann::json& json) { json["boundaries"][0].erase("producer"); }, HasSubstr("producer"));
+}
+
+// ---- The command line -----------------------------------------------------------------------------------------------
+
+TEST_F(CliTest, UnknownFlagsAndVerbsNameTheNearest) {
+  const ProgramResult flag = RunProgram(Quantize({"--recipee", "x"}));
+  EXPECT_EQ(flag.exit_code, 2);
+  EXPECT_THAT(flag.err, AllOf(HasSubstr("--recipee"), HasSubstr("nearest: \"--recipe\"")));
+  const ProgramResult verb = RunProgram({"quantise", model_});
+  EXPECT_EQ(verb.exit_code, 2);
+  EXPECT_THAT(verb.err, AllOf(HasSubstr("quantise"), HasSubstr("nearest: \"quantize\"")));
+  EXPECT_EQ(RunProgram({}).exit_code, 2);
+  ExpectNothingLeft();
+}
+
+TEST_F(CliTest, AFlagWithoutItsValueIsNamed) {
+  const ProgramResult result = RunProgram({"quantize", model_, "--output"});
+  EXPECT_EQ(result.exit_code, 2);
+  EXPECT_THAT(result.err, HasSubstr("--output"));
+  const ProgramResult number = RunProgram(Quantize({"--max-seq-len", "many"}));
+  EXPECT_EQ(number.exit_code, 2);
+  EXPECT_THAT(number.err, AllOf(HasSubstr("--max-seq-len"), HasSubstr("many")));
+}
+
+}  // namespace
+}  // namespace circlet
