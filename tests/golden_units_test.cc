@@ -55,19 +55,21 @@ bool SameByDesign(const Gemma4Config& config, const std::string& unit) {
   return unit != "lm_head" || !config.text.final_logit_softcapping;
 }
 
-// Tensors renumbered by first mention, one line each.
+// Lines of a file's listing with its tensors renumbered by first mention, and constants without number: whether two equal
+// shape operands are one tensor is the writer's affair.
 std::vector<std::string> Listing(const fs::path& file) {
-  // The reference shares some equal shape constants and leaves others apart.
-  static const std::regex kShape("#[0-9]+(:INT32\\[[0-9]*\\]:const)");
-  const std::string text = std::regex_replace(circle::Dump(circle::Read(file)), kShape, "#$1");
-  static const std::regex kIndex("#[0-9]+");
-  std::map<std::string, int> numbers;
+  const std::string text = circle::Dump(circle::Read(file));
+  static const std::regex kIndex("#([0-9]+)(:[^ ,]*:const)?");
+  std::map<std::string, size_t> numbers;
   std::string renumbered;
   auto rest = text.cbegin();
   for (std::sregex_iterator it(text.begin(), text.end(), kIndex), end; it != end; ++it) {
-    renumbered.append(rest, (*it)[0].first);
-    renumbered += fmt::format("#{}", numbers.try_emplace(it->str(), numbers.size()).first->second);
-    rest = (*it)[0].second;
+    const std::smatch& match = *it;
+    renumbered.append(rest, match[0].first);
+    renumbered += match[2].matched
+                      ? "#" + match[2].str()
+                      : fmt::format("#{}", numbers.try_emplace(match[1].str(), numbers.size()).first->second);
+    rest = match[0].second;
   }
   renumbered.append(rest, text.cend());
   std::vector<std::string> lines;
@@ -85,7 +87,10 @@ TEST_P(GoldenUnitsTest, OperatorsTypesAndGridsAreThoseOfTheReferencesFiles) {
   for (const std::string& unit : RecordedUnits(GetParam())) {
     const fs::path ours = OurFile(GetParam(), unit);
     if (ours.empty() || !SameByDesign(config, unit)) continue;
-    EXPECT_THAT(Listing(ours), testing::ElementsAreArray(Listing(RecordedFile(GetParam(), unit)))) << unit;
+    const std::vector<std::string> found = Listing(ours);
+    const std::vector<std::string> expected = Listing(RecordedFile(GetParam(), unit));
+    for (size_t i = 0; i < std::max(found.size(), expected.size()); ++i)
+      ASSERT_EQ(i < found.size() ? found[i] : "nothing", i < expected.size() ? expected[i] : "nothing") << unit;
     ++compared;
   }
   EXPECT_GE(compared, 2);
@@ -115,23 +120,17 @@ TEST_P(GoldenUnitsTest, ConstantsAreThoseOfTheReferencesFiles) {
   EXPECT_GE(compared, 3);
 }
 
-TEST_P(GoldenUnitsTest, TheHeadIsTheReferencesWithTheSoftCapBehindIt) {
+TEST_P(GoldenUnitsTest, TheHeadHasTheReferencesOperatorsAndThenTheSoftCap) {
   const Gemma4Config config = ReadConfig(TestData(GetParam().Path("model")));
   if (!config.text.final_logit_softcapping) return;
-  std::vector<std::string> ours = Listing(OurFile(GetParam(), "lm_head"));
-  const std::vector<std::string> golden = Listing(RecordedFile(GetParam(), "lm_head"));
-  const auto operators = [](const std::vector<std::string>& lines) {
+  const auto operators = [](const fs::path& file) {
     std::vector<std::string> names;
-    for (size_t i = 2; i < lines.size(); ++i)
-      names.push_back(lines[i].substr(0, lines[i].find(' ', lines[i].find(' ') + 1)));
+    for (const circle::Operator& op : circle::Read(file).operators) names.push_back(circle::OperatorName(op.code));
     return names;
   };
-  const std::vector<std::string> found = operators(ours), expected = operators(golden);
-  ASSERT_EQ(found.size(), expected.size() + 3);
-  for (size_t i = 0; i < expected.size(); ++i) EXPECT_EQ(found[i], expected[i]);
-  EXPECT_EQ(found[expected.size()], "2 MUL");
-  EXPECT_EQ(found[expected.size() + 1], "3 TANH");
-  EXPECT_EQ(found[expected.size() + 2], "4 MUL");
+  EXPECT_THAT(operators(RecordedFile(GetParam(), "lm_head")), testing::ElementsAre("RMS_NORM", "FULLY_CONNECTED"));
+  EXPECT_THAT(operators(OurFile(GetParam(), "lm_head")),
+              testing::ElementsAre("RMS_NORM", "FULLY_CONNECTED", "MUL", "TANH", "MUL"));
 }
 
 TEST_P(GoldenUnitsTest, NothingIsLeftInFloat) {

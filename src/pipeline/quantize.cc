@@ -65,6 +65,8 @@ QuantizeResult Quantize(const QuantizeOptions& asked) {
   Clock clock(result.seconds);
   Recipe recipe = Recipe::Load(asked.recipe, asked.set);
   const QuantizeOptions options = WithRecipe(asked, recipe);
+  if (!std::filesystem::is_directory(options.model))
+    Fail("{}: is no directory; give a checkpoint directory with config.json and safetensors", options.model.string());
   const Gemma4Config config = ReadConfig(options.model);
   const Dialect& dialect = DialectFromName(options.dialect);
   const RunData data = clock.Time("load", [&] { return LoadRunData(options, recipe, config); });

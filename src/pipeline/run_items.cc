@@ -243,9 +243,10 @@ RunData LoadRunData(const QuantizeOptions& options, const Recipe& recipe, const 
   }
   if (!options.eval_text.empty()) {
     constexpr int64_t kWindow = 255;
-    data.windows =
-        PerplexityWindows(ReadFile(options.eval_text), needs_processor().tokenizer, kWindow, config.text.bos_token_id);
-    if (data.windows.empty()) Fail("{}: holds no text", options.eval_text.string());
+    data.windows = Within(options.eval_text.string(), [&] {
+      return PerplexityWindows(ReadFile(options.eval_text), needs_processor().tokenizer, kWindow,
+                               config.text.bos_token_id);
+    });
     if (options.eval_windows && *options.eval_windows < static_cast<int64_t>(data.windows.size()))
       data.windows.resize(*options.eval_windows);
   }

@@ -114,7 +114,7 @@ void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors, const
   for (const Step& step : stage.steps) {
     std::set<std::string> frozen;
     for (const Item& item : items_)
-      if (Observed(item) && frozen.insert(item.variant).second) calibration_.Freeze(step.build(item), step.stored);
+      if ((Observed(item) || calibration_.Frozen()) && frozen.insert(item.variant).second) calibration_.Freeze(step.build(item), step.stored);
   }
   for (const Step& step : stage.steps) {
     StepRuns runs(step);

@@ -19,7 +19,7 @@ Observer* Calibration::ObserverOf(const Point& point) {
 }
 
 void Calibration::Freeze(const Graph& graph, const WeightSource& weights) {
-  if (all_frozen_) return;
+  if (all_frozen_) return CheckFits(graph, weights);
   for (const Value& value : graph.Values()) {
     const std::string& name = value.weight_point.name;
     if (value.kind != ValueKind::kWeight || name.empty() || params_.Find(name) != nullptr) continue;
@@ -34,6 +34,18 @@ void Calibration::Freeze(const Graph& graph, const WeightSource& weights) {
       params_.Set(circlet::ParamsOf(*observer->second, recipe_.SpecFor(point, dialect_), point.headroom_below));
       observers_.erase(observer);
     }
+  }
+}
+
+void Calibration::CheckFits(const Graph& graph, const WeightSource& weights) const {
+  for (const Value& value : graph.Values()) {
+    if (value.kind != ValueKind::kWeight || value.weight_point.name.empty()) continue;
+    const QParams* grid = GridOf(value.weight_point.name);
+    if (grid == nullptr || !grid->PerChannel()) continue;
+    const int64_t rows = weights(value.name).GetShape()[grid->axis];
+    if (rows != static_cast<int64_t>(grid->scale.size()))
+      Fail("{}: the qparams file has {} grids for {} rows; it belongs to another model, give this one's",
+           value.weight_point.name, grid->scale.size(), rows);
   }
 }
 

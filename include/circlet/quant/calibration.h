@@ -43,7 +43,7 @@ class Calibration final {
 
   // Fixes the grid of every point and parameter that `graph` mentions and that has none yet. Weights are read once, for
   // their exact ranges. Boundary points belong to the graph that computes them. Throws Error naming a point that no
-  // sample reached or that met a NaN or an infinity.
+  // sample reached or that met a NaN or an infinity, or, with frozen points, one whose grids are not the parameter's.
   void Freeze(const Graph& graph, const WeightSource& weights);
 
   // The grid of a point; throws Error when it is not frozen. Null: the recipe leaves the point in float (or MX).
@@ -61,6 +61,8 @@ class Calibration final {
   std::map<std::string, std::unique_ptr<Observer>>& Observers() { return observers_; }
 
  private:
+  void CheckFits(const Graph& graph, const WeightSource& weights) const;
+
   Recipe recipe_;
   Dialect dialect_;
   bool all_frozen_ = false;
