@@ -53,6 +53,13 @@ enum class Phase { kPrefill, kDecode };
 void BuildDecoderLayer(const Builder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
                        const Dialect& dialect, bool inner_outputs = false);
 
+// Blocks of one layer by themselves; what comes out of the layer's norm goes in, on that norm's grid.
+// hidden [1,S,D] -> hidden [1,S,D].
+void BuildTextMlp(const Builder& b, const TextConfig& config, int layer, int64_t length, const Dialect& dialect);
+// Inputs and outputs of BuildDecoderLayer without per_layer_input.
+void BuildTextAttention(const Builder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
+                        const Dialect& dialect);
+
 // Fused embeddings -> last_hidden_state, the whole stack in one graph. Inputs: inputs_embeds [1,S,D]; per_layer_inputs
 // [1,S,L,p]; mask.TYPE [1,1,S,S], then cos.TYPE, sin.TYPE [1,S,h], types in alphabetical order.
 void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect);

@@ -1,0 +1,112 @@
+#include "smoke/random.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <numbers>
+
+#include "circlet/base/error.h"
+#include "circlet/base/threads.h"
+#include "circlet/model/weights.h"
+
+namespace circlet {
+namespace {
+
+constexpr int64_t kGrain = 1 << 14;
+
+// SplitMix64's output function.
+uint64_t Mix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+uint64_t KeyOf(uint64_t seed, std::string_view name) {
+  uint64_t hash = 0xcbf29ce484222325ull;
+  for (const char c : name) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3ull;
+  return Mix(hash ^ Mix(seed));
+}
+
+// In (0, 1).
+float Unit(uint64_t bits) { return (static_cast<float>(bits >> 41) + 0.5f) * 0x1p-23f; }
+
+template <typename Draw>
+Tensor Drawn(const Shape& shape, uint64_t key, const Draw& draw) {
+  Tensor tensor = Tensor::Uninitialized({DType::kF32, shape});
+  const std::span<float> values = tensor.F32();
+  ParallelFor(static_cast<int64_t>(values.size()), kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) values[i] = draw(Mix(key + static_cast<uint64_t>(i)));
+  });
+  return tensor;
+}
+
+Tensor Filled(const Shape& shape, float value) {
+  Tensor tensor = Tensor::Uninitialized({DType::kF32, shape});
+  std::ranges::fill(tensor.F32(), value);
+  return tensor;
+}
+
+Tensor DrawWeight(const Parameter& parameter, WeightLaw law, uint64_t seed) {
+  const std::string& name = parameter.name;
+  const Shape& shape = parameter.shape;
+  const auto ends = [&](std::string_view end) { return name.ends_with(end); };
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  if (ends("_max")) return Filled(shape, kInfinity);
+  if (ends("_min")) return Filled(shape, -kInfinity);
+  if (ends("std_bias")) return Filled(shape, 0.0f);
+  if (ends("norm.weight") || ends("layer_scalar") || ends("std_scale") || ends("position_embedding_table"))
+    return Filled(shape, 1.0f);
+  const bool table = name.find("embed_tokens") != std::string::npos;
+  if (law == WeightLaw::kModel) return RandomNormal(shape, seed, name, 0.02f);
+  if (table) return RandomNormal(shape, seed, name);
+  const float bound = 1.0f / std::sqrt(static_cast<float>(shape[-1]));
+  return RandomUniform(shape, seed, name, -bound, bound);
+}
+
+}  // namespace
+
+Tensor RandomNormal(const Shape& shape, uint64_t seed, std::string_view name, float deviation) {
+  // Box-Muller; both uniforms from one word would leave too few bits, so the second is mixed again.
+  return Drawn(shape, KeyOf(seed, name), [deviation](uint64_t bits) {
+    const float radius = std::sqrt(-2.0f * std::log(Unit(bits)));
+    return deviation * radius * std::cos(2.0f * std::numbers::pi_v<float> * Unit(Mix(bits)));
+  });
+}
+
+Tensor RandomUniform(const Shape& shape, uint64_t seed, std::string_view name, float low, float high) {
+  return Drawn(shape, KeyOf(seed, name), [low, high](uint64_t bits) { return low + (high - low) * Unit(bits); });
+}
+
+Tensor RandomIds(const Gemma4Config& config, int64_t count, uint64_t seed, std::string_view name) {
+  Tensor ids(TensorType{DType::kI64, {1, count}});
+  const uint64_t key = KeyOf(seed, name);
+  const auto forbidden = [&](int64_t id) {
+    return id == config.image_token_id || id == config.video_token_id || id == config.audio_token_id;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    uint64_t bits = Mix(key + static_cast<uint64_t>(i));
+    while (forbidden(static_cast<int64_t>(bits % config.text.vocab_size))) bits = Mix(bits);
+    ids.I64()[i] = static_cast<int64_t>(bits % config.text.vocab_size);
+  }
+  return ids;
+}
+
+WeightSource RandomWeights(const Gemma4Config& config, WeightLaw law, uint64_t seed) {
+  auto shapes = std::make_shared<std::map<std::string, Parameter>>();
+  for (Parameter& parameter : Parameters(config)) (*shapes)[parameter.name] = parameter;
+  auto made = std::make_shared<std::map<std::string, Tensor>>();
+  const bool tied = config.tie_word_embeddings;
+  return [=](const std::string& asked) {
+    const std::string name =
+        tied && asked == "lm_head.weight" ? "model.language_model.embed_tokens.weight" : asked;
+    Tensor& tensor = (*made)[name];
+    if (!tensor.Empty()) return tensor;
+    const auto parameter = shapes->find(name);
+    CIRCLET_CHECK(parameter != shapes->end(), "the model has no parameter {}", name);
+    return tensor = DrawWeight(parameter->second, law, seed);
+  };
+}
+
+}  // namespace circlet

@@ -1,0 +1,202 @@
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "circlet/base/error.h"
+#include "circlet/circle/export.h"
+#include "circlet/io/file.h"
+#include "circlet/report/terminal.h"
+#include "smoke/session.h"
+
+namespace circlet {
+namespace {
+
+// A bound that allows this many times the measured error says little about it.
+constexpr double kWidestBound = 3.0;
+
+class Runner {
+ public:
+  Runner(const SmokeCase& test_case, const SmokeRun& run, SmokeResult& result)
+      : case_(test_case), run_(run), result_(result) {}
+
+  void Run() {
+    if (std::ranges::find(case_.profiles, run_.size.profile) == case_.profiles.end()) {
+      Failed("UNAVAILABLE", fmt::format("{} has no profile {}; choose {}", case_.name, run_.size.profile,
+                                        fmt::join(case_.profiles, " or ")));
+      return;
+    }
+    std::optional<SmokeSession> session;
+    if (!Try("CONFIG", [&] { session.emplace(MakeSession()); })) return;
+    if (!Try("CONFIG", [&] { Calibrate(*session); }) || !result_.failures.empty()) return;
+    if (!Try("SHAPE", [&] { Compare(*session); }) || !run_.export_circle) return;
+    Export(*session);
+  }
+
+ private:
+  void Failed(const std::string& kind, const std::string& message) {
+    if (std::ranges::find(result_.failures, kind) == result_.failures.end()) result_.failures.push_back(kind);
+    result_.messages.push_back(fmt::format("{}: {}", kind, message));
+  }
+  void Warn(const std::string& message) {
+    ++result_.warnings;
+    result_.messages.push_back("warning: " + message);
+  }
+  template <typename Body>
+  bool Try(const char* kind, const Body& body) {
+    try {
+      body();
+      return true;
+    } catch (const std::exception& error) {
+      Failed(kind, error.what());
+      return false;
+    }
+  }
+
+  SmokeSession MakeSession() {
+    const Recipe recipe = Recipe::Load(run_.recipe.empty() ? case_.recipe : run_.recipe, run_.set);
+    SmokeSize size = run_.size;
+    if (run_.calibration_iters > 0) size.samples = run_.calibration_iters;
+    std::vector<SmokePart> parts = case_.build(size);
+    SmokeSession session(recipe, std::move(parts));
+    const std::vector<std::string> points = session.PointNames();
+    result_.points = static_cast<int64_t>(points.size());
+    for (const std::string& unused : recipe.UnusedOverrides(points)) Warn(unused);
+    return session;
+  }
+
+  // A float model that is not finite has no grids, so it is told before they are asked for.
+  void Calibrate(SmokeSession& session) {
+    session.Observe(run_.calibration_iters);
+    for (const SmokePart& part : session.Parts()) {
+      references_.push_back(session.RunFloat(part, part.evaluation));
+      const Tensor& output = references_.back().at(part.graph.Outputs().front().name);
+      ErrorMetrics metrics;
+      metrics.Add(output, output);
+      if (!metrics.Finite()) {
+        result_.metrics = metrics;
+        Failed("NON-FINITE", fmt::format("the float model gives {} values that are not finite",
+                                         metrics.nonfinite_reference));
+      }
+    }
+    for (const std::string& point : session.NonFinite())
+      Failed("NON-FINITE", fmt::format("{}: a calibration sample brought a NaN or an infinity", point));
+    if (result_.failures.empty()) session.Freeze();
+  }
+
+  void Compare(SmokeSession& session) {
+    ErrorMetrics metrics;
+    std::vector<float> float_values, quant_values;
+    for (size_t i = 0; i < session.Parts().size(); ++i) {
+      const SmokePart& part = session.Parts()[i];
+      simulated_.push_back(session.RunRounded(part, part.evaluation));
+      const std::string& output = part.graph.Outputs().front().name;
+      const Tensor &expected = references_[i].at(output), &got = simulated_.back().at(output);
+      result_.float_shape = expected.GetShape();
+      result_.quant_shape = got.GetShape();
+      metrics.Add(expected, got);
+      float_values.insert(float_values.end(), expected.F32().begin(), expected.F32().end());
+      quant_values.insert(quant_values.end(), got.F32().begin(), got.F32().end());
+    }
+    result_.metrics = metrics;
+    if (metrics.nonfinite_quantized > 0)
+      Failed("NON-FINITE", fmt::format("the quantized model gives {} values that are not finite",
+                                       metrics.nonfinite_quantized));
+    if (!metrics.Finite()) {
+      if (run_.plot) Warn("no plot: there are values that are not finite");
+      return;
+    }
+    CheckBounds(metrics);
+    if (run_.plot) result_.plot = ScatterPlot(float_values, quant_values);
+  }
+
+  void CheckBounds(const ErrorMetrics& metrics) {
+    result_.bounds =
+        run_.bounds ? run_.bounds : BoundsOf(case_.name, run_.size.profile, result_.recipe);
+    const bool standard = run_.set.empty() && run_.size.counts.profile.empty();
+    if (!result_.bounds || (!run_.bounds && !standard)) {
+      result_.bounds.reset();
+      result_.messages.push_back(fmt::format("no bounds are known for {}, profile {}, recipe {}{}", case_.name,
+                                             run_.size.profile, result_.recipe, standard ? "" : " with changes"));
+      return;
+    }
+    const SmokeBounds& bounds = *result_.bounds;
+    const double mean = metrics.MeanAbs(), peir = metrics.Peir();
+    if (mean > bounds.max_mean)
+      Failed("ACCURACY", fmt::format("mean |diff| is {:.6f}, at most {:.6f} is allowed", mean, bounds.max_mean));
+    if (peir > bounds.max_peir)
+      Failed("ACCURACY", fmt::format("PEIR is {:.6f}, at most {:.6f} is allowed", peir, bounds.max_peir));
+    if (mean < bounds.min_mean)
+      Failed("ACCURACY", fmt::format("mean |diff| is {:.6f}, less than the {:.6f} that rounding costs at least: some "
+                                     "points are not quantized",
+                                     mean, bounds.min_mean));
+    if (bounds.max_mean > kWidestBound * mean)
+      Warn(fmt::format("the bound of mean |diff|, {:.6f}, is more than {} times the measured {:.6f}", bounds.max_mean,
+                       kWidestBound, mean));
+    if (bounds.max_peir > kWidestBound * peir)
+      Warn(fmt::format("the bound of PEIR, {:.6f}, is more than {} times the measured {:.6f}", bounds.max_peir,
+                       kWidestBound, peir));
+  }
+
+  // The file of the last part, which has every input.
+  void Export(SmokeSession& session) {
+    const SmokePart& part = session.Parts().back();
+    const Graph& graph = part.exported ? *part.exported : part.graph;
+    const std::filesystem::path path = run_.output_dir / (case_.name + ".q.circle");
+    const bool written = Try("EXPORT", [&] {
+      std::filesystem::create_directories(run_.output_dir);
+      const circle::Model model = circle::ToCircle(graph, CalibratedGrids(session.GetCalibration(), part.stored));
+      result_.operators = static_cast<int64_t>(model.operators.size());
+      result_.bytes = run_.write ? run_.write(model, path) : circle::Write(model, path);
+    });
+    if (!written) return;
+    result_.artifacts["circle"] = path.string();
+    session.GetCalibration().DropWeights();
+    Try("VERIFY", [&] { Verify(path, graph, part); });
+  }
+
+  void Verify(const std::filesystem::path& path, const Graph& graph, const SmokePart& part) {
+    const circle::Model file = circle::Read(path);
+    const SmokeValues computed = circle::RunModel(file, part.evaluation);
+    for (size_t i = 0; i < file.outputs.size(); ++i) {
+      const circle::Tensor& tensor = file.tensors[file.outputs[i]];
+      const std::string& name = graph.Outputs()[i].name;
+      const std::span<const float> got = computed.at(tensor.name).F32(), expected = simulated_.back().at(name).F32();
+      if (got.size() != expected.size())
+        Fail("{}: output {} has {} values, the simulation {}", path.string(), name, got.size(), expected.size());
+      const float scale = tensor.qparams ? tensor.qparams->scale[0] : 1.0f;
+      int64_t different = 0, first = -1;
+      for (size_t k = 0; k < got.size(); ++k) {
+        if (got[k] == expected[k]) continue;
+        if (different++ == 0) first = static_cast<int64_t>(k);
+      }
+      result_.verified += static_cast<int64_t>(got.size());
+      if (different > 0)
+        Failed("VERIFY", fmt::format("{}: {} of {} values of {} are not the simulation's; the first is value {}: {}, "
+                                     "simulated {} ({} codes apart)",
+                                     path.string(), different, got.size(), name, first, got[first], expected[first],
+                                     std::lround((got[first] - expected[first]) / scale)));
+    }
+  }
+
+  const SmokeCase& case_;
+  const SmokeRun& run_;
+  SmokeResult& result_;
+  std::vector<SmokeValues> references_, simulated_;  // by part
+};
+
+}  // namespace
+
+SmokeResult RunSmoke(const SmokeCase& test_case, const SmokeRun& run) {
+  SmokeResult result{.name = test_case.name,
+                     .profile = run.size.profile,
+                     .recipe = run.recipe.empty() ? test_case.recipe : run.recipe};
+  const auto begin = std::chrono::steady_clock::now();
+  Runner(test_case, run, result).Run();
+  if (run.strict && result.warnings > 0) result.failures.push_back("STRICT");
+  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  return result;
+}
+
+}  // namespace circlet
