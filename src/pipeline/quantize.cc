@@ -69,7 +69,7 @@ QuantizeResult Quantize(const QuantizeOptions& asked) {
     Fail("{}: is no directory; give a checkpoint directory with config.json and safetensors", options.model.string());
   const Gemma4Config config = ReadConfig(options.model);
   const Dialect& dialect = DialectFromName(options.dialect);
-  const RunData data = clock.Time("load", [&] { return LoadRunData(options, recipe, config); });
+  RunData data = clock.Time("load", [&] { return LoadRunData(options, recipe, config); });
   const ModelWeights weights = clock.Time("load", [&] { return ModelWeights::Open(config, options.model); });
 
   Calibration calibration(std::move(recipe), dialect);
@@ -77,6 +77,7 @@ QuantizeResult Quantize(const QuantizeOptions& asked) {
   ActivationStore store;
   RunContext context{.config = config, .weights = weights, .calibration = calibration, .store = store};
   MakeItems(data, options, context);
+  ReleasePictures(data);
   TextRun text(context);
   std::vector<Point> points = text.Points();
   if (config.vision && !options.text_only)

@@ -82,6 +82,10 @@ class ItemMaker {
     const Tensor positions = ImageRow(sample.image_position_ids, image);
     ImageItem item{.pixel_values = ImageRow(sample.pixel_values, image),
                    .positions = {positions.I64().begin(), positions.I64().end()}};
+    item.budget = LayoutOf(*context_.config.vision, item.positions).slots;
+    // Padding patches change nothing that is read (gemma4.md 5), so only the verification picture carries them, as the
+    // exported graphs do; the reference also takes its ranges over them.
+    if (kind != ItemKind::kVerify && !context_.GetDialect().duplicate_points) Trim(item);
     // Observers tell pictures apart by number; calibration pictures come first, so theirs do not depend on the others.
     item.item = {.id = RunContext::kFirstImage + static_cast<int>(context_.images.size()),
                  .kind = kind,
@@ -95,16 +99,24 @@ class ItemMaker {
     return context_.images.back().item.id;
   }
 
+  void Trim(ImageItem& item) const {
+    const int64_t valid = LayoutOf(*context_.config.vision, item.positions).valid;
+    item.positions.resize(valid * 2);
+    item.pixel_values = Tensor({DType::kF32, {1, valid, item.pixel_values.GetShape()[2]}}, item.pixel_values.Raw(),
+                               std::make_shared<Tensor>(item.pixel_values));
+  }
+
   RunContext& context_;
 };
 
 VisionProfile ProfileOf(const RunContext& context, const TextItem& text) {
   const VisionConfig& vision = *context.config.vision;
-  const PatchLayout layout = LayoutOf(vision, context.ImageOf(text.images[0]).positions);
+  const ImageItem& image = context.ImageOf(text.images[0]);
+  const PatchLayout layout = LayoutOf(vision, image.positions);
   VisionProfile profile{.name = "custom",
                         .visual_start_idx = text.places[0],
                         .num_visual_tokens = layout.tokens,
-                        .max_soft_tokens = layout.slots,
+                        .max_soft_tokens = image.budget,
                         .patch_grid_height = layout.valid / layout.grid_width,
                         .patch_grid_width = layout.grid_width,
                         .patch_size = vision.patch_size,
@@ -319,6 +331,12 @@ void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& 
   ids.resize(context.max_seq_len, context.config.text.pad_token_id);
   keep.resize(context.max_seq_len, 0);
   maker.Add(ItemKind::kVerify, 0, "verify", std::move(ids), std::move(keep), &*chosen);
+}
+
+void ReleasePictures(RunData& data) {
+  for (std::vector<Sample>* samples : {&data.calibration, &data.evaluation})
+    for (Sample& sample : *samples) sample.pixel_values = Tensor();
+  for (CaptionTask& task : data.captions) task.prompt.pixel_values = Tensor();
 }
 
 std::optional<VisionProfile> ExportedProfile(const RunContext& context) {

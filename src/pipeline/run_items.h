@@ -30,6 +30,9 @@ RunData LoadRunData(const QuantizeOptions& options, const Recipe& recipe, const 
 // The verification sample is the longest with the vision layout of the exported units, right-padded.
 void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& context);
 
+// The items hold the pixels that they need.
+void ReleasePictures(RunData& data);
+
 // The layout that the exported vision units are made for; none without pictures.
 std::optional<VisionProfile> ExportedProfile(const RunContext& context);
 

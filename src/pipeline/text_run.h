@@ -20,6 +20,7 @@ struct ImageItem {
   Item item;
   Tensor pixel_values;             // [1,P,3 ps^2]
   std::vector<int64_t> positions;  // [P,2]
+  int64_t budget = 0;              // soft tokens that the sample's padding holds
 };
 
 // A sequence as the text stages read it.

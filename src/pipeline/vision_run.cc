@@ -153,6 +153,9 @@ std::vector<Stage> VisionRun::Stages() {
 void VisionRun::DropAfter(size_t stage) {
   // Stage 2 + i is layer i. The units are written at the end and read every boundary of the verification picture.
   State& s = *state_;
+  if (stage == 1)
+    for (ImageItem& image : s.context.images)
+      if (image.item.kind != ItemKind::kVerify) image.pixel_values = Tensor();
   if (stage < 2) return;
   const int kept = s.Verify() == nullptr ? -1 : s.Verify()->images[0];
   s.context.store.Drop(HiddenKey(static_cast<int>(stage) - 2), kept);
