@@ -7,15 +7,18 @@
 #include "circlet/base/error.h"
 #include "circlet/io/json.h"
 #include "circlet/smoke/smoke.h"
+#include "circlet/smoke/trace.h"
 #include "cli/commands.h"
 
 namespace circlet {
 namespace {
 
 struct InspectOptions {
-  std::string mode = "wrapper-smoke", config, case_name, profile, export_kind, output_dir, report_json, recipe, compare;
+  std::string mode = "wrapper-smoke", config, case_name, profile, export_kind, output_dir, report_json, recipe, compare,
+      model, samples, explain;
   std::vector<std::string> set;
   std::optional<int> calibration_iters;
+  int rows = 30;
   bool list_cases = false, no_plot = false, strict = false;
 };
 
@@ -96,6 +99,38 @@ int RunCases(const InspectOptions& options) {
   return 0;
 }
 
+int RunTrace(const InspectOptions& options) {
+  const SmokeRun run = ReadRun(options);
+  std::vector<SmokePart> parts;
+  std::string recipe = run.recipe;
+  int iters = options.calibration_iters.value_or(0);
+  if (!options.model.empty()) {
+    if (options.samples.empty()) Fail("inspect: --model needs --samples FILE (JSON lines or safetensors)");
+    parts = ModelParts(options.model, options.samples);
+    if (recipe.empty()) recipe = "default";
+    // Every sample is a part of its own.
+    if (iters > 0 && iters + 1 < static_cast<int>(parts.size())) parts.erase(parts.begin() + iters, parts.end() - 1);
+  } else {
+    if (options.case_name.empty()) Fail("inspect: trace what? --case NAME, or --model DIR --samples FILE");
+    const SmokeCase& known = FindSmokeCase(options.case_name);
+    SmokeSize size = run.size;
+    if (run.calibration_iters > 0) size.samples = run.calibration_iters;
+    parts = known.build(size);
+    if (recipe.empty()) recipe = known.recipe;
+  }
+  const std::vector<TracePoint> points = Trace(std::move(parts), Recipe::Load(recipe, run.set), iters, options.explain);
+  if (options.explain.empty()) {
+    fmt::print("{}", TraceText(points, options.rows));
+    return 0;
+  }
+  for (const TracePoint& point : points) {
+    if (point.name != options.explain) continue;
+    fmt::print("{}", ExplainText(point));
+    return 0;
+  }
+  Fail("inspect: {} is a parameter's grid; `--explain` shows points that values pass", options.explain);
+}
+
 }  // namespace
 
 void AddInspect(CLI::App& app, std::function<int()>& command) {
@@ -103,9 +138,10 @@ void AddInspect(CLI::App& app, std::function<int()>& command) {
   CLI::App* inspect = app.add_subcommand("inspect", "Run parts of the model one by one and find what is inexact");
   inspect->footer(
       "Example:\n  circlet inspect --case gemma4_model --export circle --output-dir out/wrapper_smoke\n"
-      "  circlet inspect --case all --report-json out/smoke.json --strict");
-  inspect->add_option("--mode", options->mode, "wrapper-smoke")
-      ->check(CLI::IsMember({"wrapper-smoke"}))
+      "  circlet inspect --case all --report-json out/smoke.json --strict\n"
+      "  circlet inspect --mode trace --case gemma4_text_decoder_layer_prefill");
+  inspect->add_option("--mode", options->mode, "wrapper-smoke or trace")
+      ->check(CLI::IsMember({"wrapper-smoke", "trace"}))
       ->capture_default_str();
   inspect->add_option("--config", options->config, "YAML with debug.wrapper_smoke (recipes/wrapper_smoke.yaml)");
   inspect->add_option("--case", options->case_name, "One case, or all");
@@ -119,6 +155,10 @@ void AddInspect(CLI::App& app, std::function<int()>& command) {
   inspect->add_option("--export", options->export_kind, "none or circle")->check(CLI::IsMember({"none", "circle"}));
   inspect->add_option("--output-dir", options->output_dir, "Where files go; default out/wrapper_smoke");
   inspect->add_option("--report-json", options->report_json, "Also write the results as JSON");
+  inspect->add_option("--model", options->model, "trace: a checkpoint instead of a case");
+  inspect->add_option("--samples", options->samples, "trace: its samples, JSON lines or safetensors; the last is measured");
+  inspect->add_option("--explain", options->explain, "trace: histogram of one point");
+  inspect->add_option("--rows", options->rows, "trace: points listed")->check(CLI::PositiveNumber)->capture_default_str();
   inspect->add_flag("--no-plot", options->no_plot, "No scatter plot");
   inspect->add_flag("--strict", options->strict, "Warnings fail too");
   inspect->callback([options, &command] {
@@ -127,7 +167,7 @@ void AddInspect(CLI::App& app, std::function<int()>& command) {
         ListCases();
         return 0;
       }
-      return RunCases(*options);
+      return options->mode == "trace" ? RunTrace(*options) : RunCases(*options);
     };
   });
 }

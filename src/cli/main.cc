@@ -52,6 +52,7 @@ int main(int argc, char** argv) {
   circlet::AddVerify(app, command);
   circlet::AddShow(app, command);
   circlet::AddRun(app, command);
+  circlet::AddExample(app, command);
   circlet::AddInspect(app, command);
   try {
     app.parse(argc, argv);

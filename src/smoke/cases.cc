@@ -41,7 +41,11 @@ std::vector<SmokeCase> MakeCases() {
     changed.sizes.config.text.layers[kFull].k_eq_v = true;
     return AttentionParts(changed, kFull, Phase::kPrefill);
   };
-  const auto longer = [](SmokeSizes& sizes) { sizes.length = 16; };
+  // Ids below the placeholders': the calibration samples hold every row that the evaluated one asks for.
+  const auto longer = [](SmokeSizes& sizes) {
+    sizes.length = 16;
+    sizes.id_limit = sizes.config.image_token_id;
+  };
   const auto small_patches = [](SmokeSizes& sizes) { SetPicture(sizes, 4, 2, 4, 4); };
   const auto eight_patches = [](SmokeSizes& sizes) { SetPicture(sizes, 16, 2, 2, 4); };
   return {

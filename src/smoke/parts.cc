@@ -152,8 +152,8 @@ std::vector<SmokePart> WordEmbeddingParts(const PartOptions& options) {
       [&](const Builder& b) {
         BuildTokenEmbedding(b, sizes.config.text, length, sizes.config.text.vocab_size, kDefault);
       },
-      ModuleWeights(options), [&](const std::string& sample) {
-        return SmokeValues{{"ids", RandomIds(sizes.config, length, options.seed, sample + "ids")}};
+      RandomWeights(sizes.config, WeightLaw::kModel, options.seed), [&](const std::string& sample) {
+        return SmokeValues{{"ids", RandomIds(sizes.config, sizes.id_limit, length, options.seed, sample + "ids")}};
       }));
 }
 
@@ -242,7 +242,7 @@ std::vector<SmokePart> WholeModelParts(const PartOptions& options, WholeModel wh
     return MakePart(
         whole, build, stored,
         [&](const std::string& sample) {
-          SmokeValues values{{"ids", RandomIds(config, sizes.length, whole.seed, sample + "ids")}};
+          SmokeValues values{{"ids", RandomIds(config, sizes.id_limit, sizes.length, whole.seed, sample + "ids")}};
           if (image == nullptr) return values;
           for (int64_t i = 0; i < tokens; ++i) values["ids"].I64()[sizes.start + i] = config.text.pad_token_id;
           values["pixel_values"] = RandomUniform({1, PatchesOf(whole), config.vision->PatchValues()}, whole.seed,

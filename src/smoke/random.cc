@@ -79,16 +79,17 @@ Tensor RandomUniform(const Shape& shape, uint64_t seed, std::string_view name, f
   return Drawn(shape, KeyOf(seed, name), [low, high](uint64_t bits) { return low + (high - low) * Unit(bits); });
 }
 
-Tensor RandomIds(const Gemma4Config& config, int64_t count, uint64_t seed, std::string_view name) {
+Tensor RandomIds(const Gemma4Config& config, int64_t limit, int64_t count, uint64_t seed, std::string_view name) {
   Tensor ids(TensorType{DType::kI64, {1, count}});
   const uint64_t key = KeyOf(seed, name);
+  if (limit <= 0) limit = config.text.vocab_size;
   const auto forbidden = [&](int64_t id) {
     return id == config.image_token_id || id == config.video_token_id || id == config.audio_token_id;
   };
   for (int64_t i = 0; i < count; ++i) {
     uint64_t bits = Mix(key + static_cast<uint64_t>(i));
-    while (forbidden(static_cast<int64_t>(bits % config.text.vocab_size))) bits = Mix(bits);
-    ids.I64()[i] = static_cast<int64_t>(bits % config.text.vocab_size);
+    while (forbidden(static_cast<int64_t>(bits % limit))) bits = Mix(bits);
+    ids.I64()[i] = static_cast<int64_t>(bits % limit);
   }
   return ids;
 }

@@ -13,8 +13,8 @@ namespace circlet {
 
 Tensor RandomNormal(const Shape& shape, uint64_t seed, std::string_view name, float deviation = 1.0f);
 Tensor RandomUniform(const Shape& shape, uint64_t seed, std::string_view name, float low, float high);
-// [1,count] ids of [0,vocab) without the config's placeholders.
-Tensor RandomIds(const Gemma4Config& config, int64_t count, uint64_t seed, std::string_view name);
+// [1,count] ids of [0,limit), 0 = the vocabulary, without the config's placeholders.
+Tensor RandomIds(const Gemma4Config& config, int64_t limit, int64_t count, uint64_t seed, std::string_view name);
 
 enum class WeightLaw : uint8_t {
   kModule,  // linears uniform in +-1/sqrt(fan_in), tables N(0,1)

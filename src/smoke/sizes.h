@@ -15,6 +15,7 @@ struct SmokeSizes {
   int64_t patches = 8;              // P of single vision layers
   std::vector<int64_t> positions;   // of the picture
   int64_t start = 1;                // of its tokens
+  int64_t id_limit = 0;             // token ids are below it; 0 = the vocabulary
   bool causal = true;               // plain attention cases are masked too
 };
 

@@ -1,0 +1,42 @@
+#pragma once
+
+// Where accuracy is lost: the points of a case or of a model one by one, on a sample that was not calibrated on.
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "circlet/smoke/smoke.h"
+
+namespace circlet {
+
+struct TracePoint {
+  std::string name;
+  float min = 0, max = 0;  // of the float values
+  std::optional<QParams> grid;
+  double used = 0;     // share of the grid's range that they span
+  double clipped = 0;  // share of arriving values outside the grid
+  // Error of the fake-quantized values, root mean square over that of the float ones: at the points that feed this
+  // one, and behind its own rounding.
+  double error_in = 0, error_out = 0;
+  std::vector<float> values;  // float, only of the explained point
+
+  double Jump() const { return error_out - error_in; }
+};
+
+// Observes the samples (`iters` of each part; 0 or less: all), freezes and runs the last part's evaluation sample in
+// both readings. Points in order of computation; the values of `explain`, if not empty, are kept. Throws Error with the
+// nearest name when there is no such point.
+std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe, int iters,
+                              const std::string& explain = "");
+
+// A checkpoint on samples: JSON lines (the last one is evaluated) or safetensors (calib.N.*, eval.0). One image a
+// sample; samples with more are an Error.
+std::vector<SmokePart> ModelParts(const std::filesystem::path& model, const std::filesystem::path& samples);
+
+// The first point whose error jumps by at least half of the largest jump, then the others by jump; `rows` in all.
+std::string TraceText(const std::vector<TracePoint>& points, int rows = 30);
+// Histogram of one point's float values with the ends of its grid.
+std::string ExplainText(const TracePoint& point);
+
+}  // namespace circlet

@@ -1,0 +1,236 @@
+#include "circlet/smoke/trace.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <numeric>
+
+#include "circlet/base/error.h"
+#include "circlet/io/names.h"
+#include "circlet/model/vision.h"
+#include "circlet/model/weights.h"
+#include "circlet/preprocess/samples.h"
+#include "circlet/report/terminal.h"
+#include "smoke/session.h"
+
+namespace circlet {
+namespace {
+
+// Keeps what arrives at every point and what leaves it.
+class Capture final : public PointReading {
+ public:
+  // `calibration` null: float, nothing is rounded.
+  explicit Capture(const Calibration* calibration) {
+    if (calibration != nullptr) rounding_ = std::make_unique<FakeQuantReading>(*calibration);
+  }
+
+  struct Kept final : PointVisitor {
+    Kept(int64_t elements, PointVisitor* rounding_visitor)
+        : before(static_cast<size_t>(elements)), after(before.size()), rounding(rounding_visitor) {}
+    void Visit(std::span<float> values, int64_t first) override {
+      std::ranges::copy(values, before.begin() + first);
+      if (rounding != nullptr) rounding->Visit(values, first);
+      std::ranges::copy(values, after.begin() + first);
+    }
+    std::vector<float> before, after;
+    PointVisitor* rounding;
+  };
+
+  PointVisitor* At(const Point& point, const TensorType& type) override {
+    auto& kept = kept_[point.name];
+    kept = std::make_unique<Kept>(type.shape.Elements(), rounding_ ? rounding_->At(point, type) : nullptr);
+    return kept.get();
+  }
+  bool Writes() const override { return rounding_ != nullptr; }
+  const Kept* Find(const std::string& name) const {
+    const auto it = kept_.find(name);
+    return it == kept_.end() ? nullptr : it->second.get();
+  }
+
+ private:
+  std::unique_ptr<FakeQuantReading> rounding_;
+  std::map<std::string, std::unique_ptr<Kept>> kept_;
+};
+
+double RelativeError(std::span<const float> reference, std::span<const float> got) {
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < reference.size(); ++i) {
+    difference += std::pow(static_cast<double>(got[i]) - reference[i], 2);
+    size += std::pow(static_cast<double>(reference[i]), 2);
+  }
+  return size > 0 ? std::sqrt(difference / size) : std::sqrt(difference);
+}
+
+struct GridEnds {
+  float low, high;
+};
+GridEnds EndsOf(const QParams& grid) {
+  const CodeRange codes = CodesOf(grid.dtype);
+  const auto value = [&](int64_t code) { return grid.scale[0] * static_cast<float>(code - grid.zero_point[0]); };
+  return {value(codes.min), value(codes.max)};
+}
+
+TracePoint Describe(const std::string& name, const Capture::Kept& reference, const Capture::Kept& rounded,
+                    const QParams* grid) {
+  TracePoint point{.name = name};
+  const auto [low, high] = std::ranges::minmax(reference.before);
+  point.min = low;
+  point.max = high;
+  point.error_out = RelativeError(reference.before, rounded.after);
+  if (grid == nullptr || grid->PerChannel()) return point;
+  point.grid = *grid;
+  const GridEnds ends = EndsOf(*grid);
+  point.used = (std::min(high, ends.high) - std::max(low, ends.low)) / (ends.high - ends.low);
+  const float half = grid->scale[0] / 2;
+  const auto outside = std::ranges::count_if(
+      rounded.before, [&](float value) { return value < ends.low - half || value > ends.high + half; });
+  point.clipped = static_cast<double>(outside) / static_cast<double>(rounded.before.size());
+  return point;
+}
+
+// The graph's points with the error of what feeds each.
+std::vector<TracePoint> Walk(const Graph& graph, const Capture& reference, const Capture& rounded,
+                             const Calibration& calibration) {
+  std::vector<TracePoint> points;
+  std::vector<double> error(graph.Values().size(), 0.0);  // by value, of the last point on the way to it
+  for (const Node& node : graph.Nodes()) {
+    double arriving = 0;
+    for (const ValueId in : node.in) arriving = std::max(arriving, error[in]);
+    for (const Point& point : node.points) {
+      const Capture::Kept *f = reference.Find(point.name), *q = rounded.Find(point.name);
+      if (point.name.empty() || f == nullptr || q == nullptr) continue;
+      points.push_back(Describe(point.name, *f, *q, calibration.GridOf(point.name)));
+      points.back().error_in = arriving;
+      arriving = points.back().error_out;
+    }
+    for (const ValueId out : node.out) error[out] = arriving;
+  }
+  return points;
+}
+
+SmokePart PartOf(const Gemma4Config& config, const ModelWeights& weights, const Sample& sample) {
+  std::vector<int64_t> ids;
+  for (size_t i = 0; i < sample.input_ids.size(); ++i)
+    if (sample.attention_mask.empty() || sample.attention_mask[i] != 0) ids.push_back(sample.input_ids[i]);
+  const int64_t length = static_cast<int64_t>(ids.size());
+  SmokePart part{.name = sample.source};
+  const auto stored = [&weights](const std::string& name) { return weights.Float(name); };
+  part.stored = stored;
+  std::optional<ImageSlot> slot;
+  SmokeValues values;
+  std::vector<int64_t> image_tokens;
+  if (!sample.pixel_values.Empty()) {
+    const Shape& pixels = sample.pixel_values.GetShape();
+    if (pixels[0] != 1) Fail("{}: {} images; a trace takes samples with one image or none", sample.source, pixels[0]);
+    const std::span<const int64_t> positions = sample.image_position_ids.I64();
+    slot.emplace(ImageSlot{{positions.begin(), positions.end()}, 0});
+    image_tokens = {LayoutOf(*config.vision, slot->positions).tokens};
+    values["pixel_values"] = sample.pixel_values;
+    part.stored = VisionWeights(*config.vision, stored, kDefault).For(slot->positions);
+  }
+  const std::vector<int64_t> places = CheckPlaceholders(config, ids, image_tokens);
+  if (slot) slot->start = places.front();
+  values["ids"] = Tensor::Of<int64_t>({1, length}, WithoutPlaceholders(config, ids));
+  BuildGemma4Full(Builder(part.graph), config, length, slot ? &*slot : nullptr, kDefault);
+  part.evaluation = values;
+  part.calibration = {std::move(values)};
+  return part;
+}
+
+std::string Percent(double share) { return fmt::format("{:.2f}", 100 * share); }
+
+}  // namespace
+
+std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe, int iters,
+                              const std::string& explain) {
+  SmokeSession session(recipe, std::move(parts));
+  if (!explain.empty()) {
+    const std::vector<std::string> names = session.PointNames();
+    if (std::ranges::find(names, explain) == names.end())
+      Fail("inspect: no point \"{}\"{}; --mode trace without --explain lists all", explain,
+           NearestHint(explain, names));
+  }
+  session.Observe(iters);
+  session.Freeze();
+  const SmokePart& part = session.Parts().back();
+  Capture reference(nullptr), rounded(&session.GetCalibration());
+  session.RunFloat(part, part.evaluation, &reference);
+  session.RunRounded(part, part.evaluation, &rounded);
+  std::vector<TracePoint> points = Walk(part.graph, reference, rounded, session.GetCalibration());
+  for (TracePoint& point : points)
+    if (point.name == explain) point.values = reference.Find(explain)->before;
+  return points;
+}
+
+std::vector<SmokePart> ModelParts(const std::filesystem::path& model, const std::filesystem::path& samples) {
+  const auto config = std::make_shared<const Gemma4Config>(ReadConfig(model));
+  const auto weights = std::make_shared<const ModelWeights>(ModelWeights::Open(*config, model));
+  const SampleOptions options{.vocab_size = config->text.vocab_size,
+                              .placeholders = {config->image_token_id, config->video_token_id, config->audio_token_id}};
+  std::vector<Sample> all;
+  if (samples.extension() == ".safetensors") {
+    all = SamplesFromSafetensors(samples, "calib", options).samples;
+    all.push_back(SamplesFromSafetensors(samples, "eval", options).samples.front());
+  } else {
+    all = LoadJsonl(samples, LoadProcessor(model), options).samples;
+  }
+  if (all.size() < 2)
+    Fail("{}: {} sample; a trace calibrates on all but the last and needs at least 2", samples.string(), all.size());
+  std::vector<SmokePart> parts;
+  for (const Sample& sample : all) {
+    parts.push_back(PartOf(*config, *weights, sample));
+    parts.back().stored = [config, weights, stored = parts.back().stored](const std::string& name) {
+      return stored(name);
+    };
+  }
+  parts.back().calibration.clear();
+  return parts;
+}
+
+std::string TraceText(const std::vector<TracePoint>& points, int rows) {
+  std::vector<size_t> order(points.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::ranges::stable_sort(order, [&](size_t a, size_t b) { return points[a].Jump() > points[b].Jump(); });
+  const auto first = std::ranges::find_if(
+      points, [&](const TracePoint& point) { return point.Jump() >= points[order.front()].Jump() / 2; });
+  if (first != points.end()) {
+    const size_t index = static_cast<size_t>(first - points.begin());
+    std::rotate(order.begin(), std::ranges::find(order, index), std::ranges::find(order, index) + 1);
+  }
+  TextTable table({"#", "point", "min", "max", "scale", "grid used %", "clipped %", "error in %", "error out %"});
+  for (size_t i = 0; i < std::min<size_t>(rows, order.size()); ++i) {
+    const TracePoint& point = points[order[i]];
+    table.Row({std::to_string(order[i]), point.name, fmt::format("{:.4g}", point.min), fmt::format("{:.4g}", point.max),
+               point.grid ? fmt::format("{:.4g}", point.grid->scale[0]) : "-", point.grid ? Percent(point.used) : "-",
+               point.grid ? Percent(point.clipped) : "-", Percent(point.error_in), Percent(point.error_out)});
+  }
+  return table.ToString();
+}
+
+std::string ExplainText(const TracePoint& point) {
+  constexpr int kBins = 24;
+  GridEnds grid{point.min, point.max};
+  if (point.grid) grid = EndsOf(*point.grid);
+  const float low = std::min(point.min, grid.low), high = std::max(point.max, grid.high);
+  const float width = high > low ? (high - low) / kBins : 1.0f;
+  const auto bin_of = [&](float value) { return std::clamp(static_cast<int>((value - low) / width), 0, kBins - 1); };
+  std::vector<int64_t> counts(kBins, 0);
+  for (const float value : point.values) ++counts[bin_of(value)];
+  std::vector<std::pair<std::string, int64_t>> bins;
+  for (int i = 0; i < kBins; ++i) {
+    const bool is_low = point.grid && i == bin_of(grid.low), is_high = point.grid && i == bin_of(grid.high);
+    const char* mark = is_low ? " grid low " : is_high ? " grid high" : "          ";
+    bins.emplace_back(fmt::format("{:>11.4g}{}", low + width * static_cast<float>(i), mark), counts[i]);
+  }
+  std::string text = fmt::format("{}: {} values in [{:.6g}, {:.6g}]\n", point.name, point.values.size(), point.min,
+                                 point.max);
+  if (point.grid)
+    text += fmt::format("grid {} [{:.6g}, {:.6g}], scale {:.6g}, zero point {}; used {} %, clipped {} %\n",
+                        Name(point.grid->dtype), grid.low, grid.high, point.grid->scale[0], point.grid->zero_point[0],
+                        Percent(point.used), Percent(point.clipped));
+  return text + HistogramBars(bins);
+}
+
+}  // namespace circlet
