@@ -47,7 +47,7 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
                                                                     {"all", QuantizeOptions::Units::kAll}};
   quantize->add_option("--units", options->units,
                        "deployment, all (whole-graph files too), or auto: all for checkpoints up to 1 GiB")
-      ->transform(CLI::CheckedTransformer(kUnits));
+      ->transform(CLI::CheckedTransformer(kUnits).description("{auto,deployment,all}"));
   quantize->add_option("--vision-profile", options->vision_profile,
                        "Layout of the vision units: e2b_66x36_264, e2b_57x42_266, or a JSON file; default: the most "
                        "frequent of the samples");

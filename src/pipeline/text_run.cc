@@ -116,6 +116,7 @@ struct TextRun::State {
 
   const TextConfig& Config() const { return context.config.text; }
   const Dialect& GetDialect() const { return context.GetDialect(); }
+  const ExportOptions& Exports() const { return context.calibration.GetRecipe().export_options; }
 
   const TextItem* Verify() const { return context.VerifyText(); }
 
@@ -500,9 +501,11 @@ void TextRun::WritePleUnits(UnitWriter& writer) {
   const std::map<std::string, std::string> keys{{"inputs_embeds", HiddenKey(0)},
                                                 {"per_layer_token_inputs", "ple.tokens"},
                                                 {"per_layer_inputs", "ple"}};
+  const bool both = s.Exports().prefill_decode;
   for (const bool decode : {false, true}) {
+    if (decode && !both) break;
     const int64_t length = decode ? 1 : s.context.max_seq_len;
-    UnitSpec spec{.name = decode ? "ple_projection_decode" : "ple_projection_prefill",
+    UnitSpec spec{.name = decode ? "ple_projection_decode" : both ? "ple_projection_prefill" : "ple_projection",
                   .graph = s.Build([&](const Builder& b) { BuildPleProjection(b, s.Config(), length, s.GetDialect()); }),
                   .keys = keys};
     if (verify != nullptr) {
@@ -561,19 +564,21 @@ void TextRun::WriteLayerUnits(UnitWriter& writer, int index) {
                      {"sin", s.RopeTable(last, 1, layer, false)}};
     if (config.HasPle()) {
       prefill.inputs["per_layer_input"] = LayerSlice(s.Kept("ple"), index);
-      decode.inputs["per_layer_input"] = LayerSlice(s.decode.at("ple"), index);
+      if (s.Exports().prefill_decode) decode.inputs["per_layer_input"] = LayerSlice(s.decode.at("ple"), index);
     }
     for (const char* which : {"key", "value"}) {
       const std::string name = which;
       if (layer.kv_shared) {
         prefill.inputs["shared_" + name] = s.Kept(KvKey(layer.kv_source, which));
-        decode.inputs["shared_" + name] = s.decode.at(KvKey(layer.kv_source, which));
+        if (s.Exports().prefill_decode) decode.inputs["shared_" + name] = s.decode.at(KvKey(layer.kv_source, which));
       } else {
         prefill.outputs["new_" + name] = s.Kept(KvKey(index, which));
         decode.inputs["past_" + name] = PastOf(s.Kept(KvKey(index, which)));
       }
     }
-    decode.outputs = s.RunRounded(decode.graph, decode.inputs);
+    if (s.Exports().prefill_decode) decode.outputs = s.RunRounded(decode.graph, decode.inputs);
+  }
+  if (verify != nullptr && s.Exports().prefill_decode) {
     s.decode["hidden"] = decode.outputs.at("hidden");
     if (layer.stores_kv)
       for (const char* which : {"key", "value"})
@@ -586,6 +591,12 @@ void TextRun::WriteLayerUnits(UnitWriter& writer, int index) {
     spec.output_keys = {{"hidden", HiddenKey(index + 1)}};
     writer.Write(std::move(spec), grids);
   };
+  if (!s.Exports().prefill_decode) {
+    // One graph a layer, for whole sequences only: nothing takes the K/V of its positions.
+    prefill.name = fmt::format("decoder_layer_{}", index);
+    prefill.graph = WithOutputs(std::move(prefill.graph), {"hidden"});
+    return write(std::move(prefill));
+  }
   write(std::move(prefill));
   write(std::move(decode));
 }

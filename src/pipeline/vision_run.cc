@@ -241,7 +241,8 @@ void VisionRun::WriteFusionUnit(UnitWriter& writer) {
   const TextItem* verify = s.Verify();
   if (verify == nullptr) return;
   const int64_t tokens = static_cast<int64_t>(verify->places.size());
-  UnitSpec spec{.name = "multimodal_fusion_prefill",
+  const bool prefill_decode = s.context.calibration.GetRecipe().export_options.prefill_decode;
+  UnitSpec spec{.name = prefill_decode ? "multimodal_fusion_prefill" : "multimodal_fusion",
                 .graph = s.Build([&](const Builder& b) {
                   BuildFusion(b, s.context.config.text, s.context.max_seq_len, verify->places[0], tokens, s.GetDialect());
                 }),
