@@ -9,6 +9,7 @@ namespace circlet {
 void AddQuantize(CLI::App& app, std::function<int()>& command);
 void AddEvaluate(CLI::App& app, std::function<int()>& command);
 void AddVerify(CLI::App& app, std::function<int()>& command);
+void AddMakeCheckpoint(CLI::App& app, std::function<int()>& command);
 void AddShow(CLI::App& app, std::function<int()>& command);
 void AddRun(CLI::App& app, std::function<int()>& command);
 void AddExample(CLI::App& app, std::function<int()>& command);

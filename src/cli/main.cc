@@ -50,6 +50,7 @@ int main(int argc, char** argv) {
   circlet::AddQuantize(app, command);
   circlet::AddEvaluate(app, command);
   circlet::AddVerify(app, command);
+  circlet::AddMakeCheckpoint(app, command);
   circlet::AddShow(app, command);
   circlet::AddRun(app, command);
   circlet::AddExample(app, command);
