@@ -39,11 +39,11 @@ class Exporter {
  private:
   // What is known of a tensor beside what the file stores.
   struct Origin {
-    int producer = -1;       // index of the operator
-    bool keeps = false;      // the producer only moves values
-    std::string name;        // for errors
-    bool pointed = false;    // `name` is that of a point
-    ValueId constant = -1;   // a float constant or parameter that may still get a grid
+    int producer = -1;      // index of the operator
+    bool keeps = false;     // the producer only moves values
+    std::string name;       // for errors
+    bool pointed = false;   // `name` is that of a point
+    ValueId constant = -1;  // a float constant or parameter that may still get a grid
   };
 
   int32_t NewTensor(std::string name, const TensorType& type, bool computed) {
@@ -69,7 +69,8 @@ class Exporter {
       Assign(index, *grid);
       model_.tensors[index].data = source_.WeightCodes(value.name, *grid);
     } else {
-      model_.tensors[index].data = value.kind == ValueKind::kConstant ? value.constant : source_.WeightFloat(value.name);
+      model_.tensors[index].data =
+          value.kind == ValueKind::kConstant ? value.constant : source_.WeightFloat(value.name);
       origins_[index].constant = id;
     }
     return index;
@@ -83,7 +84,7 @@ class Exporter {
   // Gives a tensor its grid; the operators behind which it only moved share it.
   void AssignBack(int32_t index, const QParams& grid) {
     const Tensor& tensor = model_.tensors[index];
-    if (tensor.qparams.has_value() && *tensor.qparams != grid) Resplit(index, grid);
+    if (tensor.qparams.has_value() && *tensor.qparams != grid) return Resplit(index, grid);
     if (tensor.qparams.has_value() || tensor.type.dtype != DType::kF32) return;
     Assign(index, grid);
     const Origin& origin = origins_[index];
@@ -139,8 +140,7 @@ class Exporter {
 
   // A value against a constant bound.
   bool IsClamp(const Operator& op) const {
-    return (op.code == Minimum::kCircleCode || op.code == Maximum::kCircleCode) &&
-           origins_[op.inputs[1]].constant >= 0;
+    return (op.code == Minimum::kCircleCode || op.code == Maximum::kCircleCode) && origins_[op.inputs[1]].constant >= 0;
   }
 
   // A constant under another shape is a constant, one for all that ask.
@@ -176,13 +176,17 @@ class Exporter {
     Operator emitted{.code = op.code, .options = std::move(op.options)};
     for (const CircleArg& arg : op.inputs) {
       switch (arg.kind) {
-        case CircleArg::Kind::kInput: emitted.inputs.push_back(TensorOf(node.in[arg.input])); break;
-        case CircleArg::Kind::kAbsent: emitted.inputs.push_back(-1); break;
-        default: emitted.inputs.push_back(IntConstant(arg));
+        case CircleArg::Kind::kInput:
+          emitted.inputs.push_back(TensorOf(node.in[arg.input]));
+          break;
+        case CircleArg::Kind::kAbsent:
+          emitted.inputs.push_back(-1);
+          break;
+        default:
+          emitted.inputs.push_back(IntConstant(arg));
       }
     }
-    const bool keeps =
-        node.op.KeepsValues() || std::holds_alternative<Requantize>(node.op.kind) || IsClamp(emitted);
+    const bool keeps = node.op.KeepsValues() || std::holds_alternative<Requantize>(node.op.kind) || IsClamp(emitted);
     for (size_t i = 0; i < node.out.size(); ++i) {
       const int32_t index = NewTensor(std::string(node.op.Name()), out[i], /*computed=*/true);
       origins_[index].producer = static_cast<int>(model_.operators.size());
@@ -210,8 +214,8 @@ class Exporter {
       if (auto* sizes = std::get_if<std::vector<int32_t>>(&option.value)) (*sizes)[1] = -1;
   }
 
-  // A clamp computes on the grid of its output: an input with another grid is requantized first, and a bound that no code
-  // can pass is left out (circle_execution.md 7, "quantized clamp").
+  // A clamp computes on the grid of its output: an input with another grid is requantized first, and a bound that no
+  // code can pass is left out (circle_execution.md 7, "quantized clamp").
   void SettleClamps() {
     std::vector<Operator> settled;
     std::map<int32_t, int32_t> standin;  // for the output of a clamp that is left out
@@ -262,7 +266,8 @@ class Exporter {
     const std::optional<QParams> grid = model_.tensors[output].qparams;
     if (!grid || !given) return true;
     if (*grid != *given) {
-      const int32_t requantized = NewTensor(model_.tensors[output].name, {DType::kF32, model_.tensors[output].type.shape}, /*computed=*/true);
+      const int32_t requantized =
+          NewTensor(model_.tensors[output].name, {DType::kF32, model_.tensors[output].type.shape}, /*computed=*/true);
       Assign(requantized, *grid);
       settled.push_back({.code = kQuantizeCode, .inputs = {input}, .outputs = {requantized}});
       input = requantized;
@@ -326,8 +331,8 @@ class Exporter {
       factor.scale[0] /= std::abs(value);
       AssignBack(op->inputs[0], factor);
     }
-    const bool quantized =
-        std::any_of(model_.tensors.begin(), model_.tensors.end(), [](const Tensor& t) { return t.qparams.has_value(); });
+    const bool quantized = std::any_of(model_.tensors.begin(), model_.tensors.end(),
+                                       [](const Tensor& t) { return t.qparams.has_value(); });
     for (size_t i = 0; quantized && i < model_.tensors.size(); ++i) {
       const Tensor& tensor = model_.tensors[i];
       if (tensor.type.dtype == DType::kF32 && !tensor.qparams && origins_[i].producer >= 0)
@@ -350,7 +355,7 @@ class Exporter {
   ExportOptions options_;
   std::vector<int32_t> tensor_of_;  // by value
   Model model_;
-  std::vector<Origin> origins_;  // by tensor
+  std::vector<Origin> origins_;                                  // by tensor
   std::map<std::pair<int32_t, std::string>, int32_t> reshaped_;  // constants under other shapes
 };
 

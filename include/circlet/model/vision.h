@@ -45,7 +45,7 @@ std::string VisionMaskPoint();                                         // of [1,
 std::string VisionRopePoint(bool cosine);                              // of [1,P,hd]
 std::string VisionLayerInputPoint(int layer, const Dialect& dialect);  // grid of a layer's hidden input
 std::string PoolerInputPoint(const VisionConfig& config, const Dialect& dialect);
-std::string PooledPoint();                                             // of [1,V,Dv], behind sqrt(Dv)
+std::string PooledPoint();                                                          // of [1,V,Dv], behind sqrt(Dv)
 std::string VisionTokensPoint(const VisionConfig& config, const Dialect& dialect);  // of [valid,Dv], standardized
 std::string ProjectedPoint();                                                       // of [valid,D]
 
@@ -75,8 +75,8 @@ class VisionWeights {
   std::shared_ptr<const State> state_;
 };
 
-// The tables that graphs of a dialect take, [1,P,hd]. In dialect default the first half of each axis' sines is negated, so
-// that no graph negates values: on an asymmetric grid, whose ends differ, a negated value may not fit.
+// The tables that graphs of a dialect take, [1,P,hd]. In dialect default the first half of each axis' sines is negated,
+// so that no graph negates values: on an asymmetric grid, whose ends differ, a negated value may not fit.
 RopeTables VisionRopeTables(const VisionConfig& config, std::span<const int64_t> positions, const Dialect& dialect);
 
 // mask [1,1,P,P], cos, sin [1,P,hd] -> the same on their points. In dialect default the mask's grid always holds both
@@ -131,7 +131,8 @@ void BuildFusion(const Builder& b, const TextConfig& config, int64_t length, int
 
 // The whole model in one graph, dialect default only: ids [1,S] and, with `image`, pixel_values [1,P,3 ps^2] ->
 // last_hidden_state [1,S,D]. Masks and RoPE tables are constants, keys of all positions are valid. `positions` and
-// `start` are of the one image; its placeholders stand at start .. start+tokens-1, and the caller puts the pad id there.
+// `start` are of the one image; its placeholders stand at start .. start+tokens-1, and the caller puts the pad id
+// there.
 struct ImageSlot {
   std::vector<int64_t> positions;
   int64_t start = 0;
@@ -143,7 +144,6 @@ void BuildGemma4Full(const Builder& b, const Gemma4Config& config, int64_t lengt
 std::vector<Point> VisionPoints(const Gemma4Config& config, const Dialect& dialect);
 
 // ---- Placeholders (gemma4.md 4; ptq.md 7.1 - 7.4) -------------------------------------------------------------------
-
 
 // The placeholder positions of one prompt [S], in order. `image_tokens`: soft tokens of each of its images, in order.
 // Throws Error: audio and video placeholders by name; image placeholders without images; images without placeholders;

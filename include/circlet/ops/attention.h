@@ -38,9 +38,9 @@ struct Attention {
   float mask_fill = -120.0f;
   // The expansion transposes k itself (the reference's form) or lets BATCH_MATMUL do it.
   bool explicit_transpose = false;
-  // The expansion: one product a head in rank 3, or one a key head, whose query heads share it, with the mask in rank 4,
-  // a factor `scale` on the logits and k transposed by an operator of its own (the reference's vision tower; it takes a
-  // mask [1,1,S,T]).
+  // The expansion: one product a head in rank 3, or one a key head, whose query heads share it, with the mask in rank
+  // 4, a factor `scale` on the logits and k transposed by an operator of its own (the reference's vision tower; it
+  // takes a mask [1,1,S,T]).
   enum class Form : uint8_t { kByHead, kBatched };
   Form form = Form::kByHead;
 

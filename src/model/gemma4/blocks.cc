@@ -91,8 +91,8 @@ ValueId Attend(const Builder& b, ValueId query, ValueId key, ValueId value, Valu
 
 ValueId Rotate(const Builder& b, ValueId x, ValueId cos, ValueId sin, const std::string& prefix, const Rope& rope,
                const Dialect& dialect) {
-  // The pieces share x's tensor in the file, whatever range the reference saw in each (findings B3); only a negated half
-  // makes a tensor of its own.
+  // The pieces share x's tensor in the file, whatever range the reference saw in each (findings B3); only a negated
+  // half makes a tensor of its own.
   const auto piece = [&](const char* name, bool exists = true, PointUse use = PointUse::kSimulationOnly) {
     return Builder::NamedPoint{dialect.rope_piece_points && exists ? prefix + name : "", use};
   };

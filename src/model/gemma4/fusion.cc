@@ -17,9 +17,9 @@ ValueId FuseRows(const Builder& b, ValueId text, ValueId visual, int64_t start) 
   const Shape shape = b.ShapeOf(text);
   const int64_t end = start + b.ShapeOf(visual)[1];
   const auto rows = [&](int64_t first, int64_t last) {
-    return b.Add(Slice{{0, static_cast<int32_t>(first), 0},
-                       {1, static_cast<int32_t>(last), static_cast<int32_t>(shape[2])}},
-                 {text});
+    return b.Add(
+        Slice{{0, static_cast<int32_t>(first), 0}, {1, static_cast<int32_t>(last), static_cast<int32_t>(shape[2])}},
+        {text});
   };
   std::vector<ValueId> pieces;
   if (start > 0) pieces.push_back(rows(0, start));
@@ -36,9 +36,10 @@ ValueId VisualRows(const Builder& b, ValueId visual) {
 
 void CheckSpan(int64_t length, int64_t start, int64_t tokens) {
   if (start < 0 || tokens < 1 || start + tokens > length)
-    Fail("fusion: image tokens [{},{}) do not fit into [0,{}); check visual_start_idx, num_visual_tokens and the "
-         "sequence length",
-         start, start + tokens, length);
+    Fail(
+        "fusion: image tokens [{},{}) do not fit into [0,{}); check visual_start_idx, num_visual_tokens and the "
+        "sequence length",
+        start, start + tokens, length);
 }
 
 int64_t CountOf(std::span<const int64_t> ids, int token) {
@@ -74,7 +75,8 @@ void BuildGemma4Full(const Builder& b, const Gemma4Config& config, int64_t lengt
     hidden = FuseRows(b, hidden, VisualRows(b, Projected(b, config, tokens, dialect)), image->start);
   }
   ValueId ple = -1;
-  if (text.HasPle()) ple = PerLayerInputs(b, text, hidden, TokenPle(b, text, ids, text.ple_vocab_size, dialect), dialect);
+  if (text.HasPle())
+    ple = PerLayerInputs(b, text, hidden, TokenPle(b, text, ids, text.ple_vocab_size, dialect), dialect);
 
   std::map<std::string, TextTables> tables;
   for (const auto& [type, layer] : LayerTypes(text)) {
@@ -101,8 +103,9 @@ std::vector<int64_t> CheckPlaceholders(const Gemma4Config& config, std::span<con
   const int64_t found = CountOf(ids, config.image_token_id);
   const int64_t expected = std::accumulate(image_tokens.begin(), image_tokens.end(), int64_t{0});
   if (found > 0 && image_tokens.empty())
-    Fail("{} image placeholders (id {}) but no pixel_values; give the image, or take the placeholders out of the prompt",
-         found, config.image_token_id);
+    Fail(
+        "{} image placeholders (id {}) but no pixel_values; give the image, or take the placeholders out of the prompt",
+        found, config.image_token_id);
   if (found == 0 && !image_tokens.empty())
     Fail("pixel_values of {} images but no image placeholder (id {}) in the prompt; write one for each image token",
          image_tokens.size(), config.image_token_id);
@@ -121,8 +124,8 @@ std::vector<std::vector<int64_t>> CheckPlaceholders(const Gemma4Config& config, 
   const Shape& shape = ids.GetShape();
   if (shape.Rank() != 2) Fail("input_ids has shape {}; expected [prompts, positions]", shape.ToString());
   if (shape[0] != static_cast<int64_t>(image_tokens.size()))
-    Fail("input_ids has {} prompts, the images belong to {}; list each prompt's images, none where it has none", shape[0],
-         image_tokens.size());
+    Fail("input_ids has {} prompts, the images belong to {}; list each prompt's images, none where it has none",
+         shape[0], image_tokens.size());
   std::vector<std::vector<int64_t>> at;
   for (int64_t row = 0; row < shape[0]; ++row)
     at.push_back(Within(fmt::format("prompt {}", row), [&] {
@@ -141,7 +144,8 @@ std::vector<int64_t> WithoutPlaceholders(const Gemma4Config& config, std::span<c
 Tensor FuseAt(const Tensor& text, const Tensor& visual, std::span<const int64_t> at) {
   const Shape &t = text.GetShape(), &v = visual.GetShape();
   if (t.Rank() != 3 || t[0] != 1 || v.Rank() != 2 || t[2] != v[1])
-    Fail("fusion: text {} and visual {} do not belong together; expected [1,S,D] and [V,D]", t.ToString(), v.ToString());
+    Fail("fusion: text {} and visual {} do not belong together; expected [1,S,D] and [V,D]", t.ToString(),
+         v.ToString());
   if (v[0] != static_cast<int64_t>(at.size()))
     Fail("fusion: expected {} visual rows (one a placeholder), got {}", at.size(), v[0]);
   Tensor fused = text.Clone();
@@ -160,9 +164,10 @@ void CheckStaticLayout(const Gemma4Config& config, std::span<const int64_t> ids,
   for (int64_t i = 0; i < length; ++i) {
     const bool expected = i >= start && i < start + tokens;
     if ((ids[i] == config.image_token_id) == expected) continue;
-    Fail("position {}: {} image placeholder; the static layout has them at [{},{}) and nowhere else: choose the profile "
-         "that fits the image, or set validate_static_layout to false",
-         i, expected ? "no" : "an", start, start + tokens);
+    Fail(
+        "position {}: {} image placeholder; the static layout has them at [{},{}) and nowhere else: choose the profile "
+        "that fits the image, or set validate_static_layout to false",
+        i, expected ? "no" : "an", start, start + tokens);
   }
 }
 

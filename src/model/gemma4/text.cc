@@ -76,8 +76,8 @@ AttentionResults SelfAttention(const Builder& b, const TextConfig& config, const
     results.present = Present(b, in.past, results.fresh, dialect);
   }
   const ValueId mask = ReferencePoint(b, "attn_mask", in.mask, dialect);
-  const ValueId heads = Attend(b, query, results.present.key, results.present.value, mask, Attention::Form::kByHead,
-                               dialect);
+  const ValueId heads =
+      Attend(b, query, results.present.key, results.present.value, mask, Attention::Form::kByHead, dialect);
   results.out = Linear(b.At("o_proj"), heads, config.hidden_size, dialect);
   return results;
 }
@@ -156,8 +156,8 @@ ValueId TokenPle(const Builder& b, const TextConfig& config, ValueId ids, int64_
 ValueId PerLayerInputs(const Builder& b, const TextConfig& config, ValueId embeds, ValueId tokens,
                        const Dialect& dialect) {
   const Builder root = b.At(kTextRoot);
-  ValueId context = Linear(root.At("per_layer_model_projection"), embeds, config.NumLayers() * int64_t{config.ple_dim},
-                           dialect);
+  ValueId context =
+      Linear(root.At("per_layer_model_projection"), embeds, config.NumLayers() * int64_t{config.ple_dim}, dialect);
   context = Scale(root, context, 1.0f / std::sqrt(static_cast<float>(config.hidden_size)), "per_layer_projection_scale",
                   dialect);
   const Builder norm = root.At("per_layer_projection_norm");
@@ -268,8 +268,8 @@ void BuildPleEmbedding(const Builder& b, const TextConfig& config, int64_t lengt
 
 void BuildPleProjection(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
   const ValueId embeds = b.Boundary(EmbeddingPoint(), b.Input("inputs_embeds", {1, length, config.hidden_size}));
-  const ValueId tokens = b.Boundary(
-      TokenPlePoint(dialect), b.Input("per_layer_token_inputs", {1, length, config.NumLayers(), config.ple_dim}));
+  const ValueId tokens = b.Boundary(TokenPlePoint(dialect),
+                                    b.Input("per_layer_token_inputs", {1, length, config.NumLayers(), config.ple_dim}));
   b.Output("per_layer_inputs", PerLayerInputs(b, config, embeds, tokens, dialect));
 }
 
@@ -323,8 +323,7 @@ void BuildTextMlp(const Builder& b, const TextConfig& config, int layer, int64_t
 
 void BuildTextAttention(const Builder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
                         const Dialect& dialect) {
-  const ValueId x =
-      NormedInput(b, config, layer, phase == Phase::kDecode ? 1 : slots, "input_layernorm", dialect);
+  const ValueId x = NormedInput(b, config, layer, phase == Phase::kDecode ? 1 : slots, "input_layernorm", dialect);
   const LayerValues in = LayerInputs(b, config, layer, phase, slots, /*ple=*/false, dialect);
   const AttentionResults out =
       SelfAttention(LayerBuilder(b, layer).At("self_attn"), config, config.layers[layer], in, x, dialect);

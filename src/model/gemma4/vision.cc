@@ -61,8 +61,7 @@ ValueId PatchEmbeddings(const Builder& b, const VisionConfig& config, ValueId pi
   ValueId x = embedder.Point("act_in", pixels);
   const Builder projection = embedder.At("input_proj");
   x = ReferencePoint(projection, "act_in", x, dialect);
-  std::vector<ValueId> operands{
-      x, projection.Weight("weight", {config.hidden_size, config.PatchValues()}, /*axis=*/0)};
+  std::vector<ValueId> operands{x, projection.Weight("weight", {config.hidden_size, config.PatchValues()}, /*axis=*/0)};
   if (dialect.duplicate_points) {
     operands.push_back(b.graph().AddWeight(projection.Path("bias"), {config.hidden_size}, {}, -1));
     // Only the table's range is needed here: its rows come in as position_embeddings.
@@ -253,8 +252,7 @@ void BuildVisionAttention(const Builder& b, const VisionConfig& config, int laye
 
 void BuildVisionPooler(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions, VisionUse use,
                        const Dialect& dialect) {
-  const ValueId hidden =
-      HiddenInput(b, config, LayoutOf(config, positions).patches, PoolerInputPoint(config, dialect));
+  const ValueId hidden = HiddenInput(b, config, LayoutOf(config, positions).patches, PoolerInputPoint(config, dialect));
   b.Output("pooled", PooledTokens(b, config, positions, hidden, use, dialect));
 }
 
@@ -284,8 +282,8 @@ void BuildVisionPost(const Builder& b, const Gemma4Config& config, std::span<con
 
 void BuildVisionEncoder(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions,
                         const Dialect& dialect) {
-  const std::string point = dialect.duplicate_points ? fmt::format("{}.encoder.act_in", kVisionRoot)
-                                                     : VisionLayerInputPoint(0, dialect);
+  const std::string point =
+      dialect.duplicate_points ? fmt::format("{}.encoder.act_in", kVisionRoot) : VisionLayerInputPoint(0, dialect);
   const ValueId hidden = HiddenInput(b, config, LayoutOf(config, positions).patches, point);
   b.Output("hidden", EncodedPatches(b, config, positions, hidden, dialect));
 }

@@ -59,8 +59,8 @@ void VisionProfile::Validate(const VisionConfig* vision, std::optional<int64_t> 
   if (visual_start_idx < 0) fail(fmt::format("visual_start_idx is {}; it must be at least 0", visual_start_idx));
   const auto divisible = [&](const char* field, int64_t value) {
     if (value % pooling_kernel_size != 0)
-      fail(fmt::format("{} {} is no multiple of the pooling kernel {}; choose a grid of whole soft tokens", field, value,
-                       pooling_kernel_size));
+      fail(fmt::format("{} {} is no multiple of the pooling kernel {}; choose a grid of whole soft tokens", field,
+                       value, pooling_kernel_size));
   };
   divisible("patch_grid_height", patch_grid_height);
   divisible("patch_grid_width", patch_grid_width);
@@ -110,10 +110,11 @@ void VisionProfile::CheckPositions(std::span<const int64_t> positions) const {
                                        : std::string("nothing");
   };
   const size_t patch = static_cast<size_t>(mismatch.in1 - expected.begin()) / 2;
-  Fail("vision profile {}: image_position_ids (SHA-256 {}) are not those of the profile (SHA-256 {}): patch {} is {}, "
-       "expected {}; resize the image to {} x {} pixels, or choose the profile of its grid",
-       name, Sha256(std::as_bytes(positions)), PositionsSha256(), patch, at(positions, patch), at(expected, patch),
-       ImageWidth(), ImageHeight());
+  Fail(
+      "vision profile {}: image_position_ids (SHA-256 {}) are not those of the profile (SHA-256 {}): patch {} is {}, "
+      "expected {}; resize the image to {} x {} pixels, or choose the profile of its grid",
+      name, Sha256(std::as_bytes(positions)), PositionsSha256(), patch, at(positions, patch), at(expected, patch),
+      ImageWidth(), ImageHeight());
 }
 
 void VisionProfile::CheckProcessed(const Gemma4Config& config, std::span<const int64_t> ids,
@@ -185,9 +186,10 @@ std::optional<VisionProfile> ProfileOf(const ModelArgs& args, const std::string&
     const bool none = missing.size() == std::size(fields) && !args.image_height && !args.image_width;
     if (none) return std::nullopt;
     if (!missing.empty())
-      Fail("model_args.vision: {} missing; a layout needs visual_start_idx, num_visual_tokens, max_soft_tokens, "
-           "patch_grid_height and patch_grid_width, or the name of a profile",
-           fmt::join(missing, ", "));
+      Fail(
+          "model_args.vision: {} missing; a layout needs visual_start_idx, num_visual_tokens, max_soft_tokens, "
+          "patch_grid_height and patch_grid_width, or the name of a profile",
+          fmt::join(missing, ", "));
     profile.name = "custom";
     profile.patch_size = vision.patch_size;
     profile.pooling_kernel_size = vision.pooling_kernel_size;

@@ -17,9 +17,9 @@ namespace circlet {
 
 struct VisionProfile {
   std::string name;
-  int64_t visual_start_idx = 0;   // position of the first image token
-  int64_t num_visual_tokens = 0;  // V
-  int64_t max_soft_tokens = 0;    // slots that the pooler fills or leaves empty
+  int64_t visual_start_idx = 0;                         // position of the first image token
+  int64_t num_visual_tokens = 0;                        // V
+  int64_t max_soft_tokens = 0;                          // slots that the pooler fills or leaves empty
   int64_t patch_grid_height = 0, patch_grid_width = 0;  // in patches
   int64_t patch_size = 0;                               // in pixels
   int64_t pooling_kernel_size = 0;
@@ -41,8 +41,8 @@ struct VisionProfile {
   static const std::vector<VisionProfile>& All();
   static const VisionProfile& Named(std::string_view name);
 
-  // Throws Error naming the profile, the field and the values: sizes that are not positive or do not fit each other, the
-  // vision config (when given) or `max_seq` positions (when given).
+  // Throws Error naming the profile, the field and the values: sizes that are not positive or do not fit each other,
+  // the vision config (when given) or `max_seq` positions (when given).
   void Validate(const VisionConfig* vision = nullptr, std::optional<int64_t> max_seq = std::nullopt) const;
 
   // [P,2] (x, y): row by row, then (-1,-1).
@@ -51,7 +51,8 @@ struct VisionProfile {
   std::string PositionsSha256() const;
   // Throws Error with both hashes and the first patch that differs.
   void CheckPositions(std::span<const int64_t> positions) const;
-  // What a processor made of a prompt and its image: ids [S], positions [P,2], the pixels' shape, soft tokens if it says.
+  // What a processor made of a prompt and its image: ids [S], positions [P,2], the pixels' shape, soft tokens if it
+  // says.
   void CheckProcessed(const Gemma4Config& config, std::span<const int64_t> ids, std::span<const int64_t> positions,
                       const std::vector<int64_t>& pixel_shape, std::optional<int64_t> soft_tokens = std::nullopt) const;
 
@@ -60,8 +61,8 @@ struct VisionProfile {
 };
 
 // The profile that a recipe's model_args.vision asks for, validated; empty when it says nothing and `name` is empty.
-// With a name the fields of `args` must agree with it; without one all five layout fields are needed, and the profile is
-// called "custom".
+// With a name the fields of `args` must agree with it; without one all five layout fields are needed, and the profile
+// is called "custom".
 std::optional<VisionProfile> ProfileOf(const ModelArgs& args, const std::string& name, const VisionConfig& vision,
                                        std::optional<int64_t> max_seq = std::nullopt);
 

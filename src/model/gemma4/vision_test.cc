@@ -1,5 +1,5 @@
-// The vision side against the reference's recordings (tests/data/golden/README.md), and our own dialect against the files
-// that it is exported to.
+// The vision side against the reference's recordings (tests/data/golden/README.md), and our own dialect against the
+// files that it is exported to.
 
 #include "circlet/model/vision.h"
 
@@ -115,7 +115,8 @@ TEST(VisionTest, QuantizedStagesAreThoseOfTheReferenceWithItsGrids) {
         EXPECT_LE(flips.share, 0.10) << model_name << " " << recipe << " " << name;
         EXPECT_LE(flips.steps, 27) << model_name << " " << recipe << " " << name;
         if (std::getenv("VERBOSE"))
-          fmt::print("{} {} {}: {:.4f} of elements, {:.1f} steps\n", model_name, recipe, name, flips.share, flips.steps);
+          fmt::print("{} {} {}: {:.4f} of elements, {:.1f} steps\n", model_name, recipe, name, flips.share,
+                     flips.steps);
         ++compared;
       }
       EXPECT_GE(compared, 4 + model.config.vision->num_layers) << model_name << " " << recipe;
@@ -139,16 +140,37 @@ TEST(VisionTest, CalibrationOnTheSamePicturesGivesTheReferencesGrids) {
         EXPECT_EQ(found->spec, reference.spec) << name;
         ASSERT_EQ(found->qparams.scale.size(), reference.qparams.scale.size()) << name;
         for (size_t c = 0; c < reference.qparams.scale.size(); ++c) {
-          EXPECT_NEAR(found->qparams.scale[c] / reference.qparams.scale[c], 1, 2e-5) << model_name << recipe << " " << name;
+          EXPECT_NEAR(found->qparams.scale[c] / reference.qparams.scale[c], 1, 2e-5)
+              << model_name << recipe << " " << name;
           EXPECT_NEAR(found->qparams.zero_point[c], reference.qparams.zero_point[c], 1) << name;
         }
         ++compared;
       }
       EXPECT_GT(compared, 70) << model_name << " " << recipe;
-      for (const Point& point : VisionPoints(model.config, kTico))
-        EXPECT_NE(expected.Find(point.name), nullptr) << point.name << " is no point of the reference";
+      EXPECT_EQ(VisionPoints(model.config, kTico).size(), static_cast<size_t>(compared));
     }
   }
+}
+
+TEST(VisionTest, ListedPointsAreThoseThatCalibrationMeets) {
+  for (const std::string model_name : kModels) {
+    const GoldenModel model(model_name);
+    for (const Dialect& dialect : {kTico, kDefault}) {
+      Calibration calibration(Recipe::Load("default"), dialect);
+      CalibrateVision(model, calibration);
+      std::vector<std::string> listed;
+      for (const Point& point : VisionPoints(model.config, dialect)) listed.push_back(point.name);
+      EXPECT_THAT(listed, testing::UnorderedElementsAreArray(calibration.Params().Names())) << model_name;
+    }
+  }
+}
+
+// No picture of seed_example has padding: the reference's grid holds nothing but 0 (scale 1e-8).
+TEST(VisionTest, MaskGridHoldsBothValuesAlsoWithoutPaddedPictures) {
+  const GoldenModel model("seed_example");
+  Calibration calibration(Recipe::Load("default"), kDefault);
+  CalibrateVision(model, calibration);
+  EXPECT_GE(calibration.GridOf(VisionMaskPoint())->scale[0] * 32767, 120.0f * 0.9999f);
 }
 
 // ---- Files ----------------------------------------------------------------------------------------------------------
@@ -237,8 +259,7 @@ int64_t CodeDifference(const Tensor& a, const Tensor& b) {
   if (a.Type() != b.Type()) return -1;
   if (a.GetDType() == DType::kF32) return std::memcmp(a.Raw(), b.Raw(), a.Bytes()) == 0 ? 0 : -1;
   int64_t top = 0;
-  for (int64_t i = 0; i < a.Elements(); ++i)
-    top = std::max(top, std::abs(circle::CodeAt(a, i) - circle::CodeAt(b, i)));
+  for (int64_t i = 0; i < a.Elements(); ++i) top = std::max(top, std::abs(circle::CodeAt(a, i) - circle::CodeAt(b, i)));
   return top;
 }
 
@@ -252,9 +273,9 @@ TEST(VisionFilesTest, OperatorsTypesGridsAndConstantsAreThoseOfTheReferencesFile
       grids.UseFrozen(GoldenGrids(model_name, recipe));
       for (const auto& [unit, golden] : RecordedFiles(model_name, recipe)) {
         SCOPED_TRACE(model_name + " " + recipe + " " + unit);
-        const circle::Model ours = Unit{UnitGraph(unit, model.config, picture, kTico),
-                                        PictureWeights(model, picture, kTico, &grids), grids}
-                                       .Exported();
+        const circle::Model ours =
+            Unit{UnitGraph(unit, model.config, picture, kTico), PictureWeights(model, picture, kTico, &grids), grids}
+                .Exported();
         ASSERT_EQ(FirstDifference(Listing(ours), Listing(golden)), "");
         EXPECT_THAT(circle::Verify(ours), testing::IsEmpty());
         for (size_t i = 0; i < ours.operators.size(); ++i) {
@@ -346,13 +367,13 @@ TEST(VisionFilesTest, EveryUnitOfOurDialectComputesWhatItsSimulationComputes) {
   }
 }
 
-// ---- Text and pictures together --------------------------------------------------------------------------------------
+// ---- Text and pictures together
+// --------------------------------------------------------------------------------------
 
 // ids, picture and place of the image tokens of a recorded sample.
 struct Prompt {
   Prompt(const GoldenModel& model, const std::string& sample)
-      : picture(model.Pictures(sample).at(0)),
-        tokens(LayoutOf(*model.config.vision, picture.positions).tokens) {
+      : picture(model.Pictures(sample).at(0)), tokens(LayoutOf(*model.config.vision, picture.positions).tokens) {
     const std::span<const int64_t> raw = model.inputs.Find(sample + ".input_ids")->I64();
     slots = CheckPlaceholders(model.config, raw, std::vector<int64_t>{tokens});
     ids = WithoutPlaceholders(model.config, raw);
@@ -428,9 +449,8 @@ TEST(Gemma4FullTest, FileComputesWhatTheSimulationComputesWithFusionOnIntegers) 
       observe(full, prompt.Inputs());
 
       ExpectSameAsFile({full, weights, grids}, prompt.Inputs());
-      const Graph fusion = GraphOf([&](const Builder& b) {
-        BuildFusion(b, text, length, prompt.slots.front(), prompt.tokens, kDefault);
-      });
+      const Graph fusion = GraphOf(
+          [&](const Builder& b) { BuildFusion(b, text, length, prompt.slots.front(), prompt.tokens, kDefault); });
       ExpectSameAsFile({fusion, weights, grids}, {{"text", tokens}, {"visual", projected}});
     }
   }
@@ -499,8 +519,9 @@ TEST(PlaceholderTest, EveryMisuseHasItsOwnError) {
             "position 1: audio placeholder (id 12); circlet runs text and images, take the audio out of the prompt");
   EXPECT_EQ(error({11, 5}, {}),
             "position 0: video placeholder (id 11); circlet runs text and images, take the video out of the prompt");
-  EXPECT_EQ(error({5, 10}, {}),
-            "1 image placeholders (id 10) but no pixel_values; give the image, or take the placeholders out of the prompt");
+  EXPECT_EQ(
+      error({5, 10}, {}),
+      "1 image placeholders (id 10) but no pixel_values; give the image, or take the placeholders out of the prompt");
   EXPECT_EQ(error({5, 6}, {2}),
             "pixel_values of 1 images but no image placeholder (id 10) in the prompt; write one for each image token");
   EXPECT_EQ(error({10, 10}, {2, 1}),
@@ -512,7 +533,9 @@ TEST(PlaceholderTest, BatchesAreCheckedByRowAndNameIt) {
   const Tensor batch = Tensor::Of<int64_t>({2, 3}, ids);
   EXPECT_THAT(CheckPlaceholders(PlaceholderConfig(), batch, {{2}, {1}}),
               testing::ElementsAre(testing::ElementsAre(0, 1), testing::ElementsAre(1)));
-  EXPECT_THAT(ErrorText([&] { CheckPlaceholders(PlaceholderConfig(), batch, {{2}, {2}}); }),
+  EXPECT_THAT(ErrorText([&] {
+                CheckPlaceholders(PlaceholderConfig(), batch, {{2}, {2}});
+              }),
               HasSubstr("prompt 1: image placeholders: expected 2 (2 image tokens), got 1"));
   EXPECT_THAT(ErrorText([&] { CheckPlaceholders(PlaceholderConfig(), batch, {{2}}); }),
               HasSubstr("input_ids has 2 prompts, the images belong to 1"));
@@ -520,7 +543,8 @@ TEST(PlaceholderTest, BatchesAreCheckedByRowAndNameIt) {
 
 TEST(PlaceholderTest, FusionRefusesRowsThatDoNotFit) {
   const std::vector<float> values(8, 0.0f);
-  const Tensor text = Tensor::Of<float>({1, 4, 2}, values), visual = Tensor::Of<float>({2, 2}, std::span(values).first(4));
+  const Tensor text = Tensor::Of<float>({1, 4, 2}, values),
+               visual = Tensor::Of<float>({2, 2}, std::span(values).first(4));
   const std::vector<int64_t> one{1}, outside{1, 4};
   EXPECT_EQ(ErrorText([&] { FuseAt(text, visual, one); }), "fusion: expected 1 visual rows (one a placeholder), got 2");
   EXPECT_EQ(ErrorText([&] { FuseAt(text, visual, outside); }), "fusion: placeholder 4 is outside [0,4)");

@@ -25,9 +25,10 @@ PatchLayout LayoutOf(const VisionConfig& config, std::span<const int64_t> positi
     const int64_t x = positions[2 * i], y = positions[2 * i + 1];
     if (x == -1 && y == -1) continue;
     if (x < 0 || y < 0 || x >= config.position_embedding_size || y >= config.position_embedding_size)
-      Fail("image_position_ids: patch {} is at ({},{}); both must lie in [0,{}) (the position table), or both be -1 for "
-           "padding",
-           i, x, y, config.position_embedding_size);
+      Fail(
+          "image_position_ids: patch {} is at ({},{}); both must lie in [0,{}) (the position table), or both be -1 for "
+          "padding",
+          i, x, y, config.position_embedding_size);
     if (layout.valid != i)
       Fail("image_position_ids: patch {} at ({},{}) stands behind padding; real patches come first", i, x, y);
     layout.valid = i + 1;
@@ -40,9 +41,10 @@ PatchLayout LayoutOf(const VisionConfig& config, std::span<const int64_t> positi
     const int64_t x = positions[2 * i], y = positions[2 * i + 1];
     const int64_t slot = x / k + layout.grid_width / k * (y / k);
     if (slot >= layout.slots)
-      Fail("image_position_ids: patch {} at ({},{}) falls into soft token {} of {}; grid and number of patches do not "
-           "belong together",
-           i, x, y, slot, layout.slots);
+      Fail(
+          "image_position_ids: patch {} at ({},{}) falls into soft token {} of {}; grid and number of patches do not "
+          "belong together",
+          i, x, y, slot, layout.slots);
     filled[slot] = true;
   }
   layout.tokens = std::find(filled.begin(), filled.end(), false) - filled.begin();
