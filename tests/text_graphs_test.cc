@@ -219,7 +219,7 @@ TEST_P(ConfigADialectTest, DecodingTheLastTokenGivesWhatPrefillGave) {
     const Shape& shape = fresh.GetShape();
     Tensor past(TensorType{DType::kF32, {1, shape[1], kSlots - 1, shape[3]}});
     // The reference adds -120 to a masked logit, so what lies there may not be large; ours never reads it.
-    std::ranges::fill(past.F32(), GetParam().observe_masked_keys ? 1.0f : 1.0f);
+    std::ranges::fill(past.F32(), GetParam().observe_masked_keys ? 1.0f : 77.0f);
     for (int64_t head = 0; head < shape[1]; ++head)
       std::memcpy(past.F32().data() + head * (kSlots - 1) * shape[3], fresh.F32().data() + head * shape[2] * shape[3],
                   kPast * shape[3] * sizeof(float));

@@ -13,7 +13,8 @@ struct Dialect {
   // A second point on a value that the producer's point has rounded already (a linear's act_in behind a norm's
   // act_out).
   bool duplicate_points;
-  // Points inside the rotation of RoPE (q_x1 .. q_rot); without them the rotation is one operator with one point.
+  // Points on the pieces that RoPE moves around (q_x1, q_x2, q_neg, q_cat), each with a range of its own; without them
+  // the pieces share the grid of the tensor they are cut from.
   bool rope_piece_points;
   // Statistics of attention sums include masked keys, -120 lower than the others.
   bool observe_masked_keys;
@@ -26,8 +27,6 @@ struct Dialect {
   bool ple_float_holes;
   // K is transposed by an operator of its own ahead of the product.
   bool explicit_k_transpose;
-  // The fusion of text and image runs in float.
-  bool fusion_float;
   Rounding rounding;
 
   bool operator==(const Dialect&) const = default;
@@ -42,7 +41,6 @@ inline constexpr Dialect kTico{
     .clamp_after_point = true,
     .ple_float_holes = true,
     .explicit_k_transpose = true,
-    .fusion_float = true,
     .rounding = Rounding::kHalfEvenReciprocal,
 };
 
@@ -55,7 +53,6 @@ inline constexpr Dialect kDefault{
     .clamp_after_point = false,
     .ple_float_holes = false,
     .explicit_k_transpose = false,
-    .fusion_float = false,
     .rounding = Rounding::kHalfAwayDivide,
 };
 

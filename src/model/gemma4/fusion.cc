@@ -53,12 +53,18 @@ void BuildFusion(const Builder& b, const TextConfig& config, int64_t length, int
   CheckSpan(length, start, tokens);
   ValueId text = b.Input("text", {1, length, config.hidden_size});
   ValueId visual = b.Input("visual", {tokens, config.hidden_size});
-  if (dialect.fusion_float) {
-    b.Output("fused", FuseRows(b, text, b.Reshape(visual, {1, tokens, config.hidden_size}), start));
+  if (!dialect.duplicate_points) {
+    text = b.Boundary(EmbeddingPoint(), text);
+    b.Output("fused", FuseRows(b, text, VisualRows(b, b.Boundary(ProjectedPoint(), visual)), start));
     return;
   }
-  text = b.Boundary(EmbeddingPoint(), text);
-  b.Output("fused", FuseRows(b, text, VisualRows(b, b.Boundary(ProjectedPoint(), visual)), start));
+  // The reference's own file is float between its integer neighbours (findings B5); this one rounds where the reference's
+  // model does: both parts on the fusion's grid, the result on that of the text model's input.
+  const std::string fusion = "model.mm_fusion";
+  text = b.Boundary(fusion, b.Boundary(b.At(kTextRoot).At("embed_tokens").Path("act_out"), text));
+  visual = b.Boundary(fusion, b.Boundary(ProjectedPoint(), visual));
+  visual = b.Reshape(visual, {1, tokens, config.hidden_size});
+  b.Output("fused", b.Boundary(EmbeddingPoint(), FuseRows(b, text, visual, start)));
 }
 
 void BuildGemma4Full(const Builder& b, const Gemma4Config& config, int64_t length, const ImageSlot* image,

@@ -477,13 +477,15 @@ TEST(FusionTest, GraphWritesVisualRowsOverTheirSpan) {
               HasSubstr("fusion: image tokens [3,5) do not fit into [0,4); check visual_start_idx"));
 }
 
-TEST(FusionTest, ReferenceFormIsTheReferencesFile) {
-  const circle::Model golden = circle::Read(TestData("golden/tiny_wide/circle/w4a16/multimodal_fusion.circle"));
+TEST(FusionTest, TheReferencesFloatFusionIsOnGridsHere) {
   const GoldenModel model("tiny_wide");
   Calibration grids(Recipe::Load("w4a16"), kTico);
   grids.UseFrozen(GoldenGrids("tiny_wide", "w4a16"));
   const Graph graph = GraphOf([&](const Builder& b) { BuildFusion(b, model.config.text, 20, 1, 6, kTico); });
-  EXPECT_EQ(FirstDifference(Listing(circle::ToCircle(graph, CalibratedGrids(grids, nullptr))), Listing(golden)), "");
+  const circle::Model file = circle::ToCircle(graph, CalibratedGrids(grids, nullptr));
+  for (const circle::Tensor& tensor : file.tensors) EXPECT_NE(tensor.type.dtype, DType::kF32) << tensor.name;
+  ASSERT_EQ(file.outputs.size(), 1u);
+  EXPECT_EQ(*file.tensors[file.outputs[0]].qparams, *grids.GridOf(EmbeddingPoint()));
 }
 
 // ---- Placeholders ---------------------------------------------------------------------------------------------------
