@@ -66,7 +66,8 @@ std::vector<std::string> Having(const Recipe& recipe, DType dtype) {
 TEST(RecipeTest, TheFilesUnderRecipesAreTheBuiltInOnes) {
   const std::filesystem::path directory = std::filesystem::path(CIRCLET_SOURCE_DIR) / "recipes";
   size_t files = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(directory)) files += entry.path().extension() == ".yaml";
+  for (const auto& entry : std::filesystem::directory_iterator(directory))
+    files += entry.path().extension() == ".yaml" && entry.path().stem() != "wrapper_smoke";  // settings of inspect
   EXPECT_EQ(files, Recipe::BuiltinNames().size());
   for (const std::string& name : Recipe::BuiltinNames()) {
     EXPECT_EQ(ReadFile(directory / (name + ".yaml")), Recipe::BuiltinText(name)) << name;
