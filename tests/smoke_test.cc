@@ -179,6 +179,14 @@ TEST(SmokeTest, TraceFollowsTheErrorThroughThePoints) {
   EXPECT_THAT(ExplainText(points[1]), HasSubstr("grid low"));
 }
 
+TEST(SmokeTest, TraceOfTheWholeModelTakesAPointThatStandsAtSeveralPlaces) {
+  const SmokeSize size;
+  const std::vector<TracePoint> points =
+      Trace(FindSmokeCase("gemma4_model").build(size), Recipe::Load("default"), 0, "");
+  EXPECT_GT(points.size(), 100u);
+  EXPECT_GT(points.back().error_out, 0);
+}
+
 TEST(SmokeTest, ExampleSavesItsFile) {
   const std::string text = RunExample("gemma4_model", OutputDirectory());
   EXPECT_THAT(text, HasSubstr("Image-Text Quantization Error"));

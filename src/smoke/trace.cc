@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <mutex>
 #include <numeric>
 
 #include "circlet/base/error.h"
@@ -26,32 +27,41 @@ class Capture final : public PointReading {
     if (calibration != nullptr) rounding_ = std::make_unique<FakeQuantReading>(*calibration);
   }
 
+  // Points inside a fused operator are larger or smaller than its output, so the size shows as values come, and they come
+  // from several threads.
   struct Kept final : PointVisitor {
-    Kept(int64_t elements, PointVisitor* rounding_visitor)
-        : before(static_cast<size_t>(elements)), after(before.size()), rounding(rounding_visitor) {}
+    explicit Kept(PointVisitor* rounding_visitor) : rounding(rounding_visitor) {}
     void Visit(std::span<float> values, int64_t first) override {
-      std::ranges::copy(values, before.begin() + first);
+      Copy(values, first, before);
       if (rounding != nullptr) rounding->Visit(values, first);
-      std::ranges::copy(values, after.begin() + first);
+      Copy(values, first, after);
     }
+    void Copy(std::span<const float> values, int64_t first, std::vector<float>& to) {
+      const std::lock_guard lock(mutex);
+      to.resize(std::max(to.size(), static_cast<size_t>(first) + values.size()));
+      std::ranges::copy(values, to.begin() + first);
+    }
+    std::mutex mutex;
     std::vector<float> before, after;
     PointVisitor* rounding;
   };
 
   PointVisitor* At(const Point& point, const TensorType& type) override {
-    auto& kept = kept_[point.name];
-    kept = std::make_unique<Kept>(type.shape.Elements(), rounding_ ? rounding_->At(point, type) : nullptr);
-    return kept.get();
+    // A name may stand at several places (the merged embeddings); each has a visitor, the last one is shown.
+    PointVisitor* rounding = rounding_ ? rounding_->At(point, type) : nullptr;
+    all_.push_back(std::make_unique<Kept>(rounding));
+    return by_name_[point.name] = all_.back().get();
   }
   bool Writes() const override { return rounding_ != nullptr; }
   const Kept* Find(const std::string& name) const {
-    const auto it = kept_.find(name);
-    return it == kept_.end() ? nullptr : it->second.get();
+    const auto it = by_name_.find(name);
+    return it == by_name_.end() ? nullptr : it->second;
   }
 
  private:
   std::unique_ptr<FakeQuantReading> rounding_;
-  std::map<std::string, std::unique_ptr<Kept>> kept_;
+  std::vector<std::unique_ptr<Kept>> all_;
+  std::map<std::string, Kept*> by_name_;
 };
 
 double RelativeError(std::span<const float> reference, std::span<const float> got) {
@@ -100,7 +110,8 @@ std::vector<TracePoint> Walk(const Graph& graph, const Capture& reference, const
     for (const ValueId in : node.in) arriving = std::max(arriving, error[in]);
     for (const Point& point : node.points) {
       const Capture::Kept *f = reference.Find(point.name), *q = rounded.Find(point.name);
-      if (point.name.empty() || f == nullptr || q == nullptr) continue;
+      if (point.name.empty() || f == nullptr || q == nullptr || f->before.size() != q->after.size() || f->before.empty())
+        continue;
       points.push_back(Describe(point.name, *f, *q, calibration.GridOf(point.name)));
       points.back().error_in = arriving;
       arriving = points.back().error_out;
