@@ -4,6 +4,8 @@
 
 #include <gmock/gmock.h>
 
+#include <cstring>
+
 #include "circlet/base/threads.h"
 #include "circlet/circle/export.h"
 #include "circlet/io/file.h"
@@ -44,6 +46,32 @@ TEST_P(ExactFilesTest, EveryFileComputesWhatWasSimulatedToTheLastCode) {
   }
   EXPECT_THAT(names, testing::IsSupersetOf({"token_embedding", "decoder_layer_prefill_0", "decoder_layer_decode_0",
                                             "lm_head", "gemma4_model"}));
+}
+
+Tensor StoredCodes(const SafetensorsFile& codes, const std::string& name) {
+  if (const Tensor* tensor = codes.Find(name); tensor != nullptr) return *tensor;
+  return codes.Get(codes.Metadata().at(name));
+}
+
+// The decode units are verified on the last position of the sample that the prefill units are verified on. The order of
+// a sum does not depend on the number of rows, so both find the same codes.
+TEST_P(ExactFilesTest, DecodingTheLastPositionGivesThePrefillsCodes) {
+  const GoldenRun run(GetParam(), "default");
+  const SafetensorsFile codes = SafetensorsFile::Open(run.Output() / "verify.safetensors");
+  int layers = 0;
+  for (const UnitFile& unit : run.Result().units) {
+    if (!unit.name.starts_with("decoder_layer_prefill_")) continue;
+    const std::string index = unit.name.substr(unit.name.rfind('_') + 1);
+    const Tensor prefill = StoredCodes(codes, unit.name + ".out.0");
+    const Tensor decode = StoredCodes(codes, "decoder_layer_decode_" + index + ".out.0");
+    const size_t tail_bytes = static_cast<size_t>(decode.Bytes());
+    ASSERT_EQ(prefill.GetDType(), decode.GetDType());
+    ASSERT_EQ(prefill.GetShape()[2], decode.GetShape()[2]);
+    EXPECT_EQ(std::memcmp(prefill.Raw() + prefill.Bytes() - tail_bytes, decode.Raw(), tail_bytes), 0)
+        << "layer " << index;
+    ++layers;
+  }
+  EXPECT_GE(layers, 1);
 }
 
 class ReferenceFilesTest : public testing::TestWithParam<GoldenCase> {};
