@@ -4,7 +4,7 @@
   record_trace.py UNIT.circle UNIT.safetensors OUT.safetensors
 
 UNIT.safetensors holds the graph inputs as in.K. OUT.safetensors gets op.I.J, output J of operator I, as int16 codes.
-Run it with the Python of the environment that scripts/check_with_tico.sh sets up. This made the *.trace.safetensors.xz of
+Run it with the Python of the environment that scripts/check_with_tico.sh sets up; it made the *.trace.safetensors.xz of
 tests/data/golden.
 """
 import json

@@ -1,6 +1,7 @@
 // The program from the outside: exit codes, messages, files.
 
 #include <gmock/gmock.h>
+
 #include <nlohmann/json.hpp>
 
 #include "circlet/circle/model.h"
@@ -153,8 +154,7 @@ TEST_F(CliTest, TheWrittenFilesHaveTheDocumentedKeys) {
   // The manifest lists every file but itself and the timings, which differ from run to run.
   std::map<std::string, std::string> listed, there;
   const nlohmann::json manifest = ReadJson(fs::path(out_) / "manifest.json");
-  for (const auto& entry : manifest.at("outputs"))
-    listed[entry.at("file")] = entry.at("sha256");
+  for (const auto& entry : manifest.at("outputs")) listed[entry.at("file")] = entry.at("sha256");
   for (const auto& entry : fs::directory_iterator(out_)) there[entry.path().filename()] = Sha256File(entry.path());
   there.erase("manifest.json");
   there.erase("timings.json");
@@ -260,7 +260,8 @@ TEST_F(CliTest, AnotherModelTypeIsNamed) {
     config["model_type"] = "llama";
     config["architectures"] = {"LlamaForCausalLM"};
   });
-  ExpectRefused(Quantize(), AllOf(HasSubstr("config.json"), HasSubstr("model_type: \"llama\""), HasSubstr("gemma4_text")));
+  ExpectRefused(Quantize(),
+                AllOf(HasSubstr("config.json"), HasSubstr("model_type: \"llama\""), HasSubstr("gemma4_text")));
 }
 
 TEST_F(CliTest, MixtureOfExpertsIsRefusedByName) {
@@ -298,12 +299,14 @@ TEST_F(CliTest, AMissingTensorIsNamedWithWhatWasExpected) {
 
 TEST_F(CliTest, NanInALinearWeightIsNamedWithItsPlace) {
   EditTensor("model.language_model.layers.0.mlp.up_proj.weight", [](Tensor& tensor) { tensor.F32()[64 + 3] = NAN; });
-  ExpectRefused(Quantize(), AllOf(HasSubstr("layers.0.mlp.up_proj.weight"), HasSubstr("row 1, column 3"), HasSubstr("nan")));
+  ExpectRefused(Quantize(),
+                AllOf(HasSubstr("layers.0.mlp.up_proj.weight"), HasSubstr("row 1, column 3"), HasSubstr("nan")));
 }
 
 TEST_F(CliTest, InfinityInANormIsNamed) {
   EditTensor("model.language_model.norm.weight", [](Tensor& tensor) { tensor.F32()[5] = INFINITY; });
-  ExpectRefused(Quantize(), AllOf(HasSubstr("model.language_model.norm.weight"), HasSubstr("column 5"), HasSubstr("inf")));
+  ExpectRefused(Quantize(),
+                AllOf(HasSubstr("model.language_model.norm.weight"), HasSubstr("column 5"), HasSubstr("inf")));
 }
 
 TEST_F(CliTest, InfiniteActivationsNameTheFirstPoint) {

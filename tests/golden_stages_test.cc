@@ -112,8 +112,8 @@ INSTANTIATE_TEST_SUITE_P(All, GoldenCalibrationTest,
                                          GoldenCase{"tiny_wide", "w8a8"}),
                          CaseName);
 
-// Sums and constants that the reference leaves in float32 and that lie on grids here, so that a file has no hole: the PLE
-// sum, and the constants of the PLE projection and of the soft cap.
+// Sums and constants that the reference leaves in float32 and that lie on grids here, so that a file has no hole: the
+// PLE sum, and the constants of the PLE projection and of the soft cap.
 constexpr std::string_view kOurs[] = {"model.language_model.per_layer_input_scale", "logit_softcapping_div_scale"};
 
 // Points that only pictures reach were recorded as never observed; every other one must be there.
@@ -127,7 +127,8 @@ TEST_P(GoldenCalibrationTest, TextSamplesGiveTheReferencesGrids) {
     SCOPED_TRACE(name);
     const PointParams* expected = golden.Find(name);
     if (expected == nullptr) {
-      // Only our files have these: where the reference's leave a value in float (findings B4), and the soft cap's factors.
+      // Only our files have these: where the reference's leave a value in float (findings B4), and the soft cap's
+      // factors.
       EXPECT_THAT(name, testing::AnyOf(testing::EndsWith("_scale"), testing::EndsWith("per_layer_sum")));
       continue;
     }

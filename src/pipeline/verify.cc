@@ -37,7 +37,8 @@ std::string IndexText(const Shape& shape, int64_t flat) {
   return Shape(index).ToString();
 }
 
-void Compare(const circle::Model& model, int output, const Tensor& found, const Tensor& expected, UnitVerdict& verdict) {
+void Compare(const circle::Model& model, int output, const Tensor& found, const Tensor& expected,
+             UnitVerdict& verdict) {
   const circle::Tensor& tensor = model.tensors[model.outputs[output]];
   const QParams grid = tensor.qparams.value_or(QParams{.scale = {1}, .zero_point = {0}});
   const std::string place = fmt::format("{}.out.{}", verdict.unit, output);
@@ -108,11 +109,13 @@ Listing ReadListing(const fs::path& directory) {
   for (const JsonObject& unit : pipeline.Objects("units")) {
     const std::string name = unit.Required<std::string>("name"), file = unit.Required<std::string>("file");
     if (fs::path(file).filename() != file)
-      unit.FailAt("file", fmt::format("\"{}\" is no plain file name; a unit's file lies beside {}", file, kPipelineFile));
+      unit.FailAt("file",
+                  fmt::format("\"{}\" is no plain file name; a unit's file lies beside {}", file, kPipelineFile));
     listing.units.push_back({name, file});
     for (const auto& [side, mark] : {std::pair{"inputs", "in"}, std::pair{"outputs", "out"}}) {
       int index = 0;
-      for (const JsonObject& end : unit.Objects(side)) listing.grids[fmt::format("{}.{}.{}", name, mark, index++)] = GridText(end);
+      for (const JsonObject& end : unit.Objects(side))
+        listing.grids[fmt::format("{}.{}.{}", name, mark, index++)] = GridText(end);
     }
   }
   if (listing.units.empty()) pipeline.FailAt("units", "lists no unit; is it the output of quantize?");
@@ -147,7 +150,8 @@ VerifyResult Verify(const VerifyOptions& options) {
   for (const Listing::Unit& unit : listing.units) {
     UnitVerdict verdict{.unit = unit.name, .file = unit.file};
     const fs::path path = options.directory / verdict.file;
-    if (const auto hash = listing.sha256.find(verdict.file); hash != listing.sha256.end() && hash->second != Sha256File(path))
+    if (const auto hash = listing.sha256.find(verdict.file);
+        hash != listing.sha256.end() && hash->second != Sha256File(path))
       Fail("{}: differs from the file that {} lists (SHA-256); quantize again", path.string(), kManifestFile);
     const circle::Model model = circle::Read(path);
     verdict.operators = static_cast<int64_t>(model.operators.size());
@@ -160,7 +164,8 @@ VerifyResult Verify(const VerifyOptions& options) {
       if (given) inputs[model.tensors[model.inputs[k]].name] = ValuesOf(model.tensors[model.inputs[k]], *stored, name);
     }
     if (given) {
-      const std::map<std::string, Tensor> outputs = Within(verdict.file, [&] { return circle::RunModel(model, inputs); });
+      const std::map<std::string, Tensor> outputs =
+          Within(verdict.file, [&] { return circle::RunModel(model, inputs); });
       for (size_t k = 0; k < model.outputs.size(); ++k)
         if (const Tensor* stored = codes.Find(fmt::format("{}.out.{}", verdict.unit, k)); stored != nullptr)
           Compare(model, static_cast<int>(k), outputs.at(model.tensors[model.outputs[k]].name), *stored, verdict);
@@ -169,14 +174,15 @@ VerifyResult Verify(const VerifyOptions& options) {
     result.units.push_back(std::move(verdict));
     progress.Advance();
   }
-  // The reference differs from its own files by ties, in up to a fifth of a unit's codes; over many layers flips add up, to
-  // at most 6.5 % of the largest value (ptq.md 11.5). Its boundaries do not all meet (findings B5, B6).
+  // The reference differs from its own files by ties, in up to a fifth of a unit's codes; over many layers flips add
+  // up, to at most 6.5 % of the largest value (ptq.md 11.5). Its boundaries do not all meet (findings B5, B6).
   constexpr double kReferenceShare = 0.2, kReferencePeak = 0.065;
   for (const UnitVerdict& unit : result.units) {
     // At 8 bits one flip moves all that follows, so whole graphs say nothing there.
-    const bool whole_graph = unit.unit == "gemma4_model" || unit.unit == "vision_encoder" || unit.unit == "vision_model" ||
-                             unit.unit == "vision_prefill";
-    const bool near = (whole_graph && unit.largest_code <= 255) || unit.different <= kReferenceShare * unit.values || unit.largest_step <= kReferencePeak * unit.largest_code;
+    const bool whole_graph = unit.unit == "gemma4_model" || unit.unit == "vision_encoder" ||
+                             unit.unit == "vision_model" || unit.unit == "vision_prefill";
+    const bool near = (whole_graph && unit.largest_code <= 255) || unit.different <= kReferenceShare * unit.values ||
+                      unit.largest_step <= kReferencePeak * unit.largest_code;
     result.within_bounds &= result.dialect == "tico" ? near : unit.different == 0;
   }
   if (result.dialect != "tico") result.within_bounds &= result.broken_boundaries.empty();
@@ -192,7 +198,7 @@ std::string VerifyText(const VerifyResult& result) {
     if (!unit.first_difference.empty()) notes += fmt::format("{}: {}\n", unit.unit, unit.first_difference);
   }
   for (const std::string& boundary : result.broken_boundaries) notes += fmt::format("boundary {}\n", boundary);
-  const char* verdict = result.exact ? "every file computes what was simulated, to the last code"
+  const char* verdict = result.exact           ? "every file computes what was simulated, to the last code"
                         : result.within_bounds ? "the files differ from the simulation within the reference's bounds"
                                                : "the files do not compute what was simulated";
   return table.ToString() + notes + fmt::format("{} files: {}\n", result.units.size(), verdict);
@@ -205,8 +211,9 @@ std::map<std::string, Tensor> RunFile(const fs::path& file, const std::map<std::
     const circle::Tensor& tensor = model.tensors[model.inputs[k]];
     auto it = inputs.find(tensor.name);
     if (it == inputs.end()) it = inputs.find(fmt::format("in.{}", k));
-    if (it == inputs.end()) Fail("{}: input {} \"{}\" ({}) is missing: give \"{}\" or \"in.{}\"", file.string(), k,
-                                 tensor.name, tensor.type.ToString(), tensor.name, k);
+    if (it == inputs.end())
+      Fail("{}: input {} \"{}\" ({}) is missing: give \"{}\" or \"in.{}\"", file.string(), k, tensor.name,
+           tensor.type.ToString(), tensor.name, k);
     bound[tensor.name] = ValuesOf(tensor, it->second, fmt::format("{}: input \"{}\"", file.string(), it->first));
   }
   const std::map<std::string, Tensor> outputs = Within(file.string(), [&] { return circle::RunModel(model, bound); });
