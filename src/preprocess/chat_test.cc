@@ -7,6 +7,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
+#include "error_text.h"
 #include "preprocess/gemma_tokenizer_file.h"
 #include "temp_directory.h"
 
@@ -23,12 +24,7 @@ std::string Render(const char* messages, const ChatOptions& options = {}, const 
 }
 
 std::string ErrorOf(const char* messages) {
-  try {
-    Render(messages);
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
+  return ErrorText([&] { Render(messages); });
 }
 
 // Gemma 3's tokenizer with the control tokens that Gemma 4 has in their place (gemma4.md 7.1).

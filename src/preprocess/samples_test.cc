@@ -10,6 +10,7 @@
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
 #include "circlet/io/safetensors.h"
+#include "error_text.h"
 #include "golden.h"
 #include "temp_directory.h"
 
@@ -39,21 +40,11 @@ const std::vector<CaptionTask>& Captions() {
   return tasks;
 }
 
-template <typename Body>
-std::string ErrorOf(Body&& body) {
-  try {
-    body();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
 std::string JsonlError(const std::string& text, const SampleOptions& options = {}) {
   const TempDirectory directory;
   WriteFile(directory.Path() / "data.jsonl", text);
   WriteFile(directory.Path() / "broken.png", "\x89PNG\r\n\x1a\n nothing");
-  return ErrorOf([&] { LoadJsonl(directory.Path() / "data.jsonl", Tiny(), options); });
+  return ErrorText([&] { LoadJsonl(directory.Path() / "data.jsonl", Tiny(), options); });
 }
 
 TEST(JsonlTest, TheExampleCalibrationDataLoad) {
@@ -160,7 +151,7 @@ TEST(ChatSampleTest, PixelsAreThoseOfTheReference) {
 TEST(CaptionsTest, AMissingKeyIsNamed) {
   const TempDirectory directory;
   WriteFile(directory.Path() / "captions.jsonl", R"({"image": "a.png", "caption": "x"})");
-  EXPECT_THAT(ErrorOf([&] { LoadCaptions(directory.Path() / "captions.jsonl", Tiny(), {}); }),
+  EXPECT_THAT(ErrorText([&] { LoadCaptions(directory.Path() / "captions.jsonl", Tiny(), {}); }),
               HasSubstr("captions.jsonl:1: question"));
 }
 
@@ -177,7 +168,7 @@ TEST(PerplexityTest, WindowsFollowTheProtocolOfTheExample) {
   EXPECT_EQ(tokens, 29244u);
   const std::vector<int64_t> first = Reference()["perplexity"]["first_token_ids"];
   EXPECT_TRUE(std::equal(first.begin(), first.end(), windows[0].begin() + 1));
-  EXPECT_THAT(ErrorOf([] { PerplexityWindows("", Tiny().tokenizer, 255, 2); }), HasSubstr("the text is empty"));
+  EXPECT_THAT(ErrorText([] { PerplexityWindows("", Tiny().tokenizer, 255, 2); }), HasSubstr("the text is empty"));
 }
 
 TEST(RandomSamplesTest, TheyRepeatAndAvoidForbiddenIds) {
@@ -196,7 +187,7 @@ TEST(RandomSamplesTest, TheyRepeatAndAvoidForbiddenIds) {
   EXPECT_NE(a[0].input_ids, RandomSamples(1, 500, 124, 8, forbidden)[0].input_ids);
   // The same on every machine.
   EXPECT_THAT(RandomSamples(1, 4, 123, 256, {})[0].input_ids, ElementsAre(180, 250, 220, 175));
-  EXPECT_THAT(ErrorOf([&] { RandomSamples(1, 1, 1, 1, forbidden); }), HasSubstr("an id must be left"));
+  EXPECT_THAT(ErrorText([&] { RandomSamples(1, 1, 1, 1, forbidden); }), HasSubstr("an id must be left"));
 }
 
 TEST(SafetensorsSamplesTest, GoldenInputsBecomeSamples) {
@@ -221,7 +212,7 @@ TEST(SafetensorsSamplesTest, GoldenInputsBecomeSamples) {
   EXPECT_THAT(SamplesFromSafetensors(path, "calib", text_only).skipped,
               ElementsAre("inputs.safetensors:calib.4", "inputs.safetensors:calib.5", "inputs.safetensors:calib.6",
                           "inputs.safetensors:calib.7"));
-  EXPECT_THAT(ErrorOf([&] { SamplesFromSafetensors(path, "", options); }),
+  EXPECT_THAT(ErrorText([&] { SamplesFromSafetensors(path, "", options); }),
               HasSubstr("no tensor is called \"N.input_ids\""));
 }
 
@@ -266,7 +257,7 @@ TEST_F(BatchTest, TensorsThatDoNotFitAreNamed) {
   const Tensor ids = Ids({1, 2}, {9, 1});
   const Tensor pixels(TensorType{DType::kF32, {1, 2, 3}});
   const Tensor positions(TensorType{DType::kI64, {1, 2, 2}});
-  const auto error = [&](const std::map<std::string, Tensor>& tensors) { return ErrorOf([&] { Load(tensors); }); };
+  const auto error = [&](const std::map<std::string, Tensor>& tensors) { return ErrorText([&] { Load(tensors); }); };
   EXPECT_THAT(error({{"0.input_ids", ids}, {"0.pixel_values", pixels}}),
               HasSubstr("0.image_position_ids is missing, but pixel_values is there"));
   EXPECT_THAT(error({{"0.input_ids", ids}, {"0.pixel_values", pixels}, {"0.image_position_ids", ids}}),

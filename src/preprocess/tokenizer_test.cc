@@ -9,6 +9,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
+#include "error_text.h"
 #include "preprocess/gemma_tokenizer_file.h"
 #include "temp_directory.h"
 
@@ -52,12 +53,7 @@ std::vector<int64_t> Ids(const json& file, std::string_view text) {
 }
 
 std::string ErrorOf(const std::string& text) {
-  try {
-    Tokenizer::Parse(text, "tokenizer.json");
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
+  return ErrorText([&] { Tokenizer::Parse(text, "tokenizer.json"); });
 }
 std::string ErrorOf(const json& file) { return ErrorOf(file.dump()); }
 

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
+#include "error_text.h"
 #include "fnv_checkpoint.h"
 #include "golden.h"
 
@@ -32,12 +33,7 @@ Inventory InventoryOf(const Gemma4Config& config, const std::map<std::string, Te
 }
 
 std::string ErrorOf(const Gemma4Config& config, const std::map<std::string, Tensor>& tensors) {
-  try {
-    InventoryOf(config, tensors);
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
+  return ErrorText([&] { InventoryOf(config, tensors); });
 }
 
 std::string ReasonOf(const Inventory& inventory, std::string_view name) {
