@@ -21,9 +21,10 @@ struct ProgramResult {
 };
 
 // `shell` runs in front of the program in the same process, e.g. "ulimit -f 8; ".
-inline ProgramResult RunProgram(const std::vector<std::string>& arguments, const std::string& shell = "") {
+inline ProgramResult RunProgram(const std::vector<std::string>& arguments, const std::string& shell = "",
+                                const std::string& program = CIRCLET_BINARY) {
   const TempDirectory directory;
-  std::string command = shell + "exec '" CIRCLET_BINARY "'";
+  std::string command = fmt::format("{}exec '{}'", shell, program);
   for (const std::string& argument : arguments) {
     CIRCLET_CHECK(argument.find('\'') == argument.npos, "argument {} needs quoting", argument);
     command += " '" + argument + "'";

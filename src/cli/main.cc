@@ -3,8 +3,11 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <cstdlib>
+#include <thread>
 
+#include "circlet/base/communicator.h"
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
 #include "circlet/io/names.h"
@@ -37,6 +40,17 @@ int Refuse(const CLI::App& app, const CLI::ParseError& error) {
   return 2;
 }
 
+// The processes of one run mostly fail alike, and one message is enough: the first tells its failure at once and ends
+// the others, which wait for that, each longer than the one before it. `world` is null before the processes are
+// connected; then they end when the launcher sees that this one did, after a second with Open MPI.
+int TellFailure(circlet::Communicator* world, int exit_code, std::string_view text) {
+  std::this_thread::sleep_for(std::chrono::milliseconds(world != nullptr ? 500 : 2000) * circlet::Launched().rank);
+  fmt::print(stderr, "circlet: {}\n", text);
+  std::fflush(nullptr);
+  if (world != nullptr) world->Abort(exit_code);
+  return exit_code;
+}
+
 }  // namespace
 
 // Exit codes: 0 done, 1 a result below the wanted bound, 2 an error that the user can mend, 3 a bug.
@@ -57,23 +71,24 @@ int main(int argc, char** argv) {
   circlet::AddRun(app, command);
   circlet::AddExample(app, command);
   circlet::AddInspect(app, command);
+  const bool first = circlet::Launched().rank == 0;
+  circlet::Communicator* world = nullptr;
   try {
     app.parse(argc, argv);
     if (threads > 0) circlet::SetThreads(threads);
+    const bool shared = app.got_subcommand("quantize") || app.got_subcommand("evaluate");
+    if (!shared && !first) return 0;  // one process does it
+    if (shared) world = &circlet::World();
     return command();
   } catch (const CLI::ParseError& error) {
-    return Refuse(app, error);
+    return first ? Refuse(app, error) : 0;  // all have the same command line
   } catch (const circlet::Bug& bug) {
-    fmt::print(stderr, "circlet: this is a bug: {}\n", bug.what());
-    return 3;
+    return TellFailure(world, 3, fmt::format("this is a bug: {}", bug.what()));
   } catch (const circlet::Error& error) {
-    fmt::print(stderr, "circlet: {}\n", error.what());
-    return 2;
+    return TellFailure(world, 2, error.what());
   } catch (const std::bad_alloc&) {
-    fmt::print(stderr, "circlet: out of memory\n");
-    return 2;
+    return TellFailure(world, 2, "out of memory");
   } catch (const std::exception& error) {
-    fmt::print(stderr, "circlet: this is a bug: {}\n", error.what());
-    return 3;
+    return TellFailure(world, 3, fmt::format("this is a bug: {}", error.what()));
   }
 }

@@ -1,7 +1,9 @@
 #include <fmt/core.h>
 
 #include <memory>
+#include <optional>
 
+#include "circlet/base/communicator.h"
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
 #include "circlet/pipeline/quantize.h"
@@ -28,6 +30,15 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.add_option("--eval-windows", options.eval_windows, "Only the first N windows of it")->check(CLI::PositiveNumber);
   command.add_option("--eval-captions", options.eval_captions, "Pictures with questions and captions, JSON lines");
   command.add_flag("--text-only", options.text_only, "Leave samples with pictures out");
+}
+
+// Samples are not shared between the processes yet: the first does all the work while the others wait for it, and null
+// is what they get.
+std::optional<QuantizeResult> QuantizeTogether(const QuantizeOptions& options) {
+  std::optional<QuantizeResult> result;
+  if (World().Rank() == 0) result = Quantize(options);
+  World().Barrier();
+  return result;
 }
 
 }  // namespace
@@ -57,9 +68,10 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
     command = [options, quiet] {
       options->exports = true;
       options->progress = *quiet ? nullptr : stderr;
-      const QuantizeResult result = Quantize(*options);
-      fmt::print("{}\nwritten to {}; next: circlet verify {}\n", ReportText(result), result.output_directory,
-                 result.output_directory);
+      const std::optional<QuantizeResult> result = QuantizeTogether(*options);
+      if (!result) return 0;
+      fmt::print("{}\nwritten to {}; next: circlet verify {}\n", ReportText(*result), result->output_directory,
+                 result->output_directory);
       return 0;
     };
   });
@@ -82,9 +94,10 @@ void AddEvaluate(CLI::App& app, std::function<int()>& command) {
   evaluate->callback([options, &command] {
     command = [options] {
       options->quantize.progress = options->quiet ? nullptr : stderr;
-      const QuantizeResult result = Quantize(options->quantize);
-      if (!options->json.empty()) WriteFile(options->json, ReportJson(result));
-      fmt::print("{}", ReportText(result));
+      const std::optional<QuantizeResult> result = QuantizeTogether(options->quantize);
+      if (!result) return 0;
+      if (!options->json.empty()) WriteFile(options->json, ReportJson(*result));
+      fmt::print("{}", ReportText(*result));
       return 0;
     };
   });

@@ -1,0 +1,127 @@
+// Several processes of one run, started by mpirun.
+
+#include <gmock/gmock.h>
+
+#include <filesystem>
+
+#include "circlet/base/communicator.h"
+#include "program.h"
+
+namespace circlet {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::StartsWith;
+
+TEST(CommunicatorTest, WithoutALauncherThisProcessIsAlone) {
+  EXPECT_EQ(World().Rank(), 0);
+  EXPECT_EQ(World().Size(), 1);
+  EXPECT_THAT(World().AllGather("mine"), testing::ElementsAre("mine"));
+  World().Barrier();
+}
+
+// The environment that a launcher gives, without one.
+ProgramResult RunAsProcess(int rank, const std::vector<std::string>& arguments) {
+  return RunProgram(arguments, fmt::format("export PMI_RANK={} PMI_SIZE=2; ", rank));
+}
+
+TEST(LaunchedTest, TheCommandLineIsAnsweredByTheFirstProcessOnly) {
+  EXPECT_THAT(RunAsProcess(0, {"--version"}).out, HasSubstr("."));
+  EXPECT_EQ(RunAsProcess(0, {"--versio"}).exit_code, 2);
+  for (const char* flag : {"--version", "--versio"}) {
+    const ProgramResult second = RunAsProcess(1, {flag});
+    EXPECT_EQ(second.exit_code, 0);
+    EXPECT_THAT(second.out + second.err, IsEmpty());
+  }
+}
+
+TEST(LaunchedTest, ACommandForOneProcessRunsInTheFirstOnly) {
+  EXPECT_EQ(RunAsProcess(0, {"show", "missing"}).exit_code, 2);
+  const ProgramResult second = RunAsProcess(1, {"show", "missing"});
+  EXPECT_EQ(second.exit_code, 0);
+  EXPECT_THAT(second.out + second.err, IsEmpty());
+}
+
+// An MPI that another launcher would have to start, and no MPI at all, give texts of their own.
+TEST(LaunchedTest, ProcessesThatCannotBeConnectedAreRefused) {
+  const ProgramResult result = RunAsProcess(0, {"quantize", "missing"});
+  EXPECT_EQ(result.exit_code, 2);
+  EXPECT_THAT(result.err, AllOf(StartsWith("circlet: 2 processes were started together"), HasSubstr("MPI")));
+}
+
+#ifdef CIRCLET_MPIEXEC
+
+// As many processes as are asked for, also as root and on few cores; with -q for mpirun to be silent.
+ProgramResult RunProcesses(int count, const std::vector<std::string>& program) {
+  std::vector<std::string> arguments{"-q", "-n", std::to_string(count)};
+  arguments.insert(arguments.end(), program.begin(), program.end());
+  return RunProgram(arguments,
+                    "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 "
+                    "OMPI_MCA_rmaps_base_oversubscribe=1; ",
+                    CIRCLET_MPIEXEC);
+}
+
+class ProcessesTest : public testing::TestWithParam<int> {
+ protected:
+  void SetUp() override {
+    if (!std::filesystem::exists(CIRCLET_MPIEXEC)) GTEST_SKIP() << "no " CIRCLET_MPIEXEC "; install openmpi-bin";
+  }
+  ProgramResult Run(const std::string& what) const {
+    const TempDirectory directory;
+    const std::string program = std::filesystem::path(CIRCLET_BINARY).parent_path() / "processes_program";
+    return RunProcesses(GetParam(), {program, what, std::to_string(GetParam()), directory.Path()});
+  }
+};
+
+TEST_P(ProcessesTest, GatherBytesOfAnyLength) {
+  const ProgramResult result = Run("gather");
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+}
+
+TEST_P(ProcessesTest, WaitForEachOtherAtABarrier) {
+  const ProgramResult result = Run("barrier");
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+}
+
+TEST_P(ProcessesTest, EndTogetherWhenOneAborts) { EXPECT_EQ(Run("abort").exit_code, 2); }
+
+// Nothing but the one line, whichever process fails and however many do.
+TEST_P(ProcessesTest, TellAFailureOnce) {
+  for (const std::vector<std::string>& arguments :
+       {std::vector<std::string>{"quantize", "missing", "--random-samples", "1x8", "--output", "never"},
+        {"evaluate", "--no-such-flag"},
+        {"show", "missing"}}) {
+    std::vector<std::string> program{CIRCLET_BINARY};
+    program.insert(program.end(), arguments.begin(), arguments.end());
+    const ProgramResult result = RunProcesses(GetParam(), program);
+    EXPECT_EQ(result.exit_code, 2) << arguments[0];
+    EXPECT_THAT(result.err, StartsWith("circlet: "));
+    EXPECT_EQ(std::ranges::count(result.err, '\n'), 1) << result.err;
+    EXPECT_THAT(result.out, IsEmpty());
+  }
+}
+
+TEST_P(ProcessesTest, PrintOneReport) {
+  const ProgramResult result = RunProcesses(
+      GetParam(),
+      {CIRCLET_BINARY, "evaluate", CIRCLET_SOURCE_DIR "/examples/tiny-gemma4", "--random-samples", "2x8", "--quiet"});
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.err, IsEmpty());
+  const size_t summary = result.out.find("Quantization Error Summary");
+  EXPECT_NE(summary, std::string::npos);
+  EXPECT_EQ(result.out.find("Quantization Error Summary", summary + 1), std::string::npos);
+}
+
+INSTANTIATE_TEST_SUITE_P(, ProcessesTest, testing::Values(1, 2, 3),
+                         [](const auto& count) { return fmt::format("Of{}", count.param); });
+
+#else
+
+TEST(ProcessesTest, AreConnectedByMpi) { GTEST_SKIP() << "built without MPI; install libopenmpi-dev and openmpi-bin"; }
+
+#endif
+
+}  // namespace
+}  // namespace circlet
