@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 
+#include "circlet/base/error.h"
 #include "circlet/base/threads.h"
 #include "hwy/aligned_allocator.h"
 #include "ops/simd.h"
@@ -77,6 +79,60 @@ TEST(LinearTest, ThreadsChangeNoBit) {
       }
     }
   }
+}
+
+// Each worker computes alone with kernels of its own, next to others of the same and of other sizes.
+TEST(LinearTest, WorkersSideBySideGetTheBitsOfAllThreads) {
+  const std::vector<Size> sizes{{1, 1536, 512}, {24, 64, 192},  {129, 77, 333}, {7, 256, 1536},
+                                {64, 512, 768}, {33, 128, 900}, {2, 40, 6144},  {200, 96, 64}};
+  std::vector<std::vector<float>> x, w, together;
+  for (const auto& [m, n, k] : sizes) {
+    x.push_back(Normal(static_cast<size_t>(m * k), 8));
+    w.push_back(Normal(static_cast<size_t>(n * k), 9));
+    together.emplace_back(static_cast<size_t>(m * n));
+  }
+  const auto product = [&](size_t i, std::vector<float>& y) {
+    Linear(x[i].data(), w[i].data(), nullptr, sizes[i].m, sizes[i].n, sizes[i].k, y.data());
+  };
+  const WithThreads four(4);
+  for (size_t i = 0; i < sizes.size(); ++i) product(i, together[i]);
+  constexpr size_t kRounds = 5;
+  std::vector<std::vector<float>> alone(kRounds * sizes.size());
+  ParallelItems(static_cast<int64_t>(alone.size()), [&](int64_t item, int worker) {
+    EXPECT_TRUE(worker >= 0 && worker < 4);
+    EXPECT_EQ(Threads(), 1);
+    const size_t i = static_cast<size_t>(item) % sizes.size();
+    alone[static_cast<size_t>(item)].resize(together[i].size());
+    product(i, alone[static_cast<size_t>(item)]);
+  });
+  EXPECT_EQ(Threads(), 4);
+  for (size_t item = 0; item < alone.size(); ++item)
+    EXPECT_TRUE(SameBits(alone[item], together[item % sizes.size()])) << "item " << item;
+}
+
+TEST(ParallelItemsTest, RunsEachItemOnceAndOneItemWithAllThreads) {
+  const WithThreads four(4);
+  std::vector<std::atomic<int>> runs(100);
+  ParallelItems(100, [&](int64_t item, int) { ++runs[static_cast<size_t>(item)]; });
+  for (const auto& count : runs) EXPECT_EQ(count, 1);
+  ParallelItems(1, [&](int64_t, int) { EXPECT_EQ(Threads(), 4); });
+  ParallelItems(0, [&](int64_t, int) { FAIL(); });
+}
+
+TEST(ParallelItemsTest, TheSmallestItemThatThrewIsReported) {
+  const WithThreads four(4);
+  std::atomic<int64_t> started = 0;
+  try {
+    ParallelItems(1000, [&](int64_t item, int) {
+      ++started;
+      if (item >= 10) Fail("item {}", item);
+    });
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_STREQ(error.what(), "item 10");
+  }
+  EXPECT_LT(started, 100);
+  EXPECT_EQ(Threads(), 4);
 }
 
 // Operands of one product, and its whole result.

@@ -5,12 +5,31 @@
 
 namespace circlet {
 
-// Threads that ParallelFor and the matrix products use; at least 1. Results never depend on it.
+// Threads that ParallelFor and the matrix products of the calling thread use; at least 1. Results never depend on it.
 void SetThreads(int count);
 int Threads();
 
+// While it lives, the calling thread computes alone: Threads() is 1 for it, and only for it. Executors of several
+// threads may then run side by side (each thread its own executor).
+class SingleThreadScope {
+ public:
+  SingleThreadScope();
+  ~SingleThreadScope();
+  SingleThreadScope(const SingleThreadScope&) = delete;
+  SingleThreadScope& operator=(const SingleThreadScope&) = delete;
+
+ private:
+  int before_;
+};
+
 // Calls body(begin, end) for disjoint pieces of [0, count), each a multiple of `grain` long but the last. Pieces may run
-// at the same time; an exception of one is thrown again here. Nested calls run in the calling thread.
+// at the same time, each in a SingleThreadScope; nested calls run in the calling thread. When pieces throw, the
+// exception of the first of them is thrown again here.
 void ParallelFor(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body);
+
+// Calls body(item, worker) for the items 0 to count - 1, handed out in order to Threads() workers, each in a
+// SingleThreadScope; one item alone has all threads. 0 <= worker < Threads(); a worker has one item at a time. After an
+// exception no further item starts; the exception of the smallest item that threw is thrown again here.
+void ParallelItems(int64_t count, const std::function<void(int64_t item, int worker)>& body);
 
 }  // namespace circlet
