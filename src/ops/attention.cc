@@ -9,6 +9,7 @@
 #include "ops/gemm.h"
 #include "ops/internal.h"
 #include "ops/simd.h"
+#include "ops/tally.h"
 
 namespace circlet {
 namespace {
@@ -64,6 +65,8 @@ class AttentionRun {
         v_floats_(gemm::PackedFloats(sizes_.keys, sizes_.head_size)),
         packed_(hwy::AllocateAligned<float>(static_cast<size_t>(sizes_.kv_heads * (k_floats_ + v_floats_)))),
         row_keys_(static_cast<size_t>(sizes_.queries)) {
+    gemm::Count({sizes_.queries, sizes_.keys, sizes_.head_size, true}, sizes_.heads);
+    gemm::Count({sizes_.queries, sizes_.head_size, sizes_.keys, false}, sizes_.heads);
     if (PointVisitor* visitor = At(kScale)) visitor->Visit({&scale_, 1}, 0);
     PackAll();
     const float* mask = context.in[3].F32().data();

@@ -7,8 +7,10 @@
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
+#include "circlet/ops/ops.h"
 #include "hwy/aligned_allocator.h"
 #include "ops/simd.h"
+#include "ops/tally.h"
 #include "ops/test_values.h"
 
 namespace circlet::gemm {
@@ -108,6 +110,43 @@ TEST(LinearTest, WorkersSideBySideGetTheBitsOfAllThreads) {
   EXPECT_EQ(Threads(), 4);
   for (size_t item = 0; item < alone.size(); ++item)
     EXPECT_TRUE(SameBits(alone[item], together[item % sizes.size()])) << "item " << item;
+}
+
+TEST(TallyTest, CountsProductsByShape) {
+  Tally tally;
+  const auto run = [](const Op& op, const std::vector<Tensor>& in) {
+    std::vector<TensorType> types;
+    for (const Tensor& tensor : in) types.push_back(tensor.Type());
+    std::vector<Tensor> out;
+    for (const TensorType& type : op.Infer(types)) out.emplace_back(type);
+    op.Eval({.in = in, .out = out});
+  };
+  {
+    const TallyScope scope(tally);
+    for (int i = 0; i < 3; ++i) run(FullyConnected{}, {NormalTensor({1, 5, 8}, 1), NormalTensor({6, 8}, 2)});
+    run(BatchMatMul{}, {NormalTensor({4, 5, 8}, 1), NormalTensor({1, 8, 3}, 2)});
+    const Tensor keys = NormalTensor({1, 2, 9, 16}, 4);
+    run(Attention{}, {NormalTensor({1, 4, 7, 16}, 3), keys, keys, NormalTensor({1, 1, 7, 9}, 5)});
+  }
+  run(FullyConnected{}, {NormalTensor({1, 5, 8}, 1), NormalTensor({6, 8}, 2)});  // not counted
+  const std::map<ProductShape, int64_t> expected{
+      {{5, 6, 8, true}, 3}, {{5, 3, 8, false}, 4}, {{7, 9, 16, true}, 4}, {{7, 16, 9, false}, 4}};
+  EXPECT_EQ(tally.Counts(), expected);
+  EXPECT_EQ(tally.Flops(), 2 * (3 * 5 * 6 * 8 + 4 * 5 * 3 * 8 + 8 * 7 * 9 * 16));
+}
+
+// Ten of one product take ten times one of it, within what another program on the machine may disturb (factor 4).
+TEST(TallyTest, SecondsAloneGrowWithTheCounts) {
+  Tally one, ten, none;
+  one.Add({64, 256, 512}, 1);
+  ten.Add({64, 256, 512}, 10);
+  const double seconds = SecondsAlone(one);
+  EXPECT_GT(seconds, 0);
+  EXPECT_GT(SecondsAlone(ten), 2.5 * seconds);
+  EXPECT_EQ(SecondsAlone(none), 0);
+  // Over the limit, all but the largest shape is estimated.
+  ten.Add({8, 16, 32}, 1000);
+  EXPECT_GT(SecondsAlone(ten, 0), 0);
 }
 
 TEST(ParallelItemsTest, RunsEachItemOnceAndOneItemWithAllThreads) {

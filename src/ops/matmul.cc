@@ -6,6 +6,7 @@
 #include "hwy/aligned_allocator.h"
 #include "ops/gemm.h"
 #include "ops/internal.h"
+#include "ops/tally.h"
 
 namespace circlet {
 
@@ -101,6 +102,7 @@ void BatchMatMul::Eval(const EvalContext& context) const {
   const std::vector<int64_t> b_index = BatchIndices(Leading(b_shape), batch);
   const auto buffer = hwy::AllocateAligned<float>(static_cast<size_t>(gemm::PackedFloats(k, n)));
   const gemm::Panels panels{buffer.get(), k, n};
+  gemm::Count({m, n, k, transpose_b}, static_cast<int64_t>(a_index.size()));
   const int64_t panel_count = gemm::PanelCount(n);
   // Pieces of about 64 rows by 256 columns keep both operands in the cache and give each thread several.
   constexpr int64_t kRows = 64;
