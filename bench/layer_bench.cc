@@ -1,5 +1,6 @@
-// One decoder layer of E2B's widths and one vision encoder layer: float, observing, fake-quantized and export, beside the
-// matrix products alone in oneDNN. Prints one table; `--json` prints it as JSON. Ratios are of minima in one run.
+// One decoder layer of E2B's widths and one vision encoder layer: float, observing, in bf16 (0 ratio without such a
+// processor), observing, fake-quantized and export, beside the float32 matrix products alone in oneDNN. Prints one
+// table; `--json` prints it as JSON. Ratios are of minima in one run.
 //
 //   layer_bench [--json] [--threads N] [--tokens 2048] [--rounds 5]
 
@@ -12,6 +13,7 @@
 #include <filesystem>
 #include <functional>
 #include <map>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -107,7 +109,7 @@ Case VisionCase() {
 
 struct Row {
   std::string name;
-  double products, observe, floats, rounded, write;
+  double products, observe, floats, bf16, rounded, write;
 };
 
 Row Measure(Case& c, int rounds) {
@@ -135,7 +137,9 @@ Row Measure(Case& c, int rounds) {
   Calibration calibration(Recipe::Load("default"), kDefault);
   ObserveReading observe(calibration);
   Executor plain(c.graph, nullptr), observing(c.graph, &observe);
-  Row row{c.name, 1e9, 1e9, 1e9, 1e9, 1e9};
+  std::optional<Executor> bf16;
+  if (Bf16Supported()) bf16.emplace(c.graph, nullptr, ExecutorOptions{.compute = Compute::kBf16});
+  Row row{c.name, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9};
   const auto keep = [](double& best, double seconds) { best = std::min(best, seconds); };
   for (int i = 0; i < rounds; ++i) {
     keep(row.products, Seconds([&] {
@@ -144,6 +148,7 @@ Row Measure(Case& c, int rounds) {
           gemm::Linear(p.a.F32().data(), p.b.F32().data(), nullptr, p.m, p.n, p.k, p.y.F32().data());
     }));
     keep(row.floats, Seconds([&] { plain.Run(c.inputs, weights); }));
+    if (bf16) keep(row.bf16, Seconds([&] { bf16->Run(c.inputs, weights); }));
     observe.Begin(i);
     keep(row.observe, Seconds([&] { observing.Run(c.inputs, weights); }));
     observe.End();
@@ -199,16 +204,19 @@ int main(int argc, char** argv) {
   cases.push_back(TextCase(true, tokens));
   cases.push_back(VisionCase());
   if (!json)
-    std::printf("%-30s %9s %9s %9s %9s %8s | %7s %7s %7s\n", "", "products", "float", "observe", "rounded", "export",
-                "flt/prd", "obs/flt", "rnd/flt");
+    std::printf("%-30s %9s %9s %9s %9s %9s %8s | %7s %8s %7s %7s\n", "", "products", "float", "bf16", "observe",
+                "rounded", "export", "flt/prd", "flt/bf16", "obs/flt", "rnd/flt");
   for (Case& c : cases) {
     const Row r = Measure(c, rounds);
     if (json)
-      std::printf("{\"case\": \"%s\", \"products_s\": %.4f, \"float_s\": %.4f, \"observe_s\": %.4f, \"rounded_s\": %.4f, "
-                  "\"export_s\": %.4f}\n", r.name.c_str(), r.products, r.floats, r.observe, r.rounded, r.write);
+      std::printf(
+          "{\"case\": \"%s\", \"products_s\": %.4f, \"float_s\": %.4f, \"bf16_s\": %.4f, "
+          "\"observe_s\": %.4f, \"rounded_s\": %.4f, \"export_s\": %.4f}\n",
+          r.name.c_str(), r.products, r.floats, r.bf16, r.observe, r.rounded, r.write);
     else
-      std::printf("%-30s %8.3fs %8.3fs %8.3fs %8.3fs %7.3fs | %7.3f %7.3f %7.3f\n", r.name.c_str(), r.products, r.floats,
-                  r.observe, r.rounded, r.write, r.floats / r.products, r.observe / r.floats, r.rounded / r.floats);
+      std::printf("%-30s %8.3fs %8.3fs %8.3fs %8.3fs %8.3fs %7.3fs | %7.3f %8.3f %7.3f %7.3f\n", r.name.c_str(),
+                  r.products, r.floats, r.bf16, r.observe, r.rounded, r.write, r.floats / r.products, r.floats / r.bf16,
+                  r.observe / r.floats, r.rounded / r.floats);
     std::fflush(stdout);
   }
 }

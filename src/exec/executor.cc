@@ -6,6 +6,7 @@
 
 #include "circlet/base/threads.h"
 #include "exec/memory_plan.h"
+#include "ops/simd.h"
 
 namespace circlet {
 namespace {
@@ -29,6 +30,19 @@ std::string Label(const Graph& graph, size_t index) {
   return fmt::format("node {}", index);
 }
 
+bool IsFloat(DType type) {
+  return type == DType::kF32 || type == DType::kBF16 || type == DType::kF16 || type == DType::kF64;
+}
+
+Tensor ToBF16(const Tensor& tensor) {
+  if (tensor.GetDType() == DType::kBF16) return tensor;
+  const Tensor wide = ToF32(tensor), result = Tensor::Uninitialized({DType::kBF16, tensor.GetShape()});
+  uint16_t* to = reinterpret_cast<uint16_t*>(result.Raw());
+  ParallelFor(wide.Elements(), 1 << 16,
+              [&](int64_t begin, int64_t end) { simd::F32ToBF16(wide.F32().data() + begin, end - begin, to + begin); });
+  return result;
+}
+
 // Scratch memory of the calling thread, shared by all its executors: a run's results are copied out of it, so nothing in it
 // outlives the run. It grows to the largest plan.
 std::byte* Scratch(int64_t bytes) {
@@ -47,6 +61,8 @@ struct Executor::Plan {
   MemoryPlan memory;
   std::vector<std::vector<PointVisitor*>> visitors;  // by node
   bool points_write = false;
+  Compute compute = Compute::kFloat32;
+  std::vector<char> linear_only;  // by value: a parameter that only linears read, as their weight
   std::byte* arena = nullptr;
   bool bound = false;
   std::vector<Tensor> tensors;  // by value
@@ -61,7 +77,37 @@ struct Executor::Plan {
     const MemoryPlan::Home& home = memory.homes[id];
     if (home.place == MemoryPlan::Place::kArena)
       return Tensor(graph.TypeOf(id), arena + home.offset, nullptr);
-    return Tensor(graph.TypeOf(id), tensors[home.root].Raw(), nullptr);
+    return Tensor({tensors[home.root].GetDType(), graph.TypeOf(id).shape}, tensors[home.root].Raw(), nullptr);
+  }
+
+  // Parameters whose values nobody but linears sees.
+  void FindLinearWeights() {
+    enum : char { kNone, kByLinear, kOtherwise };
+    std::vector<char> read(graph.Values().size(), kNone);
+    const auto note = [&](ValueId id, char how) {
+      if (const ValueId root = memory.homes[id].root; root >= 0) read[root] |= how;
+    };
+    for (size_t i = 0; i < graph.Nodes().size(); ++i) {
+      const Node& node = graph.Nodes()[i];
+      if (!memory.needed[i]) continue;
+      if (std::holds_alternative<QuantPoint>(node.op.kind) && visitors[i][0] == nullptr) continue;
+      const bool linear = std::holds_alternative<FullyConnected>(node.op.kind);
+      for (size_t k = 0; k < node.in.size(); ++k) note(node.in[k], linear && k == 1 ? kByLinear : kOtherwise);
+    }
+    for (const Graph::Output& output : graph.Outputs()) note(output.value, kOtherwise);
+    linear_only.assign(read.size(), 0);
+    for (size_t id = 0; id < read.size(); ++id) linear_only[id] = read[id] == kByLinear;
+  }
+
+  // The type that the readers of a parameter compute with.
+  TensorType BoundType(ValueId id) const {
+    const TensorType& type = graph.TypeOf(id);
+    return {compute == Compute::kBf16 && linear_only[id] ? DType::kBF16 : type.dtype, type.shape};
+  }
+
+  Tensor Bound(ValueId id, const Tensor& given) const {
+    if (compute == Compute::kFloat32 || !IsFloat(given.GetDType())) return given;
+    return BoundType(id).dtype == DType::kBF16 ? ToBF16(given) : ToF32(given);
   }
 
   void BindInputs(const std::map<std::string, Tensor>& inputs) {
@@ -76,13 +122,14 @@ struct Executor::Plan {
   }
 
   void BindWeights(const WeightSource& weights) {
-    for (size_t id = 0; id < graph.Values().size(); ++id) {
-      const Value& value = graph.Values()[id];
-      if (value.kind == ValueKind::kConstant) tensors[id] = value.constant;
+    for (ValueId id = 0; id < static_cast<ValueId>(graph.Values().size()); ++id) {
+      const Value& value = graph.At(id);
+      if (value.kind == ValueKind::kConstant) tensors[id] = Bound(id, value.constant);
       if (value.kind != ValueKind::kWeight) continue;
-      tensors[id] = weights(value.name);
-      if (tensors[id].Type() != value.type)
-        Fail("{}: is {}, expected {}", value.name, tensors[id].Type().ToString(), value.type.ToString());
+      const Tensor given = weights(value.name);
+      tensors[id] = Bound(id, given);
+      if (tensors[id].Type() != BoundType(id))
+        Fail("{}: is {}, expected {}", value.name, given.Type().ToString(), value.type.ToString());
     }
   }
 
@@ -99,7 +146,11 @@ struct Executor::Plan {
   }
 };
 
-Executor::Executor(const Graph& graph, PointReading* reading) : plan_(std::make_unique<Plan>()) {
+Executor::Executor(const Graph& graph, PointReading* reading, ExecutorOptions options)
+    : plan_(std::make_unique<Plan>()) {
+  if (options.compute == Compute::kBf16 && !Bf16Supported())
+    Fail("bf16: this processor does not multiply bf16; that needs AVX-512 BF16 (avx512_bf16); compute in float32");
+  plan_->compute = options.compute;
   plan_->graph = graph;
   std::vector<PointUseOfNode> uses(graph.Nodes().size());
   plan_->visitors.resize(graph.Nodes().size());
@@ -113,6 +164,7 @@ Executor::Executor(const Graph& graph, PointReading* reading) : plan_(std::make_
     }
   }
   plan_->memory = PlanMemory(graph, uses);
+  plan_->FindLinearWeights();
   plan_->tensors.resize(graph.Values().size());
   plan_->operands.resize(graph.Nodes().size());
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {
@@ -154,7 +206,8 @@ std::map<std::string, Tensor> Executor::Run(const std::map<std::string, Tensor>&
         node.op.Eval({.in = operands.in,
                       .out = operands.out,
                       .points = plan.visitors[i],
-                      .points_write = plan.points_write});
+                      .points_write = plan.points_write,
+                      .compute = plan.compute});
       }
     } catch (const Error& error) {
       throw error.Within(Label(plan.graph, i));

@@ -3,6 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <bit>
+#include <cmath>
+#include <cstring>
 #include <random>
 
 #include "circlet/graph/builder.h"
@@ -144,6 +147,41 @@ TEST(ExecutorTest, SharedBuffersNeverChangeAResult) {
       const auto results = executor.Run({{"x", x}, {"y", y}}, NoWeights());
       for (const auto& [name, pick] : outputs) EXPECT_EQ(List(results.at(name)), expected[pick]) << Dump(graph) << name;
     }
+  }
+}
+
+Tensor AsBf16(const Tensor& tensor) {
+  const Tensor result(TensorType{DType::kBF16, tensor.GetShape()});
+  for (int64_t i = 0; i < tensor.Elements(); ++i) {  // cut off: the values here fit
+    const auto bits = std::bit_cast<uint32_t>(tensor.F32()[i]);
+    std::memcpy(result.Raw() + 2 * i, reinterpret_cast<const char*>(&bits) + 2, 2);
+  }
+  return result;
+}
+
+// 1 + 2^-9 lies half way between two bf16 numbers and rounds to 1.
+TEST(ExecutorTest, InBf16LinearsRoundTheirOperandsAndNothingElse) {
+  if (!Bf16Supported()) GTEST_SKIP() << "no bf16 on this processor";
+  const float odd = 1.0f + std::ldexp(1.0f, -9);
+  Graph graph;
+  const Builder b(graph);
+  const ValueId x = b.Input("x", {1, 2}), shared = b.Weight("shared", {1, 2}), own = b.Weight("own", {1, 2});
+  b.Output("own", b.Add(FullyConnected{}, {x, own}));
+  b.Output("shared", b.Add(FullyConnected{}, {x, shared}));
+  b.Output("sum", b.Add(Add{}, {x, shared}));
+  Executor executor(graph, nullptr, {.compute = Compute::kBf16});
+  const auto run = [&](bool stored_bf16) {
+    executor.ForgetWeights();
+    return executor.Run({{"x", Values({1, 2}, {odd, 2})}}, [&](const std::string& name) {
+      const Tensor weight = Values({1, 2}, {name == "shared" ? odd : 1.5f, 4});
+      return stored_bf16 && name == "own" ? AsBf16(weight) : weight;
+    });
+  };
+  for (const bool stored_bf16 : {false, true}) {
+    const auto results = run(stored_bf16);
+    EXPECT_THAT(List(results.at("own")), testing::ElementsAre(1.5f + 8));
+    EXPECT_THAT(List(results.at("shared")), testing::ElementsAre(odd * odd + 8)) << "read by another operator too";
+    EXPECT_THAT(List(results.at("sum")), testing::ElementsAre(odd + odd, 6));
   }
 }
 

@@ -58,15 +58,16 @@ class AttentionRun {
  public:
   AttentionRun(const Attention& op, const EvalContext& context)
       : context_(context),
+        bf16_(context.compute == Compute::kBf16),
         sizes_(context.in[0].GetShape(), context.in[1].GetShape()),
         score_stride_((sizes_.keys + simd::kSoftmaxLanes - 1) / simd::kSoftmaxLanes * simd::kSoftmaxLanes +
                       simd::kSoftmaxLanes),  // not a power of two: rows must not share cache sets
-        k_floats_(gemm::PackedFloats(sizes_.head_size, sizes_.keys)),
-        v_floats_(gemm::PackedFloats(sizes_.keys, sizes_.head_size)),
+        k_floats_(gemm::PackedFloats(Depth(sizes_.head_size), sizes_.keys)),
+        v_floats_(gemm::PackedFloats(Depth(sizes_.keys), sizes_.head_size)),
         packed_(hwy::AllocateAligned<float>(static_cast<size_t>(sizes_.kv_heads * (k_floats_ + v_floats_)))),
         row_keys_(static_cast<size_t>(sizes_.queries)) {
-    gemm::Count({sizes_.queries, sizes_.keys, sizes_.head_size, true}, sizes_.heads);
-    gemm::Count({sizes_.queries, sizes_.head_size, sizes_.keys, false}, sizes_.heads);
+    gemm::Count({sizes_.queries, sizes_.keys, sizes_.head_size, true, bf16_}, sizes_.heads);
+    gemm::Count({sizes_.queries, sizes_.head_size, sizes_.keys, false, bf16_}, sizes_.heads);
     if (PointVisitor* visitor = At(kScale)) visitor->Visit({&scale_, 1}, 0);
     PackAll();
     const float* mask = context.in[3].F32().data();
@@ -80,8 +81,8 @@ class AttentionRun {
   void Run() const {
     const int64_t blocks = (sizes_.queries + kBlockRows - 1) / kBlockRows;
     ParallelFor(blocks * sizes_.heads, 1, [&](int64_t begin, int64_t end) {
-      const auto scratch =
-          hwy::AllocateAligned<float>(static_cast<size_t>(kBlockRows * (score_stride_ + 2 * sizes_.head_size + 16)));
+      const auto scratch = hwy::AllocateAligned<float>(
+          static_cast<size_t>(kBlockRows * (2 * score_stride_ + 2 * sizes_.head_size + 16)));
       // The last blocks first: under a causal mask they are the longest, and threads should end together.
       for (int64_t task = begin; task < end; ++task)
         RunBlock(task % sizes_.heads, (blocks - 1 - task / sizes_.heads) * kBlockRows, scratch.get());
@@ -101,28 +102,58 @@ class AttentionRun {
     return static_cast<size_t>(point) < context_.points.size() ? context_.points[point] : nullptr;
   }
 
+  // Floats that k terms of a product take.
+  int64_t Depth(int64_t k) const { return bf16_ ? gemm::Pairs(k) : k; }
+
   gemm::Panels KeyPanels(int64_t kv_head) const {
-    return {packed_.get() + kv_head * (k_floats_ + v_floats_), sizes_.head_size, sizes_.keys};
+    return {packed_.get() + kv_head * (k_floats_ + v_floats_), Depth(sizes_.head_size), sizes_.keys};
   }
   gemm::Panels ValuePanels(int64_t kv_head) const {
-    return {packed_.get() + kv_head * (k_floats_ + v_floats_) + k_floats_, sizes_.keys, sizes_.head_size};
+    return {packed_.get() + kv_head * (k_floats_ + v_floats_) + k_floats_, Depth(sizes_.keys), sizes_.head_size};
   }
 
   void PackAll() const {
     const int64_t elements = sizes_.keys * sizes_.head_size;
     const int64_t key_panels = gemm::PanelCount(sizes_.keys), value_panels = gemm::PanelCount(sizes_.head_size);
     const int64_t panels = key_panels + value_panels;
+    const float* all_k = context_.in[1].F32().data();
+    const float* all_v = context_.in[2].F32().data();
+    int64_t k_elements = elements, v_elements = elements;
+    hwy::AlignedFreeUniquePtr<float[]> pairs;
+    if (bf16_) {
+      k_elements = sizes_.keys * Depth(sizes_.head_size);
+      v_elements = Depth(sizes_.keys) * sizes_.head_size;
+      pairs = hwy::AllocateAligned<float>(static_cast<size_t>(sizes_.kv_heads * (k_elements + v_elements)));
+      PairAll(pairs.get(), pairs.get() + sizes_.kv_heads * k_elements);
+      all_k = pairs.get();
+      all_v = all_k + sizes_.kv_heads * k_elements;
+    }
     ParallelFor(sizes_.kv_heads * panels, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t kv_head = i / panels, panel = i % panels;
-        const float* k = context_.in[1].F32().data() + kv_head * elements;
-        const float* v = context_.in[2].F32().data() + kv_head * elements;
         if (panel < key_panels)
-          gemm::Pack(k, sizes_.head_size, true, KeyPanels(kv_head), panel, panel + 1);
+          gemm::Pack(all_k + kv_head * k_elements, Depth(sizes_.head_size), true, KeyPanels(kv_head), panel, panel + 1);
         else
-          gemm::Pack(v, sizes_.head_size, false, ValuePanels(kv_head), panel - key_panels, panel - key_panels + 1);
+          gemm::Pack(all_v + kv_head * v_elements, sizes_.head_size, false, ValuePanels(kv_head), panel - key_panels,
+                     panel - key_panels + 1);
       }
     });
+  }
+
+  // k [KV,T,h] to k [KV,T,Depth(h)], and v [KV,T,h] to v [KV,Depth(T),h].
+  void PairAll(float* k, float* v) const {
+    const auto& [heads, kv_heads, queries, keys, head_size] = sizes_;
+    const float* k_from = context_.in[1].F32().data();
+    const float* v_from = context_.in[2].F32().data();
+    ParallelFor(kv_heads * keys, RowGrain(head_size), [&, width = head_size](int64_t begin, int64_t end) {
+      gemm::PairAlongRows(k_from + begin * width, width, end - begin, width, k + begin * Depth(width), Depth(width));
+    });
+    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+      const int64_t rows = keys, width = head_size;
+      ParallelFor(Depth(rows), RowGrain(2 * width), [&](int64_t begin, int64_t end) {
+        gemm::PairRows(v_from + kv_head * rows * width, rows, width, begin, end, v + kv_head * Depth(rows) * width);
+      });
+    }
   }
 
   void Visit(AttentionPoint point, const RowKeys& row, float* scores, int64_t first) const {
@@ -170,19 +201,27 @@ class AttentionRun {
     float* scores = scratch;                         // [rows, score_stride_]
     float* q = scores + kBlockRows * score_stride_;  // [rows, q_stride]
     float* out = q + kBlockRows * q_stride;          // [rows, head_size]
+    float* pairs = out + kBlockRows * head_size;     // [rows, score_stride_]: the probabilities, in bf16
     const float* q_from = context_.in[0].F32().data() + (head * queries + first_row) * head_size;
-    for (int64_t row = 0; row < rows; ++row)
-      std::memcpy(q + row * q_stride, q_from + row * head_size, static_cast<size_t>(head_size) * sizeof(float));
+    if (bf16_)
+      gemm::PairAlongRows(q_from, head_size, rows, head_size, q, q_stride);
+    else
+      for (int64_t row = 0; row < rows; ++row)
+        std::memcpy(q + row * q_stride, q_from + row * head_size, static_cast<size_t>(head_size) * sizeof(float));
 
     const int64_t columns = gemm::PanelColumns();
-    gemm::Multiply(q, q_stride, rows, KeyPanels(sizes_.KvHead(head)),
-                   {range.begin / columns, (range.end + columns - 1) / columns, 0, head_size}, scores, score_stride_);
+    const auto multiply = bf16_ ? gemm::MultiplyPairs : gemm::Multiply;
+    multiply(q, q_stride, rows, KeyPanels(sizes_.KvHead(head)),
+             {range.begin / columns, (range.end + columns - 1) / columns, 0, Depth(head_size)}, scores, score_stride_);
     const float* mask = context_.in[3].F32().data();
     for (int64_t row = 0; row < rows; ++row)
       SoftmaxRow(row_keys[row], mask + (first_row + row) * keys, scores + row * score_stride_,
                  (head * queries + first_row + row) * keys, range);
-    gemm::Multiply(scores, score_stride_, rows, ValuePanels(sizes_.KvHead(head)),
-                   {0, gemm::PanelCount(head_size), range.begin, range.end}, out, head_size);
+    if (bf16_)
+      gemm::PairAlongRows(scores + range.begin, score_stride_, rows, range.end - range.begin, pairs + range.begin / 2,
+                          score_stride_);
+    multiply(bf16_ ? pairs : scores, score_stride_, rows, ValuePanels(sizes_.KvHead(head)),
+             {0, gemm::PanelCount(head_size), Depth(range.begin), Depth(range.end)}, out, head_size);
     if (PointVisitor* visitor = At(kAttnOut))
       visitor->Visit({out, static_cast<size_t>(rows * head_size)}, (head * queries + first_row) * head_size);
     float* to = context_.out[0].F32().data() + (first_row * heads + head) * head_size;
@@ -194,6 +233,7 @@ class AttentionRun {
   }
 
   const EvalContext& context_;
+  bool bf16_;
   Sizes sizes_;
   int64_t score_stride_;
   float scale_ = 1.0f;  // on its grid

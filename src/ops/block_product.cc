@@ -1,7 +1,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "circlet/base/error.h"
+#include "hwy/aligned_allocator.h"
 #include "ops/gemm.h"
+#include "ops/simd.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/block_product.cc"
@@ -25,8 +28,22 @@ constexpr int64_t kSteps = 512;
 
 int64_t PanelColumnsImpl() { return kColumns; }
 
+struct Floating {
+  static HWY_INLINE V MulAdd(V a, V b, V sum) { return hn::MulAdd(a, b, sum); }
+};
+
+// sum + a.low * b.low + a.high * b.high, by lane. As an instruction: the target's headers do not offer it.
+struct Bf16Pairs {
+  static HWY_INLINE V MulAdd([[maybe_unused]] V a, [[maybe_unused]] V b, V sum) {
+#if HWY_TARGET == HWY_AVX3
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
+#endif
+    return sum;
+  }
+};
+
 // c[r][0, kColumns) (+)= a[r][0, steps) b, for kRows rows; `fresh`: c holds nothing yet.
-template <int kRows>
+template <class Type, int kRows>
 HWY_INLINE void Tile(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTRICT b, int64_t steps,
                      bool fresh, float* HWY_RESTRICT c, int64_t c_stride) {
   V left[kRows], right[kRows];
@@ -41,8 +58,8 @@ HWY_INLINE void Tile(const float* HWY_RESTRICT a, int64_t a_stride, const float*
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const V a_value = hn::Set(kD, a[r * a_stride + k]);
-      left[r] = hn::MulAdd(a_value, b_left, left[r]);
-      right[r] = hn::MulAdd(a_value, b_right, right[r]);
+      left[r] = Type::MulAdd(a_value, b_left, left[r]);
+      right[r] = Type::MulAdd(a_value, b_right, right[r]);
     }
   }
 #pragma GCC unroll 16
@@ -53,28 +70,29 @@ HWY_INLINE void Tile(const float* HWY_RESTRICT a, int64_t a_stride, const float*
 }
 
 // A tile at the right edge: c has `columns` columns only.
-template <int kRows>
+template <class Type, int kRows>
 HWY_INLINE void EdgeTile(const float* a, int64_t a_stride, const float* b, int64_t steps, bool fresh, float* c,
                          int64_t c_stride, int64_t columns) {
   HWY_ALIGN float whole[kRows * kColumns] = {};
   const size_t bytes = static_cast<size_t>(columns) * sizeof(float);
   if (!fresh)
     for (int r = 0; r < kRows; ++r) std::memcpy(whole + r * kColumns, c + r * c_stride, bytes);
-  Tile<kRows>(a, a_stride, b, steps, fresh, whole, kColumns);
+  Tile<Type, kRows>(a, a_stride, b, steps, fresh, whole, kColumns);
   for (int r = 0; r < kRows; ++r) std::memcpy(c + r * c_stride, whole + r * kColumns, bytes);
 }
 
-template <int kRows>
+template <class Type, int kRows>
 HWY_NOINLINE void AnyTile(const float* a, int64_t a_stride, const float* b, int64_t steps, bool fresh, float* c,
                           int64_t c_stride, int64_t columns) {
   if (columns == kColumns)
-    Tile<kRows>(a, a_stride, b, steps, fresh, c, c_stride);
+    Tile<Type, kRows>(a, a_stride, b, steps, fresh, c, c_stride);
   else
-    EdgeTile<kRows>(a, a_stride, b, steps, fresh, c, c_stride, columns);
+    EdgeTile<Type, kRows>(a, a_stride, b, steps, fresh, c, c_stride, columns);
 }
 
-void MultiplyImpl(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
-                  int64_t c_stride) {
+template <class Type>
+HWY_INLINE void MultiplyWith(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
+                             int64_t c_stride) {
   for (int64_t k = part.k_begin; k < part.k_end; k += kSteps) {
     const int64_t steps = std::min(kSteps, part.k_end - k);
     const bool fresh = k == part.k_begin;
@@ -87,11 +105,21 @@ void MultiplyImpl(const float* a, int64_t a_stride, int64_t m, const Panels& b, 
         for (; row + rows <= m; row += rows)
           tile(a + row * a_stride + k, a_stride, b_rows, steps, fresh, c_left + row * c_stride, c_stride, columns);
       };
-      advance(AnyTile<kTileRows>, kTileRows);
-      advance(AnyTile<4>, 4);
-      advance(AnyTile<1>, 1);
+      advance(AnyTile<Type, kTileRows>, kTileRows);
+      advance(AnyTile<Type, 4>, 4);
+      advance(AnyTile<Type, 1>, 1);
     }
   }
+}
+
+void MultiplyImpl(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
+                  int64_t c_stride) {
+  MultiplyWith<Floating>(a, a_stride, m, b, part, c, c_stride);
+}
+void MultiplyPairsImpl(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
+                       int64_t c_stride) {
+  CIRCLET_CHECK(HWY_TARGET == HWY_AVX3, "bf16 products need AVX-512");
+  MultiplyWith<Bf16Pairs>(a, a_stride, m, b, part, c, c_stride);
 }
 
 // One panel from rows of the transposed operand. They go through a small tile: rows whose distance is a multiple of
@@ -132,6 +160,7 @@ namespace circlet::gemm {
 
 HWY_EXPORT(PanelColumnsImpl);
 HWY_EXPORT(MultiplyImpl);
+HWY_EXPORT(MultiplyPairsImpl);
 HWY_EXPORT(PackImpl);
 
 int64_t PanelColumns() { return HWY_DYNAMIC_DISPATCH(PanelColumnsImpl)(); }
@@ -144,6 +173,32 @@ void Pack(const float* b, int64_t stride, bool transposed, const Panels& panels,
 void Multiply(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
               int64_t c_stride) {
   HWY_DYNAMIC_DISPATCH(MultiplyImpl)(a, a_stride, m, b, part, c, c_stride);
+}
+void MultiplyPairs(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
+                   int64_t c_stride) {
+  HWY_DYNAMIC_DISPATCH(MultiplyPairsImpl)(a, a_stride, m, b, part, c, c_stride);
+}
+
+void PairAlongRows(const float* x, int64_t x_stride, int64_t rows, int64_t k, float* pairs, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+    auto* to = reinterpret_cast<uint16_t*>(pairs + row * stride);
+    simd::F32ToBF16(x + row * x_stride, k, to);
+    if (k % 2 != 0) to[k] = 0;
+  }
+}
+
+void PairRows(const float* x, int64_t k, int64_t n, int64_t first, int64_t last, float* pairs) {
+  const auto upper = hwy::AllocateAligned<uint16_t>(static_cast<size_t>(2 * n));
+  uint16_t* const lower = upper.get() + n;
+  for (int64_t pair = first; pair < last; ++pair) {
+    simd::F32ToBF16(x + 2 * pair * n, n, upper.get());
+    std::fill_n(lower, n, uint16_t{0});
+    if (2 * pair + 1 < k) simd::F32ToBF16(x + (2 * pair + 1) * n, n, lower);
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t both = upper[static_cast<size_t>(i)] | static_cast<uint32_t>(lower[i]) << 16;
+      std::memcpy(pairs + pair * n + i, &both, sizeof(both));
+    }
+  }
 }
 
 }  // namespace circlet::gemm

@@ -21,7 +21,8 @@ class EagerSink final : public GraphSink {
  public:
   // Called at each point with the whole tensor, which it may change.
   using AtPoint = std::function<void(const Point&, Tensor&)>;
-  explicit EagerSink(AtPoint at_point = nullptr) : at_point_(std::move(at_point)) {}
+  explicit EagerSink(AtPoint at_point = nullptr, Compute compute = Compute::kFloat32)
+      : at_point_(std::move(at_point)), compute_(compute) {}
 
   ValueId Given(Tensor tensor) {
     tensors_.push_back(std::move(tensor));
@@ -34,7 +35,7 @@ class EagerSink final : public GraphSink {
     for (const Tensor& tensor : operands) types.push_back(tensor.Type());
     std::vector<ValueId> ids;
     for (const TensorType& type : op.Infer(types)) results.emplace_back(type);
-    op.Eval({.in = operands, .out = results});
+    op.Eval({.in = operands, .out = results, .compute = compute_});
     std::string line(op.Name());
     for (Tensor& tensor : results) {
       line += " " + tensor.GetShape().ToString();
@@ -57,6 +58,7 @@ class EagerSink final : public GraphSink {
 
  private:
   AtPoint at_point_;
+  Compute compute_;
   std::vector<Tensor> tensors_;
 };
 
@@ -95,11 +97,11 @@ std::vector<float> Values(const Tensor& tensor) { return {tensor.F32().begin(), 
 
 template <typename T>
 std::vector<float> Fused(const T& op, const std::vector<Tensor>& in, std::vector<PointVisitor*> visitors = {},
-                         bool write = false) {
+                         bool write = false, Compute compute = Compute::kFloat32) {
   std::vector<TensorType> types;
   for (const Tensor& tensor : in) types.push_back(tensor.Type());
   const std::vector<Tensor> out{Tensor(op.Infer(types)[0])};
-  op.Eval({.in = in, .out = out, .points = visitors, .points_write = write});
+  op.Eval({.in = in, .out = out, .points = visitors, .points_write = write, .compute = compute});
   return Values(out[0]);
 }
 
@@ -195,6 +197,26 @@ TEST(AttentionTest, EqualsItsExpansionInFloat) {
           const std::vector<float> expected = Expansion(op, in, {}, sink);
           EXPECT_TRUE(SameBits(Fused(op, in), expected)) << "skip " << skip;
         }
+}
+
+TEST(AttentionTest, EqualsItsExpansionInBf16) {
+  if (!Bf16Supported()) GTEST_SKIP() << "no bf16 on this processor";
+  std::vector<Case> cases = kCases;
+  cases.push_back({2, 1, 20, 33, 7});  // odd: a pair is half empty
+  for (const Case& c : cases)
+    for (const Mask mask : kMasks)
+      for (const bool batched : {true, false}) {
+        if (batched && c.mask_of_rank_3) continue;
+        SCOPED_TRACE(c.Text(mask));
+        const Attention op{.skip_masked = !batched,
+                           .explicit_transpose = batched,
+                           .form = batched ? Attention::Form::kBatched : Attention::Form::kByHead};
+        const std::vector<Tensor> in = Operands(c, mask);
+        EagerSink sink(nullptr, Compute::kBf16);
+        const std::vector<float> fused = Fused(op, in, {}, false, Compute::kBf16);
+        EXPECT_TRUE(SameBits(fused, Expansion(op, in, {}, sink))) << "batched " << batched;
+        EXPECT_FALSE(SameBits(fused, Fused(op, in))) << "it is float32";
+      }
 }
 
 // Grids as calibration makes them: mask_add reaches 40 below the smallest kept logit and no further.

@@ -4,8 +4,10 @@
 #include <map>
 #include <tuple>
 
+#include "circlet/base/error.h"
 #include "circlet/base/threads.h"
 #include "hwy/aligned_allocator.h"
+#include "ops/internal.h"
 #include "ops/onednn_product.h"
 #include "ops/simd.h"
 
@@ -20,6 +22,13 @@ OneDnnProduct& ProductOf(const ProductShape& shape, bool with_bias) {
   // Prompts of many lengths must not collect products for ever.
   if (products.size() >= 256) products.clear();
   return products.try_emplace(key, shape, with_bias).first->second;
+}
+
+// Whether there is nothing to multiply; y is filled then.
+bool IsTrivial(const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
+  for (int64_t i = 0; k == 0 && i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) y[i * n + j] = bias == nullptr ? 0.0f : bias[j];
+  return m == 0 || n == 0 || k == 0;
 }
 
 }  // namespace
@@ -43,18 +52,25 @@ void LinearByPanels(const float* x, const float* w, const float* bias, int64_t m
 }
 
 void Linear(const float* x, const float* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
-  if (m == 0 || n == 0) return;
-  if (k == 0) {
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < n; ++j) y[i * n + j] = bias == nullptr ? 0.0f : bias[j];
-    return;
-  }
+  if (IsTrivial(bias, m, n, k, y)) return;
   Count({m, n, k});
   OneDnnProduct& product = ProductOf({m, n, k}, bias != nullptr);
   if (product.OneOrder())
     product.Run(x, w, bias, y);
   else
     LinearByPanels(x, w, bias, m, n, k, y);
+}
+
+void LinearBf16(const float* x, const void* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
+  if (IsTrivial(bias, m, n, k, y)) return;
+  const ProductShape shape{.m = m, .n = n, .k = k, .bf16 = true};
+  Count(shape);
+  OneDnnProduct& product = ProductOf(shape, bias != nullptr);
+  CIRCLET_CHECK(product.OneOrder(), "a bf16 product on a processor without bf16");
+  const auto rounded = hwy::AllocateAligned<uint16_t>(static_cast<size_t>(m * k));
+  ParallelFor(m * k, kElementGrain,
+              [&](int64_t begin, int64_t end) { simd::F32ToBF16(x + begin, end - begin, rounded.get() + begin); });
+  product.Run(rounded.get(), w, bias, y);
 }
 
 }  // namespace circlet::gemm

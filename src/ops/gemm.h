@@ -1,6 +1,7 @@
 #pragma once
 
-// All matrix products of circlet (architecture.md, rule 6), float32.
+// All matrix products of circlet (architecture.md, rule 6): float32, or bf16 operands whose products are summed in
+// float32.
 //
 // Linear is for weights: oneDNN where its order of summation depends on the shape alone (its AVX-512 kernels, and
 // single rows), else Multiply; the same bits for every thread count. Panels and Multiply are for attention and
@@ -17,6 +18,11 @@ void Linear(const float* x, const float* w, const float* bias, int64_t m, int64_
 
 // The same by Multiply: what Linear does where oneDNN's kernel will not do.
 void LinearByPanels(const float* x, const float* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y);
+
+// The same of bf16 operands: x is rounded to bf16, w is stored so, at any address. Needs Bf16Supported(). Each rounded
+// operand is off by at most 2^-9 of itself, so y differs from the float32 product by at most 2^-8 (1 + 2^-10) sum_k |x
+// w| and the sum's own rounding.
+void LinearBf16(const float* x, const void* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y);
 
 // Columns of a panel: two vectors of the processor.
 int64_t PanelColumns();
@@ -40,5 +46,15 @@ struct Part {
 };
 void Multiply(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
               int64_t c_stride);
+
+// The same in bf16 (needs Bf16Supported()). Two neighbours along k, rounded to bf16, stand where one float32 stands
+// otherwise, a 0 behind an odd k: sizes, strides and parts of a, b and its panels count pairs, and Pack moves them.
+inline int64_t Pairs(int64_t k) { return (k + 1) / 2; }
+void MultiplyPairs(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
+                   int64_t c_stride);
+// x [rows,k] -> [rows,Pairs(k)] of row stride `stride`.
+void PairAlongRows(const float* x, int64_t x_stride, int64_t rows, int64_t k, float* pairs, int64_t stride);
+// The pairs [first, last) of rows of x [k,n]: pairs [Pairs(k),n].
+void PairRows(const float* x, int64_t k, int64_t n, int64_t first, int64_t last, float* pairs);
 
 }  // namespace circlet::gemm

@@ -174,6 +174,59 @@ TEST(ParallelItemsTest, TheSmallestItemThatThrewIsReported) {
   EXPECT_EQ(Threads(), 4);
 }
 
+std::vector<uint16_t> Bf16(const std::vector<float>& values) {
+  std::vector<uint16_t> bf16(values.size());
+  simd::F32ToBF16(values.data(), static_cast<int64_t>(values.size()), bf16.data());
+  return bf16;
+}
+
+// |y - y32| <= (2^-8 + 2^-18) sum |x w|: each rounded operand is off by at most 2^-9 of itself. The sum's own rounding,
+// 2^-24 a step of the same sum, is added.
+TEST(Bf16Test, ProductsAreAsNearAsTheRoundingOfTheirOperands) {
+  if (!Bf16Supported()) GTEST_SKIP() << "no bf16 on this processor";
+  for (const auto& [m, n, k] : {Size{1, 1, 1}, {3, 5, 7}, {1, 200, 64}, {70, 33, 129}, {50, 70, 2048}}) {
+    const Tensor x = NormalTensor({m, k}, 1), w = NormalTensor({n, k}, 2), bias = NormalTensor({n}, 3);
+    const Tensor y({DType::kF32, {m, n}}), plain({DType::kF32, {m, n}}), batched({DType::kF32, {m, n}});
+    const std::vector<uint16_t> w_bf16 = Bf16({w.F32().begin(), w.F32().end()});
+    LinearBf16(x.F32().data(), w_bf16.data(), bias.F32().data(), m, n, k, y.F32().data());
+    LinearBf16(x.F32().data(), w_bf16.data(), nullptr, m, n, k, plain.F32().data());
+    BatchMatMul{.transpose_b = true}.Eval(
+        {.in = std::vector<Tensor>{x, w}, .out = std::vector<Tensor>{batched}, .compute = Compute::kBf16});
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        double sum = 0, magnitude = 0;
+        for (int64_t l = 0; l < k; ++l) {
+          const double term = static_cast<double>(x.F32()[i * k + l]) * w.F32()[j * k + l];
+          sum += term;
+          magnitude += std::abs(term);
+        }
+        const double bound =
+            magnitude * (std::ldexp(1, -8) + std::ldexp(1, -18) + static_cast<double>(k) * std::ldexp(1, -24));
+        EXPECT_NEAR(plain.F32()[i * n + j], sum, bound);
+        EXPECT_NEAR(batched.F32()[i * n + j], sum, bound);
+        EXPECT_NEAR(y.F32()[i * n + j], sum + bias.F32()[j], bound + std::ldexp(4, -24));
+      }
+  }
+}
+
+TEST(Bf16Test, ThreadsChangeNoBit) {
+  if (!Bf16Supported()) GTEST_SKIP() << "no bf16 on this processor";
+  for (const auto& [m, n, k] : {Size{1, 4096, 1536}, {7, 256, 1536}, {200, 512, 6144}, {129, 77, 333}}) {
+    const std::vector<float> x = Normal(static_cast<size_t>(m * k), 4);
+    const std::vector<uint16_t> w = Bf16(Normal(static_cast<size_t>(n * k), 5));
+    std::vector<float> alone(static_cast<size_t>(m * n)), y(alone.size());
+    {
+      const SingleThreadScope one;
+      LinearBf16(x.data(), w.data(), nullptr, m, n, k, alone.data());
+    }
+    for (const int threads : {2, 3, 4}) {
+      const WithThreads several(threads);
+      LinearBf16(x.data(), w.data(), nullptr, m, n, k, y.data());
+      EXPECT_TRUE(SameBits(y, alone)) << m << "x" << n << "x" << k << " with " << threads << " threads";
+    }
+  }
+}
+
 // Operands of one product, and its whole result.
 struct Product {
   int64_t m, n, k;

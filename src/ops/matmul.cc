@@ -30,8 +30,12 @@ void FullyConnected::Eval(const EvalContext& context) const {
   const Shape& y = context.out[0].GetShape();
   const int64_t rows = Product(y.Sizes().first(static_cast<size_t>(y.Rank() - 1)));
   const float* bias = context.in.size() == 3 ? context.in[2].F32().data() : nullptr;
-  gemm::Linear(context.in[0].F32().data(), context.in[1].F32().data(), bias, rows, w[0], w[1],
-               context.out[0].F32().data());
+  const float* x = context.in[0].F32().data();
+  float* to = context.out[0].F32().data();
+  if (context.in[1].GetDType() == DType::kBF16)
+    gemm::LinearBf16(x, context.in[1].Raw(), bias, rows, w[0], w[1], to);
+  else
+    gemm::Linear(x, context.in[1].F32().data(), bias, rows, w[0], w[1], to);
 }
 
 CircleOp FullyConnected::Emit(Types in, Types) const {
@@ -71,6 +75,46 @@ std::vector<int64_t> BatchIndices(const Shape& operand, const Shape& batch) {
   return indices;
 }
 
+// The operands of a batch of products: float32 as they are, or in bf16 pairs (gemm.h).
+struct Operands {
+  const float *a, *b;  // [..,m,k], [..,k,n] or, when transposed, [..,n,k]
+  int64_t k;           // of both, counted in floats
+  bool bf16;
+  hwy::AlignedFreeUniquePtr<float[]> pairs;
+
+  Operands(const EvalContext& context, bool transposed)
+      : a(context.in[0].F32().data()),
+        b(context.in[1].F32().data()),
+        k(context.in[0].GetShape()[-1]),
+        bf16(context.compute == Compute::kBf16) {
+    if (bf16) Pair(context.in[0].Elements() / k, context.in[1], transposed);
+  }
+
+  void Pair(int64_t a_rows, const Tensor& b_tensor, bool transposed) {
+    const int64_t depth = gemm::Pairs(k), b_columns = b_tensor.Elements() / k;
+    pairs = hwy::AllocateAligned<float>(static_cast<size_t>((a_rows + b_columns) * depth));
+    float *const a_pairs = pairs.get(), *const b_pairs = a_pairs + a_rows * depth;
+    const auto along_rows = [&](const float* x, int64_t rows, float* to) {
+      ParallelFor(rows, RowGrain(k), [&](int64_t begin, int64_t end) {
+        gemm::PairAlongRows(x + begin * k, k, end - begin, k, to + begin * depth, depth);
+      });
+    };
+    along_rows(a, a_rows, a_pairs);
+    if (transposed) {
+      along_rows(b, b_columns, b_pairs);
+    } else {
+      const int64_t n = b_tensor.GetShape()[-1];
+      for (int64_t i = 0; i < b_columns / n; ++i)
+        ParallelFor(depth, RowGrain(2 * n), [&](int64_t begin, int64_t end) {
+          gemm::PairRows(b + i * k * n, k, n, begin, end, b_pairs + i * depth * n);
+        });
+    }
+    a = a_pairs;
+    b = b_pairs;
+    k = depth;
+  }
+};
+
 }  // namespace
 
 std::vector<TensorType> BatchMatMul::Infer(Types in) const {
@@ -92,17 +136,19 @@ void BatchMatMul::Eval(const EvalContext& context) const {
   const Shape& a_shape = context.in[0].GetShape();
   const Shape& b_shape = context.in[1].GetShape();
   const Shape& y_shape = context.out[0].GetShape();
-  const int64_t m = y_shape[-2], n = y_shape[-1], k = a_shape[-1];
+  const int64_t m = y_shape[-2], n = y_shape[-1];
   if (context.out[0].Elements() == 0) return;
   float* y = context.out[0].F32().data();
-  if (k == 0) return std::memset(y, 0, static_cast<size_t>(context.out[0].Bytes())), void();
+  if (a_shape[-1] == 0) return std::memset(y, 0, static_cast<size_t>(context.out[0].Bytes())), void();
 
   const Shape batch = Leading(y_shape);
   const std::vector<int64_t> a_index = BatchIndices(Leading(a_shape), batch);
   const std::vector<int64_t> b_index = BatchIndices(Leading(b_shape), batch);
+  const Operands operands(context, transpose_b);
+  const int64_t k = operands.k;
   const auto buffer = hwy::AllocateAligned<float>(static_cast<size_t>(gemm::PackedFloats(k, n)));
   const gemm::Panels panels{buffer.get(), k, n};
-  gemm::Count({m, n, k, transpose_b}, static_cast<int64_t>(a_index.size()));
+  gemm::Count({m, n, a_shape[-1], transpose_b, operands.bf16}, static_cast<int64_t>(a_index.size()));
   const int64_t panel_count = gemm::PanelCount(n);
   // Pieces of about 64 rows by 256 columns keep both operands in the cache and give each thread several.
   constexpr int64_t kRows = 64;
@@ -111,19 +157,20 @@ void BatchMatMul::Eval(const EvalContext& context) const {
   const int64_t column_pieces = (panel_count + piece_panels - 1) / piece_panels;
   for (size_t i = 0; i < a_index.size(); ++i) {
     if (i == 0 || b_index[i] != b_index[i - 1]) {
-      const float* b = context.in[1].F32().data() + b_index[i] * k * n;
+      const float* b = operands.b + b_index[i] * k * n;
       ParallelFor(panel_count, RowGrain(k * gemm::PanelColumns()), [&](int64_t begin, int64_t end) {
         gemm::Pack(b, transpose_b ? k : n, transpose_b, panels, begin, end);
       });
     }
-    const float* a = context.in[0].F32().data() + a_index[i] * m * k;
+    const float* a = operands.a + a_index[i] * m * k;
     float* c = y + static_cast<int64_t>(i) * m * n;
     ParallelFor(row_pieces * column_pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {
         const int64_t row = piece % row_pieces * kRows;
         const int64_t first = piece / row_pieces * piece_panels;
-        gemm::Multiply(a + row * k, k, std::min(kRows, m - row), panels,
-                       {first, std::min(panel_count, first + piece_panels), 0, k}, c + row * n, n);
+        const auto multiply = operands.bf16 ? gemm::MultiplyPairs : gemm::Multiply;
+        multiply(a + row * k, k, std::min(kRows, m - row), panels,
+                 {first, std::min(panel_count, first + piece_panels), 0, k}, c + row * n, n);
       }
     });
   }

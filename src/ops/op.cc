@@ -4,6 +4,14 @@
 
 namespace circlet {
 
+bool Bf16Supported() {
+#ifdef __x86_64__
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 void ShapeError(std::string_view op, Types in, std::string_view rule) {
   std::string types;
   for (const TensorType& type : in) types += (types.empty() ? "" : ", ") + type.ToString();

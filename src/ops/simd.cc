@@ -192,6 +192,26 @@ void BF16ToF32Impl(const uint16_t* in, int64_t count, float* out) {
   }
 }
 
+void F32ToBF16Impl(const float* in, int64_t count, uint16_t* out) {
+  const hn::RebindToUnsigned<Floats> d32;
+  const hn::Rebind<uint16_t, Floats> d16;
+  const auto convert = [&](V v) HWY_ATTR {
+    const auto bits = hn::BitCast(d32, v);
+    const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(d32, 1));
+    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(d32, 0x7fff))));
+    const auto nan = hn::Or(hn::ShiftRight<16>(bits), hn::Set(d32, 0x40));  // quiet, and not an infinity
+    return hn::TruncateTo(d16, hn::IfThenElse(hn::RebindMask(d32, hn::IsNaN(v)), nan, rounded));
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) hn::StoreU(convert(hn::LoadU(kD, in + i)), d16, out + i);
+  if (i == count) return;
+  HWY_ALIGN float rest[kLanes] = {};
+  HWY_ALIGN uint16_t rest_out[kLanes];
+  std::memcpy(rest, in + i, static_cast<size_t>(count - i) * sizeof(float));
+  hn::Store(convert(hn::Load(kD, rest)), d16, rest_out);
+  std::memcpy(out + i, rest_out, static_cast<size_t>(count - i) * sizeof(uint16_t));
+}
+
 // ---- Elementwise --------------------------------------------------------------------------------------------------
 
 // f(op) with op as a function of two vectors. A NaN of the first operand survives max and min.
@@ -340,6 +360,7 @@ HWY_EXPORT(SnapImpl);
 HWY_EXPORT(QuantizeImpl);
 HWY_EXPORT(DequantizeImpl);
 HWY_EXPORT(BF16ToF32Impl);
+HWY_EXPORT(F32ToBF16Impl);
 HWY_EXPORT(BinaryImpl);
 HWY_EXPORT(BinaryScalarImpl);
 HWY_EXPORT(NegImpl);
@@ -365,6 +386,7 @@ void Dequantize(const int16_t* codes, int64_t count, float scale, int32_t zero_p
   HWY_DYNAMIC_DISPATCH(DequantizeImpl)(codes, count, scale, zero_point, x);
 }
 void BF16ToF32(const uint16_t* in, int64_t count, float* out) { HWY_DYNAMIC_DISPATCH(BF16ToF32Impl)(in, count, out); }
+void F32ToBF16(const float* in, int64_t count, uint16_t* out) { HWY_DYNAMIC_DISPATCH(F32ToBF16Impl)(in, count, out); }
 void Binary(BinaryOp op, const float* a, const float* b, int64_t count, float* y) {
   HWY_DYNAMIC_DISPATCH(BinaryImpl)(op, a, b, count, y);
 }

@@ -32,6 +32,7 @@ void Quantize(const float* x, int64_t count, const Grid& grid, int16_t* codes); 
 void Dequantize(const int16_t* codes, int64_t count, float scale, int32_t zero_point, float* x);
 
 void BF16ToF32(const uint16_t* in, int64_t count, float* out);
+void F32ToBF16(const float* in, int64_t count, uint16_t* out);  // to the nearest, ties to even; NaN stays NaN
 
 // y = a op b; y may be a. A NaN in a survives max and min.
 enum class BinaryOp { kAdd, kSub, kMul, kMax, kMin };

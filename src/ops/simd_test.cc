@@ -150,6 +150,40 @@ TEST(SimdTest, BFloat16IsWidenedExactly) {
   });
 }
 
+TEST(ConversionTest, F32ToBF16RoundsToTheNearestEven) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  const std::vector<std::pair<float, float>> cases{{1.0f, 1.0f},
+                                                   {0x1.01p0f, 1.0f},
+                                                   {0x1.03p0f, 0x1.04p0f},
+                                                   {0x1.010002p0f, 0x1.02p0f},
+                                                   {-0x1.03p0f, -0x1.04p0f},
+                                                   {0.0f, 0.0f},
+                                                   {-0.0f, -0.0f},
+                                                   {kInf, kInf},
+                                                   {-kInf, -kInf},
+                                                   {3.4e38f, kInf},
+                                                   {0x1p-140f, 0.0f},
+                                                   {0x1.8p-133f, 0x1p-132f}};
+  OnEveryTarget([&] {
+    for (const size_t repeat : {1, 3}) {
+      std::vector<float> in, expected;
+      for (size_t i = 0; i < repeat; ++i)
+        for (const auto& [value, rounded] : cases) {
+          in.push_back(value);
+          expected.push_back(rounded);
+        }
+      in.push_back(std::bit_cast<float>(0x7f800001u));  // a NaN whose upper half is that of infinity
+      std::vector<uint16_t> codes(in.size());
+      F32ToBF16(in.data(), static_cast<int64_t>(in.size()), codes.data());
+      std::vector<float> out(in.size());
+      BF16ToF32(codes.data(), static_cast<int64_t>(codes.size()), out.data());
+      EXPECT_TRUE(std::isnan(out.back()));
+      out.pop_back();
+      EXPECT_TRUE(SameBits(out, expected));
+    }
+  });
+}
+
 float BinaryScalarly(BinaryOp op, float a, float b) {
   switch (op) {
     case BinaryOp::kAdd:

@@ -9,7 +9,8 @@
 
 namespace circlet {
 
-// Gives the float32 bytes of a parameter; the tensor must stay valid during the run.
+// Gives the float32 bytes of a parameter; the tensor must stay valid during the run. For an executor that computes in
+// bf16 it may be bf16 as well.
 using WeightSource = std::function<Tensor(const std::string& name)>;
 
 // What a reading does at the points of a graph. Null = the float reading.
@@ -22,12 +23,19 @@ class PointReading {
   virtual bool Writes() const = 0;
 };
 
+struct ExecutorOptions {
+  // kBf16: products of linears and attention multiply bf16. Weights that are stored so are used in place, others are
+  // rounded once when they are fetched. A weight that anything but linears reads stays float32.
+  Compute compute = Compute::kFloat32;
+};
+
 // Runs one graph many times. Memory is planned once: buffers of dead values are reused, views share bytes, in-place
-// operators overwrite; nothing is allocated per operator at run time.
+// operators overwrite; nothing is allocated per operator at run time. Several threads may run executors at the same
+// time, one each, in a SingleThreadScope.
 class Executor {
  public:
-  // `reading` may be null and must outlive the executor.
-  Executor(const Graph& graph, PointReading* reading);
+  // `reading` may be null and must outlive the executor. Throws Error when the processor lacks what `options` asks for.
+  Executor(const Graph& graph, PointReading* reading, ExecutorOptions options = {});
   ~Executor();
   Executor(Executor&&) noexcept;
 
@@ -38,7 +46,8 @@ class Executor {
   // The next run fetches the weights again (tables whose rows differ from run to run).
   void ForgetWeights();
 
-  // Called behind every node with its output values (debugging, traces, comparing files with the simulation).
+  // Called behind every node with its output values; those of weights are bf16 where the executor binds them so
+  // (debugging, traces, comparing files with the simulation).
   using Probe = std::function<void(const Node& node, int output, const Tensor& value)>;
   void SetProbe(Probe probe);
 

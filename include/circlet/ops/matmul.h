@@ -5,6 +5,7 @@
 namespace circlet {
 
 // y = x W^T (+ b). Inputs: x [.., K], W [N,K], optional b [N]; output [.., N] (keep_num_dims).
+// Eval also takes W in bf16 (Compute::kBf16): x is rounded to bf16 then, and sums stay float32.
 struct FullyConnected {
   static constexpr std::string_view kName = "fully_connected";
   static constexpr int32_t kCircleCode = 9;

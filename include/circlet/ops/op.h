@@ -61,11 +61,17 @@ class PointVisitor {
   virtual void Visit(std::span<float> values, int64_t first) = 0;
 };
 
+// What matrix products multiply; their sums and everything between them are float32.
+enum class Compute : uint8_t { kFloat32, kBf16 };
+// Whether the processor multiplies bf16: it has AVX-512 BF16, as processors with AMX do.
+bool Bf16Supported();
+
 struct EvalContext {
   std::span<const Tensor> in;
   std::span<const Tensor> out;                  // allocated, typed by Infer
   std::span<PointVisitor* const> points;        // of a fused kernel, in the order of its node; null: pass
   bool points_write = false;                    // whether visitors change values (fake-quantize) or only look
+  Compute compute = Compute::kFloat32;          // of products of computed values; a linear goes by its weight's type
 };
 
 // ---- Circle form of an operator -----------------------------------------------------------------------------------
