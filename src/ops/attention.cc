@@ -43,6 +43,9 @@ struct RowKeys {
 RowKeys KeysOfRow(const float* mask, int64_t keys, bool skip_masked, float limit) {
   if (!skip_masked) return {{{0, keys}}, true};
   RowKeys row;
+  int64_t kept = 0;  // counted without branches first: most masks keep every key
+  for (int64_t key = 0; key < keys; ++key) kept += !(mask[key] <= limit);
+  if (kept == keys) return {{{0, keys}}, true};
   for (int64_t key = 0; key < keys; ++key) {
     if (mask[key] <= limit) continue;
     const int64_t begin = key;
@@ -206,8 +209,7 @@ class AttentionRun {
     if (bf16_)
       gemm::PairAlongRows(q_from, head_size, rows, head_size, q, q_stride);
     else
-      for (int64_t row = 0; row < rows; ++row)
-        std::memcpy(q + row * q_stride, q_from + row * head_size, static_cast<size_t>(head_size) * sizeof(float));
+      for (int64_t row = 0; row < rows; ++row) CopyShort(q_from + row * head_size, head_size, q + row * q_stride);
 
     const int64_t columns = gemm::PanelColumns();
     const auto multiply = bf16_ ? gemm::MultiplyPairs : gemm::Multiply;
@@ -225,8 +227,7 @@ class AttentionRun {
     if (PointVisitor* visitor = At(kAttnOut))
       visitor->Visit({out, static_cast<size_t>(rows * head_size)}, (head * queries + first_row) * head_size);
     float* to = context_.out[0].F32().data() + (first_row * heads + head) * head_size;
-    for (int64_t row = 0; row < rows; ++row)
-      std::memcpy(to + row * heads * head_size, out + row * head_size, static_cast<size_t>(head_size) * sizeof(float));
+    for (int64_t row = 0; row < rows; ++row) CopyShort(out + row * head_size, head_size, to + row * heads * head_size);
     // Last: the probabilities as a result of their own reach no product.
     for (int64_t row = 0; row < rows; ++row)
       Visit(kAttnWeights, row_keys[row], scores + row * score_stride_, (head * queries + first_row + row) * keys);

@@ -42,52 +42,69 @@ struct Bf16Pairs {
   }
 };
 
-// c[r][0, kColumns) (+)= a[r][0, steps) b, for kRows rows; `fresh`: c holds nothing yet.
-template <class Type, int kRows>
+// c[r][0, kVectors * kLanes) (+)= a[r][0, steps) b, for kRows rows; `fresh`: c holds nothing yet.
+template <class Type, int kRows, int kVectors>
 HWY_INLINE void Tile(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTRICT b, int64_t steps,
                      bool fresh, float* HWY_RESTRICT c, int64_t c_stride) {
   V left[kRows], right[kRows];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r) {
     left[r] = fresh ? hn::Zero(kD) : hn::LoadU(kD, c + r * c_stride);
-    right[r] = fresh ? hn::Zero(kD) : hn::LoadU(kD, c + r * c_stride + kLanes);
+    if constexpr (kVectors == 2) right[r] = fresh ? hn::Zero(kD) : hn::LoadU(kD, c + r * c_stride + kLanes);
   }
   for (int64_t k = 0; k < steps; ++k) {
     const V b_left = hn::Load(kD, b + k * kColumns);
-    const V b_right = hn::Load(kD, b + k * kColumns + kLanes);
-#pragma GCC unroll 16
+    [[maybe_unused]] const V b_right = hn::Load(kD, b + k * kColumns + kLanes);
+#pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
       const V a_value = hn::Set(kD, a[r * a_stride + k]);
       left[r] = Type::MulAdd(a_value, b_left, left[r]);
-      right[r] = Type::MulAdd(a_value, b_right, right[r]);
+      if constexpr (kVectors == 2) right[r] = Type::MulAdd(a_value, b_right, right[r]);
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r) {
     hn::StoreU(left[r], kD, c + r * c_stride);
-    hn::StoreU(right[r], kD, c + r * c_stride + kLanes);
+    if constexpr (kVectors == 2) hn::StoreU(right[r], kD, c + r * c_stride + kLanes);
   }
 }
 
 // A tile at the right edge: c has `columns` columns only.
-template <class Type, int kRows>
+template <class Type, int kRows, int kVectors>
 HWY_INLINE void EdgeTile(const float* a, int64_t a_stride, const float* b, int64_t steps, bool fresh, float* c,
                          int64_t c_stride, int64_t columns) {
-  HWY_ALIGN float whole[kRows * kColumns] = {};
+  constexpr int64_t kWidth = kVectors * kLanes;
+  HWY_ALIGN float whole[kRows * kWidth] = {};
   const size_t bytes = static_cast<size_t>(columns) * sizeof(float);
   if (!fresh)
-    for (int r = 0; r < kRows; ++r) std::memcpy(whole + r * kColumns, c + r * c_stride, bytes);
-  Tile<Type, kRows>(a, a_stride, b, steps, fresh, whole, kColumns);
-  for (int r = 0; r < kRows; ++r) std::memcpy(c + r * c_stride, whole + r * kColumns, bytes);
+    for (int r = 0; r < kRows; ++r) std::memcpy(whole + r * kWidth, c + r * c_stride, bytes);
+  Tile<Type, kRows, kVectors>(a, a_stride, b, steps, fresh, whole, kWidth);
+  for (int r = 0; r < kRows; ++r) std::memcpy(c + r * c_stride, whole + r * kWidth, bytes);
 }
 
-template <class Type, int kRows>
+template <class Type, int kRows, int kVectors>
 HWY_NOINLINE void AnyTile(const float* a, int64_t a_stride, const float* b, int64_t steps, bool fresh, float* c,
                           int64_t c_stride, int64_t columns) {
-  if (columns == kColumns)
-    Tile<Type, kRows>(a, a_stride, b, steps, fresh, c, c_stride);
+  if (columns == kVectors * kLanes)
+    Tile<Type, kRows, kVectors>(a, a_stride, b, steps, fresh, c, c_stride);
   else
-    EdgeTile<Type, kRows>(a, a_stride, b, steps, fresh, c, c_stride, columns);
+    EdgeTile<Type, kRows, kVectors>(a, a_stride, b, steps, fresh, c, c_stride, columns);
+}
+
+// The rows of c in the columns of one panel; a panel that is filled by half at most takes one vector, and twice the
+// rows.
+template <class Type, int kVectors>
+HWY_INLINE void MultiplyPanel(const float* a, int64_t a_stride, int64_t m, const float* b, int64_t steps, bool fresh,
+                              float* c, int64_t c_stride, int64_t columns) {
+  int64_t row = 0;
+  const auto advance = [&](auto tile, int64_t rows) HWY_ATTR {
+    for (; row + rows <= m; row += rows)
+      tile(a + row * a_stride, a_stride, b, steps, fresh, c + row * c_stride, c_stride, columns);
+  };
+  constexpr int kRows = kTileRows * 2 / kVectors;
+  advance(AnyTile<Type, kRows, kVectors>, kRows);
+  advance(AnyTile<Type, 4, kVectors>, 4);
+  advance(AnyTile<Type, 1, kVectors>, 1);
 }
 
 template <class Type>
@@ -95,19 +112,11 @@ HWY_INLINE void MultiplyWith(const float* a, int64_t a_stride, int64_t m, const 
                              int64_t c_stride) {
   for (int64_t k = part.k_begin; k < part.k_end; k += kSteps) {
     const int64_t steps = std::min(kSteps, part.k_end - k);
-    const bool fresh = k == part.k_begin;
     for (int64_t panel = part.first; panel < part.last; ++panel) {
-      const float* b_rows = b.data + (panel * b.k + k) * kColumns;
       const int64_t columns = std::min(kColumns, b.n - panel * kColumns);
-      float* c_left = c + panel * kColumns;
-      int64_t row = 0;
-      const auto advance = [&](auto tile, int64_t rows) HWY_ATTR {
-        for (; row + rows <= m; row += rows)
-          tile(a + row * a_stride + k, a_stride, b_rows, steps, fresh, c_left + row * c_stride, c_stride, columns);
-      };
-      advance(AnyTile<Type, kTileRows>, kTileRows);
-      advance(AnyTile<Type, 4>, 4);
-      advance(AnyTile<Type, 1>, 1);
+      const auto multiply = columns <= kLanes ? MultiplyPanel<Type, 1> : MultiplyPanel<Type, 2>;
+      multiply(a + k, a_stride, m, b.data + (panel * b.k + k) * kColumns, steps, k == part.k_begin,
+               c + panel * kColumns, c_stride, columns);
     }
   }
 }

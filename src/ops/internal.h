@@ -3,6 +3,7 @@
 // What several operators' shape rules and readers share.
 
 #include <algorithm>
+#include <cstring>
 
 #include "circlet/ops/op.h"
 
@@ -13,6 +14,14 @@ inline constexpr int64_t kElementGrain = 1 << 15;
 
 // Rows a thread takes at a time so that a piece has about kElementGrain elements.
 inline int64_t RowGrain(int64_t row) { return std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, row)); }
+
+// Copies a row that may be a few values short, where a call of memcpy would cost more than the copy.
+inline void CopyShort(const float* from, int64_t count, float* to) {
+  constexpr int64_t kStep = 8;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, kStep * sizeof(float));
+  for (; i < count; ++i) to[i] = from[i];
+}
 
 inline void ExpectFloat(std::string_view op, Types in) {
   for (const TensorType& type : in)

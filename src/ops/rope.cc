@@ -1,5 +1,3 @@
-#include <cstring>
-
 #include "circlet/base/threads.h"
 #include "circlet/ops/ops.h"
 #include "hwy/aligned_allocator.h"
@@ -54,12 +52,11 @@ void Rope::Eval(const EvalContext& context) const {
     for (int64_t position = begin; position < end; position += block) {
       const int64_t rows = std::min(block, end - position) * heads;
       const int64_t first_row = position * heads;
-      const size_t half_bytes = static_cast<size_t>(half) * sizeof(float);
       for (int64_t part = 0; part < parts; ++part) {
         for (int64_t row = 0; row < rows; ++row) {
           const float* value = x + (first_row + row) * head_size + part * width;
-          std::memcpy(x1 + row * half, value, half_bytes);
-          std::memcpy(x2 + row * half, value + half, half_bytes);
+          CopyShort(value, half, x1 + row * half);
+          CopyShort(value + half, half, x2 + row * half);
         }
         Visit(context, kX1, x1, rows * half, first_row * half);
         Visit(context, kX2, x2, rows * half, first_row * half);
@@ -68,22 +65,22 @@ void Rope::Eval(const EvalContext& context) const {
           Visit(context, kNeg, x2, rows * half, first_row * half);
         }
         for (int64_t row = 0; row < rows; ++row) {
-          std::memcpy(cat + row * width, x2 + row * half, half_bytes);
-          std::memcpy(cat + row * width + half, x1 + row * half, half_bytes);
+          CopyShort(x2 + row * half, half, cat + row * width);
+          CopyShort(x1 + row * half, half, cat + row * width + half);
         }
         Visit(context, kCat, cat, rows * width, first_row * width);
-        for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t row = 0; row < rows; row += heads) {
+          const int64_t first = (first_row + row) * head_size + part * width;
           const int64_t table = (first_row + row) / heads * head_size + part * width;
-          const float* value = x + (first_row + row) * head_size + part * width;
-          simd::Binary(simd::BinaryOp::kMul, value, cos + table, width, product_cos + row * width);
-          simd::Binary(simd::BinaryOp::kMul, cat + row * width, sin + table, width, product_sin + row * width);
+          simd::MulRows(x + first, head_size, cos + table, heads, width, product_cos + row * width);
+          simd::MulRows(cat + row * width, width, sin + table, heads, width, product_sin + row * width);
         }
         Visit(context, kCos, product_cos, rows * width, first_row * width);
         Visit(context, kSin, product_sin, rows * width, first_row * width);
         simd::Binary(simd::BinaryOp::kAdd, product_cos, product_sin, rows * width, product_cos);
         Visit(context, kRot, product_cos, rows * width, first_row * width);
         for (int64_t row = 0; row < rows; ++row)
-          std::memcpy(y + (first_row + row) * head_size + part * width, product_cos + row * width, 2 * half_bytes);
+          CopyShort(product_cos + row * width, width, y + (first_row + row) * head_size + part * width);
       }
     }
   });

@@ -21,37 +21,53 @@ using V = hn::Vec<Floats>;
 constexpr Floats kD;
 constexpr int64_t kLanes = hn::MaxLanes(kD);
 constexpr float kInf = std::numeric_limits<float>::infinity();
+// Whether MulAdd rounds once.
+constexpr bool kFused = HWY_TARGET <= HWY_AVX2;
 
 const char* InstructionSetImpl() { return hwy::TargetName(HWY_TARGET); }
 
-// By comparisons, which a NaN fails: vector min and max would lose it on some processors.
-HWY_INLINE V MaxKeepingNaN(V value, V low) { return hn::IfThenElse(hn::Lt(value, low), low, value); }
-HWY_INLINE V MinKeepingNaN(V value, V high) { return hn::IfThenElse(hn::Gt(value, high), high, value); }
+// A NaN value stays: x86 returns the second operand of min and max when one is NaN; elsewhere comparisons fail for it.
+constexpr bool kSecondOfNaN = HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR;
+HWY_INLINE V MaxKeepingNaN(V value, V low) {
+  return kSecondOfNaN ? hn::Max(low, value) : hn::IfThenElse(hn::Lt(value, low), low, value);
+}
+HWY_INLINE V MinKeepingNaN(V value, V high) {
+  return kSecondOfNaN ? hn::Min(high, value) : hn::IfThenElse(hn::Gt(value, high), high, value);
+}
 
-// Runs f over all values, the last ones through a padded copy so that each value takes the same path.
+// x[0, count) for count < kLanes, zeros behind, and back.
+HWY_INLINE V LoadRest(const float* x, int64_t count) {
+#if HWY_TARGET == HWY_AVX3
+  return hn::MaskedLoad(hn::FirstN(kD, static_cast<size_t>(count)), kD, x);
+#else
+  HWY_ALIGN float rest[kLanes] = {};
+  std::memcpy(rest, x, static_cast<size_t>(count) * sizeof(float));
+  return hn::Load(kD, rest);
+#endif
+}
+HWY_INLINE void StoreRest(V v, int64_t count, float* y) {
+#if HWY_TARGET == HWY_AVX3
+  hn::BlendedStore(v, hn::FirstN(kD, static_cast<size_t>(count)), kD, y);
+#else
+  HWY_ALIGN float rest[kLanes];
+  hn::Store(v, kD, rest);
+  std::memcpy(y, rest, static_cast<size_t>(count) * sizeof(float));
+#endif
+}
+
+// Runs f over all values, the last ones in a padded vector so that each value takes the same path.
 template <class F>
 HWY_INLINE void Map(const float* x, int64_t count, float* y, F f) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) hn::StoreU(f(hn::LoadU(kD, x + i)), kD, y + i);
-  if (i == count) return;
-  HWY_ALIGN float rest[kLanes] = {};
-  std::memcpy(rest, x + i, static_cast<size_t>(count - i) * sizeof(float));
-  hn::Store(f(hn::Load(kD, rest)), kD, rest);
-  std::memcpy(y + i, rest, static_cast<size_t>(count - i) * sizeof(float));
+  if (i < count) StoreRest(f(LoadRest(x + i, count - i)), count - i, y + i);
 }
 
 template <class F>
 HWY_INLINE void Map2(const float* a, const float* b, int64_t count, float* y, F f) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) hn::StoreU(f(hn::LoadU(kD, a + i), hn::LoadU(kD, b + i)), kD, y + i);
-  if (i == count) return;
-  HWY_ALIGN float rest_a[kLanes] = {};
-  HWY_ALIGN float rest_b[kLanes] = {};
-  const size_t bytes = static_cast<size_t>(count - i) * sizeof(float);
-  std::memcpy(rest_a, a + i, bytes);
-  std::memcpy(rest_b, b + i, bytes);
-  hn::Store(f(hn::Load(kD, rest_a), hn::Load(kD, rest_b)), kD, rest_a);
-  std::memcpy(y + i, rest_a, bytes);
+  if (i < count) StoreRest(f(LoadRest(a + i, count - i), LoadRest(b + i, count - i)), count - i, y + i);
 }
 
 // ---- Statistics and grids -----------------------------------------------------------------------------------------
@@ -235,6 +251,11 @@ void BinaryImpl(BinaryOp op, const float* a, const float* b, int64_t count, floa
   WithBinary(op, [&](auto apply) HWY_ATTR { Map2(a, b, count, y, apply); });
 }
 
+void MulRowsImpl(const float* x, int64_t stride, const float* factors, int64_t rows, int64_t width, float* y) {
+  for (int64_t row = 0; row < rows; ++row)
+    Map2(x + row * stride, factors, width, y + row * width, [](V a, V b) HWY_ATTR { return hn::Mul(a, b); });
+}
+
 void BinaryScalarImpl(BinaryOp op, const float* a, float b, int64_t count, float* y) {
   const V repeated = hn::Set(kD, b);
   WithBinary(op, [&](auto apply) HWY_ATTR { Map(a, count, y, [&](V v) HWY_ATTR { return apply(v, repeated); }); });
@@ -343,8 +364,15 @@ void SoftmaxRowImpl(float* x, int64_t count) {
   for (int64_t n = kSoftmaxLanes / 2; n > 0; n /= 2)
     for (int64_t i = 0; i < n; ++i) chains[i] += chains[i + n];
 
-  const V sum = hn::Set(kD, chains[0]);
-  for (int64_t i = 0; i < whole; i += kLanes) hn::StoreU(hn::Div(hn::LoadU(kD, x + i), sum), kD, x + i);
+  // The quotients that a division gives, at the price of three products: the first is off by little, and its remainder,
+  // which the fused product has exactly, corrects it (Markstein). Terms are 0 or at least exp(-28), sums at least 1.
+  const V sum = hn::Set(kD, chains[0]), reciprocal = hn::Set(kD, 1.0f / chains[0]);
+  const auto divided = [&](V term) HWY_ATTR {
+    if constexpr (!kFused) return hn::Div(term, sum);
+    const V quotient = hn::Mul(term, reciprocal);
+    return hn::MulAdd(hn::NegMulAdd(quotient, sum, term), reciprocal, quotient);
+  };
+  for (int64_t i = 0; i < whole; i += kLanes) hn::StoreU(divided(hn::LoadU(kD, x + i)), kD, x + i);
   for (int64_t i = whole; i < count; ++i) x[i] = rest[i - whole] / chains[0];
 }
 
@@ -362,6 +390,7 @@ HWY_EXPORT(DequantizeImpl);
 HWY_EXPORT(BF16ToF32Impl);
 HWY_EXPORT(F32ToBF16Impl);
 HWY_EXPORT(BinaryImpl);
+HWY_EXPORT(MulRowsImpl);
 HWY_EXPORT(BinaryScalarImpl);
 HWY_EXPORT(NegImpl);
 HWY_EXPORT(TanhImpl);
@@ -389,6 +418,9 @@ void BF16ToF32(const uint16_t* in, int64_t count, float* out) { HWY_DYNAMIC_DISP
 void F32ToBF16(const float* in, int64_t count, uint16_t* out) { HWY_DYNAMIC_DISPATCH(F32ToBF16Impl)(in, count, out); }
 void Binary(BinaryOp op, const float* a, const float* b, int64_t count, float* y) {
   HWY_DYNAMIC_DISPATCH(BinaryImpl)(op, a, b, count, y);
+}
+void MulRows(const float* x, int64_t stride, const float* factors, int64_t rows, int64_t width, float* y) {
+  HWY_DYNAMIC_DISPATCH(MulRowsImpl)(x, stride, factors, rows, width, y);
 }
 void BinaryScalar(BinaryOp op, const float* a, float b, int64_t count, float* y) {
   HWY_DYNAMIC_DISPATCH(BinaryScalarImpl)(op, a, b, count, y);

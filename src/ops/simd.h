@@ -37,6 +37,8 @@ void F32ToBF16(const float* in, int64_t count, uint16_t* out);  // to the neares
 // y = a op b; y may be a. A NaN in a survives max and min.
 enum class BinaryOp { kAdd, kSub, kMul, kMax, kMin };
 void Binary(BinaryOp op, const float* a, const float* b, int64_t count, float* y);
+// y[r] = x[r] * factors, for rows of `width` values; those of y follow each other, those of x are `stride` apart.
+void MulRows(const float* x, int64_t stride, const float* factors, int64_t rows, int64_t width, float* y);
 void BinaryScalar(BinaryOp op, const float* a, float b, int64_t count, float* y);
 
 void Neg(const float* x, int64_t count, float* y);
