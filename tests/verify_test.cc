@@ -153,6 +153,19 @@ TEST_F(SpoiledRunTest, AFlippedWeightIsRefusedByItsHash) {
                     HasSubstr("quantize again")));
 }
 
+TEST_F(SpoiledRunTest, OtherChangedFilesOfTheManifestAreRefusedByTheirHashes) {
+  for (const char* name : {"pipeline.json", "verify.safetensors"}) {
+    const std::string before = ReadFile(out / name);
+    std::string changed = before;
+    changed.back() ^= 1;
+    WriteFile(out / name, changed);
+    EXPECT_THAT(ErrorText([&] { Verify({.directory = out}); }),
+                AllOf(StartsWith((out / name).string()), HasSubstr("differs from the file that manifest.json lists")));
+    WriteFile(out / name, before);
+  }
+  EXPECT_TRUE(Verify({.directory = out}).exact);
+}
+
 TEST_F(SpoiledRunTest, AFlippedWeightWithAFittingHashIsFoundByItsResults) {
   FlipWeight("lm_head.q.circle");
   Manifest([&](nlohmann::json& manifest) {

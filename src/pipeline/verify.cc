@@ -91,6 +91,12 @@ struct Listing {
   std::vector<Boundary> boundaries;
 };
 
+void CheckHash(const Listing& listing, const fs::path& path) {
+  const auto hash = listing.sha256.find(path.filename());
+  if (hash != listing.sha256.end() && hash->second != Sha256File(path))
+    Fail("{}: differs from the file that {} lists (SHA-256); quantize again", path.string(), kManifestFile);
+}
+
 std::string GridText(const JsonObject& end) {
   return fmt::format("{} scale {} zero point {}", end.Required<std::string>("dtype"), end.Raw("scale").dump(),
                      end.Raw("zero_point").dump());
@@ -104,6 +110,7 @@ Listing ReadListing(const fs::path& directory) {
   for (const JsonObject& output : manifest.Objects("outputs"))
     listing.sha256[output.Required<std::string>("file")] = output.Required<std::string>("sha256");
 
+  CheckHash(listing, directory / kPipelineFile);
   const nlohmann::json pipeline_json = ReadJson(directory / kPipelineFile);
   const JsonObject pipeline(pipeline_json, (directory / kPipelineFile).string());
   for (const JsonObject& unit : pipeline.Objects("units")) {
@@ -142,7 +149,10 @@ std::vector<std::string> BrokenBoundaries(const Listing& listing) {
 
 VerifyResult Verify(const VerifyOptions& options) {
   const Listing listing = ReadListing(options.directory);
-  const StoredCodes codes(options.codes.empty() ? options.directory / kCodesFile : options.codes);
+  const bool own_codes = options.codes.empty();
+  const fs::path codes_path = own_codes ? options.directory / kCodesFile : options.codes;
+  if (own_codes) CheckHash(listing, codes_path);
+  const StoredCodes codes(codes_path);
   VerifyResult result{.dialect = listing.dialect, .broken_boundaries = BrokenBoundaries(listing)};
 
   Progress progress(options.progress);
@@ -150,9 +160,7 @@ VerifyResult Verify(const VerifyOptions& options) {
   for (const Listing::Unit& unit : listing.units) {
     UnitVerdict verdict{.unit = unit.name, .file = unit.file};
     const fs::path path = options.directory / verdict.file;
-    if (const auto hash = listing.sha256.find(verdict.file);
-        hash != listing.sha256.end() && hash->second != Sha256File(path))
-      Fail("{}: differs from the file that {} lists (SHA-256); quantize again", path.string(), kManifestFile);
+    CheckHash(listing, path);
     const circle::Model model = circle::Read(path);
     verdict.operators = static_cast<int64_t>(model.operators.size());
     std::map<std::string, Tensor> inputs;
