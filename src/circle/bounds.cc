@@ -5,10 +5,7 @@
 namespace circlet::circle {
 namespace {
 
-using flatbuffers::Offset;
 using flatbuffers::String;
-using flatbuffers::Table;
-using flatbuffers::Vector;
 using flatbuffers::Verifier;
 
 // Where the walk stands; text only when it fails.
@@ -43,7 +40,7 @@ void CheckVector(const Verifier& verifier, const Table& table, int id, const Pla
 
 void CheckTables(Verifier& verifier, const Table& table, const FieldSchema& field, const Place& place) {
   CheckVector<Offset<Table>>(verifier, table, field.id, place);
-  const auto* children = table.GetPointer<const Vector<Offset<Table>>*>(Slot(field.id));
+  const auto* children = table.GetPointer<const Tables*>(Slot(field.id));
   for (uint32_t i = 0; children != nullptr && i < children->size(); ++i)
     Walk(verifier, *children->Get(i), *field.table, {place.parent, field.name, static_cast<int64_t>(i)});
 }

@@ -16,11 +16,7 @@
 namespace circlet::circle {
 namespace {
 
-using flatbuffers::Offset;
 using flatbuffers::String;
-using flatbuffers::Table;
-using flatbuffers::Vector;
-using Tables = Vector<Offset<Table>>;
 
 constexpr std::string_view kRemedy = "the file is damaged, or its writer is at fault: export it again";
 constexpr int kMaxRank = 16;

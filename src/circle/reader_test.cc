@@ -16,9 +16,6 @@
 namespace circlet::circle {
 namespace {
 
-using flatbuffers::Offset;
-using flatbuffers::Table;
-using flatbuffers::Vector;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
@@ -69,7 +66,7 @@ class Editable {
 
  private:
   static Table& Child(Table& table, int field, uint32_t index) {
-    const auto* tables = table.GetPointer<const Vector<Offset<Table>>*>(Slot(field));
+    const auto* tables = table.GetPointer<const Tables*>(Slot(field));
     return *const_cast<Table*>(tables->Get(index));
   }
 };

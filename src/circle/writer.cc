@@ -19,9 +19,6 @@ namespace circlet::circle {
 namespace {
 
 using flatbuffers::FlatBufferBuilder;
-using flatbuffers::Offset;
-using flatbuffers::Table;
-using flatbuffers::Vector;
 using TableOffset = Offset<Table>;
 using StringOffset = Offset<flatbuffers::String>;
 

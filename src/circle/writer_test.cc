@@ -17,9 +17,6 @@
 namespace circlet::circle {
 namespace {
 
-using flatbuffers::Offset;
-using flatbuffers::Table;
-using flatbuffers::Vector;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::Pair;
@@ -29,8 +26,8 @@ Model ParseBytes(const std::vector<std::byte>& bytes) { return Parse(bytes, null
 // The tables of one kind below the root or the subgraph of a written file.
 std::vector<const Table*> TablesOf(const std::vector<std::byte>& file, int model_field, int subgraph_field = -1) {
   const Table* table = flatbuffers::GetRoot<Table>(file.data());
-  const auto* tables = table->GetPointer<const Vector<Offset<Table>>*>(Slot(model_field));
-  if (subgraph_field >= 0) tables = tables->Get(0)->GetPointer<const Vector<Offset<Table>>*>(Slot(subgraph_field));
+  const auto* tables = table->GetPointer<const Tables*>(Slot(model_field));
+  if (subgraph_field >= 0) tables = tables->Get(0)->GetPointer<const Tables*>(Slot(subgraph_field));
   return {tables->begin(), tables->end()};
 }
 
