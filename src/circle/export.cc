@@ -4,7 +4,8 @@
 #include <cmath>
 #include <utility>
 
-#include "circle/codes.h"
+#include "circle/schema.h"
+#include "ops/codes.h"
 
 namespace circlet::circle {
 namespace {

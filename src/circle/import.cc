@@ -1,10 +1,7 @@
 #include <algorithm>
-#include <array>
-#include <cstring>
 
-#include "circle/codes.h"
-#include "circlet/base/threads.h"
 #include "circlet/circle/export.h"
+#include "ops/codes.h"
 #include "ops/simd.h"
 
 namespace circlet::circle {
@@ -24,6 +21,14 @@ std::optional<Parsed<Op>> ParseOperator(const CircleNode& node) {
     (attempt(std::type_identity<std::variant_alternative_t<I, Op::List>>{}), ...);
   }(std::make_index_sequence<std::variant_size_v<Op::List>>{});
   return found;
+}
+
+// Where an operator keeps the grid of an operand that may come as codes; null: it takes float32 only.
+std::optional<QParams>* GridOfCodes(Op& op, size_t operand) {
+  if (auto* gather = std::get_if<Gather>(&op.kind); gather != nullptr && operand == 0) return &gather->table_grid;
+  if (auto* product = std::get_if<FullyConnected>(&op.kind); product != nullptr && operand == 1)
+    return &product->weight_grid;
+  return nullptr;
 }
 
 class Importer {
@@ -88,6 +93,15 @@ class Importer {
     return value_of_[index];
   }
 
+  // Large tables and weights stay codes where the operator takes them.
+  ValueId OperandOf(int32_t index, Op& op, size_t operand) {
+    std::optional<QParams>* const grid = GridOfCodes(op, operand);
+    const Tensor& tensor = model_.tensors[index];
+    if (grid == nullptr || tensor.data.Empty() || !tensor.qparams.has_value()) return ValueOf(index);
+    *grid = tensor.qparams;
+    return result_.graph.AddConstant(tensor.data);
+  }
+
   void AddOperator(const Operator& op) {
     CircleNode node{.code = op.code, .options = op.options};
     for (const int32_t index : op.inputs) {
@@ -101,7 +115,8 @@ class Importer {
     if (!parsed.has_value()) Fail("circlet cannot execute this operator; it runs those of docs/circle_format.md");
 
     std::vector<ValueId> in;
-    for (const int input : parsed->inputs) in.push_back(ValueOf(op.inputs[input]));
+    for (size_t k = 0; k < parsed->inputs.size(); ++k)
+      in.push_back(OperandOf(op.inputs[parsed->inputs[k]], parsed->op, k));
     // What only moves keeps its inputs' grid, unless the file says otherwise.
     const bool moves = parsed->op.KeepsValues();
     const auto keeps = [&](int32_t output) {
@@ -154,20 +169,8 @@ class Snapper final : public PointVisitor {
 FileGraph ToGraph(const Model& model, std::optional<int64_t> length) { return Importer(model, length).Run(); }
 
 circlet::Tensor DequantizedConstant(const Tensor& tensor) {
-  const QParams& grid = *tensor.qparams;
-  circlet::Tensor result(TensorType{DType::kF32, tensor.type.shape});
-  const std::span<float> out = result.F32();
-  int64_t inner = 1;
-  for (int axis = grid.axis + 1; grid.PerChannel() && axis < tensor.type.shape.Rank(); ++axis)
-    inner *= tensor.type.shape[axis];
-  const int64_t channels = grid.PerChannel() ? tensor.type.shape[grid.axis] : 1;
-  ParallelFor(static_cast<int64_t>(out.size()), 1 << 15, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t channel = grid.PerChannel() ? i / inner % channels : 0;
-      out[i] = (static_cast<float>(CodeAt(tensor.data, i)) - static_cast<float>(grid.zero_point[channel])) *
-               grid.scale[channel];
-    }
-  });
+  const circlet::Tensor result = circlet::Tensor::Uninitialized({DType::kF32, tensor.type.shape});
+  Dequantize(tensor.data, *tensor.qparams, 0, result.F32());
   return result;
 }
 

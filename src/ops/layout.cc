@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "circlet/base/threads.h"
+#include "ops/codes.h"
 #include "ops/internal.h"
 #include "ops/strided_copy.h"
 
@@ -359,14 +360,14 @@ std::vector<TensorType> Gather::Infer(Types in) const {
   if (in[1].dtype != DType::kI32 && in[1].dtype != DType::kI64) ShapeError(kName, in, "ids must be int32 or int64");
   std::vector<int64_t> sizes = Wide(in[1].shape);
   sizes.push_back(in[0].shape[1]);
-  return {{in[0].dtype, Shape(std::move(sizes))}};
+  return {{table_grid ? DType::kF32 : in[0].dtype, Shape(std::move(sizes))}};
 }
 
 void Gather::Eval(const EvalContext& context) const {
   const Tensor& table = context.in[0];
   const Tensor& ids = context.in[1];
-  const int64_t rows = table.GetShape()[0];
-  const int64_t bytes = table.GetShape()[1] * ElementBytes(kName, table.Type());
+  const int64_t rows = table.GetShape()[0], width = table.GetShape()[1];
+  const int64_t bytes = width * ElementBytes(kName, context.out[0].Type());
   const bool wide = ids.GetDType() == DType::kI64;
   ParallelFor(ids.Elements(), RowGrain(bytes / 4), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -374,7 +375,10 @@ void Gather::Eval(const EvalContext& context) const {
       if (id < 0 || id >= rows)
         Fail("{}: id {} at position {} is outside the table of {} rows; ids must lie in [0, {}]", kName, id, i, rows,
              rows - 1);
-      std::memcpy(context.out[0].Raw() + i * bytes, table.Raw() + id * bytes, static_cast<size_t>(bytes));
+      if (table_grid)
+        Dequantize(table, *table_grid, id * width, context.out[0].F32().subspan(i * width, width));
+      else
+        std::memcpy(context.out[0].Raw() + i * bytes, table.Raw() + id * bytes, static_cast<size_t>(bytes));
     }
   });
 }

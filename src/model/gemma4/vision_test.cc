@@ -12,13 +12,13 @@
 #include <regex>
 #include <sstream>
 
-#include "circle/codes.h"
 #include "circlet/circle/export.h"
 #include "circlet/model/text.h"
 #include "circlet/quant/calibration.h"
 #include "error_text.h"
 #include "golden.h"
 #include "model/gemma4/vision_profile.h"
+#include "ops/codes.h"
 #include "vision_golden.h"
 
 namespace circlet {
@@ -259,7 +259,7 @@ int64_t CodeDifference(const Tensor& a, const Tensor& b) {
   if (a.Type() != b.Type()) return -1;
   if (a.GetDType() == DType::kF32) return std::memcmp(a.Raw(), b.Raw(), a.Bytes()) == 0 ? 0 : -1;
   int64_t top = 0;
-  for (int64_t i = 0; i < a.Elements(); ++i) top = std::max(top, std::abs(circle::CodeAt(a, i) - circle::CodeAt(b, i)));
+  for (int64_t i = 0; i < a.Elements(); ++i) top = std::max(top, std::abs(CodeAt(a, i) - CodeAt(b, i)));
   return top;
 }
 

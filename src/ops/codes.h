@@ -1,0 +1,20 @@
+#pragma once
+
+// Integer codes in the storage form of a file: 4-bit ones packed over the whole tensor, the even element in the low
+// half.
+
+#include <cstdint>
+#include <span>
+
+#include "circlet/base/qparams.h"
+#include "circlet/base/tensor.h"
+
+namespace circlet {
+
+// Element `index` (flat); Error for types that hold no codes.
+int64_t CodeAt(const Tensor& codes, int64_t index);
+
+// Elements first .. first + values.size() - 1 (flat) as (code - zero_point) * scale. Throws what CodeAt throws.
+void Dequantize(const Tensor& codes, const QParams& grid, int64_t first, std::span<float> values);
+
+}  // namespace circlet
