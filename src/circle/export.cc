@@ -65,16 +65,29 @@ class Exporter {
     CIRCLET_CHECK(value.kind != ValueKind::kNode, "%{} is read before it is computed", id);
     const int32_t index = NewTensor(value.name.empty() ? "constant" : value.name, value.type, /*computed=*/false);
     tensor_of_[id] = index;
-    const QParams* grid = value.weight_point.name.empty() ? nullptr : source_.Find(value.weight_point);
+    const QParams* grid = value.weight_point.name.empty() ? nullptr : GridOf(value.weight_point);
     if (grid != nullptr) {
       Assign(index, *grid);
-      model_.tensors[index].data = source_.WeightCodes(value.name, *grid);
+      model_.tensors[index].data =
+          Within(value.weight_point.name, [&] { return source_.WeightCodes(value.name, *grid); });
     } else {
       model_.tensors[index].data =
           value.kind == ValueKind::kConstant ? value.constant : source_.WeightFloat(value.name);
       origins_[index].constant = id;
     }
     return index;
+  }
+
+  const QParams* GridOf(const Point& point) const {
+    const QParams* grid = source_.Find(point);
+    if (grid != nullptr) RequireStorable(point.name, *grid);
+    return grid;
+  }
+
+  static void RequireStorable(const std::string& name, const QParams& grid) {
+    if (const std::optional<std::string> fault = FaultOf(grid); fault.has_value())
+      Fail("{}: a Circle file cannot hold its grid: {}; calibrate again, or choose another type in the recipe", name,
+           *fault);
   }
 
   void Assign(int32_t index, const QParams& grid) {
@@ -111,7 +124,7 @@ class Exporter {
   void EmitPoint(const Node& node) {
     const Point& point = node.points[0];
     int32_t index = TensorOf(node.in[0]);
-    const QParams* grid = source_.Find(point);
+    const QParams* grid = GridOf(point);
     if (grid != nullptr && point.use != PointUse::kSimulationOnly) {
       Tensor& tensor = model_.tensors[index];
       if (!tensor.qparams.has_value()) {
@@ -312,6 +325,7 @@ class Exporter {
         else
           codes.As<int32_t>()[c] = static_cast<int32_t>(std::clamp<int64_t>(code, INT32_MIN, INT32_MAX));
       }
+      RequireStorable(bias.name, grid);
       bias.data = std::move(codes);
       bias.type.dtype = grid.dtype;
       bias.qparams = std::move(grid);
@@ -327,9 +341,11 @@ class Exporter {
       const auto& result = model_.tensors[op->outputs[0]].qparams;
       if (origins_[constant].constant < 0 || model_.tensors[constant].qparams || !result) continue;
       const float value = model_.tensors[constant].data.F32()[0];
-      Assign(constant, {.dtype = result->dtype, .scale = {std::abs(value) / Top(result->dtype)}, .zero_point = {0}});
+      const QParams exact{.dtype = result->dtype, .scale = {std::abs(value) / Top(result->dtype)}, .zero_point = {0}};
       QParams factor = *result;
       factor.scale[0] /= std::abs(value);
+      for (const QParams& grid : {exact, factor}) RequireStorable(origins_[constant].name, grid);
+      Assign(constant, exact);
       AssignBack(op->inputs[0], factor);
     }
     const bool quantized = std::any_of(model_.tensors.begin(), model_.tensors.end(),

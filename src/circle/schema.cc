@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 #include "circlet/circle/model.h"
 
@@ -279,6 +280,25 @@ bool IsControlFlow(int32_t code) {
   constexpr std::array<std::string_view, 4> kNames{"CALL", "IF", "RUN_MODEL", "WHILE"};
   const OperatorSchema* row = FindOperator(code);
   return row != nullptr && std::ranges::find(kNames, row->name) != kNames.end();
+}
+
+bool HoldsCodes(DType type) { return IsInteger(type) && type != DType::kU32 && type != DType::kU64; }
+
+std::optional<std::string> FaultOf(const QParams& grid) {
+  if (!HoldsCodes(grid.dtype))
+    return fmt::format("codes of {}; only int4 to int64 and uint4 to uint16 are quantized", Name(grid.dtype));
+  if (grid.scale.empty() || grid.scale.size() != grid.zero_point.size())
+    return fmt::format("{} scales and {} zero points; there must be equally many, at least one", grid.scale.size(),
+                       grid.zero_point.size());
+  const auto scale = std::ranges::find_if(grid.scale, [](float s) { return !std::isfinite(s) || s <= 0; });
+  if (scale != grid.scale.end())
+    return fmt::format("scale {} is {}; it must be finite and larger than 0", scale - grid.scale.begin(), *scale);
+  if (grid.dtype == DType::kI64) return std::nullopt;
+  const CodeRange codes = CodesOf(grid.dtype);
+  const auto zero = std::ranges::find_if(grid.zero_point, [&](int32_t z) { return z < codes.min || z > codes.max; });
+  if (zero == grid.zero_point.end()) return std::nullopt;
+  return fmt::format("zero point {} is {}, outside {}..{} of {}", zero - grid.zero_point.begin(), *zero, codes.min,
+                     codes.max, Name(grid.dtype));
 }
 
 bool Fits(const CircleOption& option, const FieldSchema& field) {

@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "circlet/base/dtype.h"
+#include "circlet/base/qparams.h"
 #include "circlet/ops/op.h"
 
 namespace circlet::circle {
@@ -104,6 +105,11 @@ std::string TensorTypeName(int8_t type);
 std::optional<DType> DTypeOf(int8_t type);
 // The other way; none for bfloat16, which readers of schema 0.10 lack.
 std::optional<int8_t> TensorTypeOf(DType type);
+
+// Whether values of the type may have a scale and zero point.
+bool HoldsCodes(DType type);
+// What the format cannot hold of a grid; none = it can.
+std::optional<std::string> FaultOf(const QParams& grid);
 
 // ---- Operators
 // ---------------------------------------------------------------------------------------------------------

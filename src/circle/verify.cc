@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cmath>
 #include <optional>
 
 #include "circle/schema.h"
@@ -83,24 +82,12 @@ class Verifier {
 
   void CheckGrid(const Tensor& tensor, const QParams& grid, const std::string& place) {
     const TensorType& type = tensor.type;
-    if (!IsInteger(type.dtype) || type.dtype == DType::kU32 || type.dtype == DType::kU64)
+    if (!HoldsCodes(type.dtype))
       return Fault(place, "scale and zero point on {}; only int4 to int64 and uint4 to uint16 are quantized",
                    type.ToString());
     if (grid.dtype != type.dtype) Fault(place, "is {}, its grid is for {}", type.ToString(), Name(grid.dtype));
-    if (grid.scale.empty() || grid.scale.size() != grid.zero_point.size())
-      return Fault(place, "{} scales and {} zero points; there must be equally many, at least one", grid.scale.size(),
-                   grid.zero_point.size());
+    if (const std::optional<std::string> fault = FaultOf(grid); fault.has_value()) return Fault(place, "{}", *fault);
     CheckAxis(tensor, grid, place);
-    const auto bad_scale = std::ranges::find_if(grid.scale, [](float s) { return !std::isfinite(s) || s <= 0; });
-    if (bad_scale != grid.scale.end())
-      Fault(place, "scale {} is {}; it must be finite and larger than 0", bad_scale - grid.scale.begin(), *bad_scale);
-    if (type.dtype == DType::kI64) return;
-    const CodeRange codes = CodesOf(type.dtype);
-    const auto bad_zero =
-        std::ranges::find_if(grid.zero_point, [&](int32_t z) { return z < codes.min || z > codes.max; });
-    if (bad_zero != grid.zero_point.end())
-      Fault(place, "zero point {} is {}, outside {}..{} of {}", bad_zero - grid.zero_point.begin(), *bad_zero,
-            codes.min, codes.max, Name(type.dtype));
   }
 
   void CheckAxis(const Tensor& tensor, const QParams& grid, const std::string& place) {

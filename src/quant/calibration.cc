@@ -173,6 +173,9 @@ PointVisitor* FakeQuantReading::At(const Point& point, const TensorType& type) {
 
 const QParams* CalibratedGrids::Find(const Point& point) const {
   const PointParams* params = calibration_.Params().Find(point.name);
+  if (params != nullptr && params->spec.kind == QuantKind::kMx)
+    Fail("{}: MX formats are simulated only, a Circle file cannot hold them; set the point to an integer type",
+         point.name);
   // The reference's files of grids know nothing of points that only our export has; the exporter derives those.
   if (params == nullptr && point.use == PointUse::kExportOnly) return nullptr;
   return calibration_.GridOf(point.name);
