@@ -67,7 +67,7 @@ std::string TensorText(const Model& model, int32_t index) {
   std::string text = fmt::format("#{}:{}", index, type.has_value() ? TensorTypeName(*type) : "?");
   text +=
       tensor.signature.empty() ? tensor.type.shape.ToString() : fmt::format("[{}]", fmt::join(tensor.signature, ","));
-  if (!tensor.data.Empty()) text += ":const";
+  if (tensor.IsConstant()) text += ":const";
   if (tensor.qparams.has_value() && !tensor.qparams->scale.empty() && !tensor.qparams->zero_point.empty()) {
     const QParams& grid = *tensor.qparams;
     if (grid.scale.size() == 1)
@@ -103,7 +103,7 @@ std::string Describe(const std::filesystem::path& path) {
   const Model& model = file.model;
   std::map<const std::byte*, int64_t> constants;  // shared ones count once
   for (const Tensor& tensor : model.tensors) {
-    if (!tensor.data.Empty()) constants[tensor.data.Raw()] = tensor.data.Bytes();
+    if (tensor.IsConstant()) constants[tensor.data.Raw()] = tensor.data.Bytes();
   }
   int64_t constant_bytes = 0;
   for (const auto& [data, bytes] : constants) constant_bytes += bytes;

@@ -68,8 +68,11 @@ class Exporter {
     const QParams* grid = value.weight_point.name.empty() ? nullptr : GridOf(value.weight_point);
     if (grid != nullptr) {
       Assign(index, *grid);
-      model_.tensors[index].data =
-          Within(value.weight_point.name, [&] { return source_.WeightCodes(value.name, *grid); });
+      Tensor& tensor = model_.tensors[index];
+      Within(value.weight_point.name, [&] {
+        tensor.lazy = source_.LazyWeightCodes(value.name, *grid);
+        if (tensor.lazy == nullptr) tensor.data = source_.WeightCodes(value.name, *grid);
+      });
     } else {
       model_.tensors[index].data =
           value.kind == ValueKind::kConstant ? value.constant : source_.WeightFloat(value.name);

@@ -83,6 +83,7 @@ class Importer {
   ValueId ValueOf(int32_t index) {
     if (value_of_[index] >= 0) return value_of_[index];
     const Tensor& tensor = model_.tensors[index];
+    CIRCLET_CHECK(tensor.lazy == nullptr, "\"{}\" is made only when the file is written", tensor.name);
     if (tensor.data.Empty()) Fail("tensor {} \"{}\" is read before anything computes it", index, tensor.name);
     if (tensor.qparams.has_value()) {
       result_.constants[names_[index]] = index;

@@ -72,7 +72,7 @@ class Verifier {
         return Fault(place, "shape_signature {} and shape {} differ on axis {}; only -1 may differ", text,
                      shape.ToString(), axis);
     }
-    if (!tensor.data.Empty() && std::ranges::count(tensor.signature, -1) > 0)
+    if (tensor.IsConstant() && std::ranges::count(tensor.signature, -1) > 0)
       Fault(place, "a constant with the unknown size in shape_signature {}", text);
   }
 
@@ -120,7 +120,7 @@ class Verifier {
       const std::string place = fmt::format("graph input {}", k);
       if (!Exists(tensor)) {
         Fault(place, "tensor {} of {}", tensor, model_.tensors.size());
-      } else if (!model_.tensors[static_cast<size_t>(tensor)].data.Empty()) {
+      } else if (model_.tensors[static_cast<size_t>(tensor)].IsConstant()) {
         Fault(place, "{} is a constant", TensorPlace(tensor));
       } else if (producer_[static_cast<size_t>(tensor)] == kGraphInput) {
         Fault(place, "{} is listed twice", TensorPlace(tensor));
@@ -149,13 +149,13 @@ class Verifier {
 
   bool HasValue(int32_t tensor) const {
     const auto i = static_cast<size_t>(tensor);
-    return producer_[i] != kUndefined || !model_.tensors[i].data.Empty();
+    return producer_[i] != kUndefined || model_.tensors[i].IsConstant();
   }
 
   void DefineOutput(size_t index, size_t k, int32_t tensor, const std::string& place) {
     if (!Exists(tensor)) return Fault(place, "output {} is tensor {} of {}", k, tensor, model_.tensors.size());
     int64_t& producer = producer_[static_cast<size_t>(tensor)];
-    if (!model_.tensors[static_cast<size_t>(tensor)].data.Empty())
+    if (model_.tensors[static_cast<size_t>(tensor)].IsConstant())
       Fault(place, "output {}, {}, is a constant", k, TensorPlace(tensor));
     else if (producer == kGraphInput)
       Fault(place, "output {}, {}, is a graph input", k, TensorPlace(tensor));

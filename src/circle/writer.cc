@@ -69,16 +69,18 @@ class HeadBuilder {
  private:
   // One buffer for each distinct constant, in the order of the tensors; buffer 0 stays empty (circle.md 1.2).
   void CollectPayloads() {
-    std::map<std::tuple<const std::byte*, DType, int64_t>, uint32_t> buffer_of;
+    std::map<std::tuple<const void*, DType, int64_t>, uint32_t> buffer_of;
     for (const Tensor& tensor : model_.tensors) {
-      if (tensor.data.Empty()) {
+      if (!tensor.IsConstant()) {
         buffers_.push_back(0);
         continue;
       }
-      const int64_t bytes = tensor.data.Bytes();
-      const auto [entry, is_new] = buffer_of.try_emplace({tensor.data.Raw(), tensor.data.GetDType(), bytes},
-                                                         static_cast<uint32_t>(payloads_.size() + 1));
-      if (is_new) payloads_.push_back({.data = tensor.data.Raw(), .bytes = bytes});
+      const void* const source =
+          tensor.lazy != nullptr ? static_cast<const void*>(tensor.lazy.get()) : tensor.data.Raw();
+      const int64_t bytes = tensor.type.Bytes();
+      const auto [entry, is_new] =
+          buffer_of.try_emplace({source, tensor.type.dtype, bytes}, static_cast<uint32_t>(payloads_.size() + 1));
+      if (is_new) payloads_.push_back({.data = tensor.data.Raw(), .lazy = tensor.lazy, .bytes = bytes});
       buffers_.push_back(entry->second);
     }
   }
@@ -289,6 +291,18 @@ class HeadBuilder {
   std::vector<int32_t> codes_;
 };
 
+// Hands out a payload in order: whole where it lies in memory, else in pieces as they are made.
+void Stream(const Payload& payload, const std::function<void(std::span<const std::byte>)>& take) {
+  if (payload.lazy == nullptr) return take({payload.data, static_cast<size_t>(payload.bytes)});
+  constexpr int64_t kPieceBytes = int64_t{4} << 20;
+  std::vector<std::byte> piece(static_cast<size_t>(std::min(kPieceBytes, payload.bytes)));
+  for (int64_t first = 0; first < payload.bytes; first += kPieceBytes) {
+    const auto part = std::span(piece).first(static_cast<size_t>(std::min(kPieceBytes, payload.bytes - first)));
+    payload.lazy->Fill(first, part);
+    take(part);
+  }
+}
+
 }  // namespace
 
 FilePlan Plan(const Model& model, const WriteOptions& options) { return HeadBuilder(model).Build(options); }
@@ -307,7 +321,7 @@ int64_t Write(const Model& model, const std::filesystem::path& path, const Write
       const auto length = static_cast<uint32_t>(payload.bytes);
       file.Write(std::as_bytes(std::span(&length, 1)));
     }
-    file.Write(std::span(payload.data, static_cast<size_t>(payload.bytes)));
+    Stream(payload, [&](std::span<const std::byte> piece) { file.Write(piece); });
   }
   CIRCLET_CHECK(file.Size() == plan.file_bytes, "{} bytes written, {} planned", file.Size(), plan.file_bytes);
   file.Commit();
@@ -323,7 +337,8 @@ std::vector<std::byte> Serialize(const Model& model, const WriteOptions& options
       const auto length = static_cast<uint32_t>(payload.bytes);
       std::memcpy(file.data() + payload.offset - kLengthBytes, &length, kLengthBytes);
     }
-    if (payload.bytes > 0) std::memcpy(file.data() + payload.offset, payload.data, static_cast<size_t>(payload.bytes));
+    auto to = file.begin() + payload.offset;
+    Stream(payload, [&](std::span<const std::byte> piece) { to = std::ranges::copy(piece, to).out; });
   }
   return file;
 }

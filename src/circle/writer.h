@@ -11,6 +11,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
 #include <vector>
 
 #include "circlet/circle/model.h"
@@ -19,7 +22,8 @@ namespace circlet::circle {
 
 struct Payload {
   int64_t offset = 0;  // of the first byte in the file
-  const std::byte* data = nullptr;
+  const std::byte* data = nullptr;  // null: made by `lazy`
+  std::shared_ptr<const LazyConstant> lazy;
   int64_t bytes = 0;
   bool inline_vector = true;  // its length stands in the 4 bytes before `offset`
 };

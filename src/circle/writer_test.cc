@@ -150,6 +150,42 @@ TEST(CircleWriterTest, EqualConstantsShareOneBufferAndBufferZeroIsEmpty) {
   EXPECT_TRUE(SameModel(model, ParseBytes(file)));
 }
 
+// Counts upwards; `calls` holds the pieces that were asked for.
+struct CountingConstant final : LazyConstant {
+  void Fill(int64_t first, std::span<std::byte> out) const override {
+    for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<std::byte>((first + static_cast<int64_t>(i)) % 251);
+    calls.emplace_back(first, out.size());
+  }
+  mutable std::vector<std::pair<int64_t, size_t>> calls;
+};
+
+TEST(CircleWriterTest, LazyConstantsAreMadeInPiecesAndGiveTheSameFile) {
+  constexpr int64_t kBytes = (int64_t{9} << 20) + 3;
+  const auto lazy = std::make_shared<CountingConstant>();
+  Model model = SmallModel(), eager = SmallModel();
+  for (const char* name : {"table", "the same"}) {
+    model.tensors.push_back(Activation(name, {DType::kI8, {kBytes}}, 0.5f));
+    model.tensors.back().lazy = lazy;
+  }
+  circlet::Tensor data(TensorType{DType::kI8, {kBytes}});
+  lazy->Fill(0, {data.Raw(), static_cast<size_t>(kBytes)});
+  lazy->calls.clear();
+  for (const char* name : {"table", "the same"})
+    eager.tensors.push_back(ConstantTensor(name, data, model.tensors.back().qparams));
+  EXPECT_THAT(Verify(model), ::testing::IsEmpty());
+  EXPECT_EQ(Dump(model), Dump(eager));
+
+  const TempDirectory directory;
+  for (const int64_t limit : {int64_t{1} << 30, int64_t{0}}) {
+    lazy->calls.clear();
+    Write(model, directory.Path() / "lazy.circle", {limit});
+    EXPECT_THAT(lazy->calls, ElementsAre(Pair(0, 4 << 20), Pair(4 << 20, 4 << 20), Pair(8 << 20, (1 << 20) + 3)));
+    Write(eager, directory.Path() / "eager.circle", {limit});
+    EXPECT_TRUE(ReadFile(directory.Path() / "lazy.circle") == ReadFile(directory.Path() / "eager.circle"));
+    EXPECT_EQ(Serialize(model, {limit}), Serialize(eager, {limit}));
+  }
+}
+
 TEST(CircleWriterTest, OnlyDynamicTensorsHaveASignatureAndScalarsHaveARank) {
   const std::vector<std::byte> file = Serialize(SmallModel());
   const auto tensors = TablesOf(file, model_field::kSubgraphs, subgraph_field::kTensors);

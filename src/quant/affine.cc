@@ -42,42 +42,56 @@ class Rows {
     const int64_t elements = tensor.Elements();
     count_ = tensor.GetShape().Rank() > 1 ? tensor.GetShape()[0] : 1;
     width_ = count_ == 0 ? 0 : elements / count_;
-    bytes_ = width_ * BitWidth(tensor.GetDType()) / 8;
   }
 
   int64_t Count() const { return count_; }
   int64_t Width() const { return width_; }
-  // Even, so that pieces of packed 4-bit codes never share a byte.
-  int64_t Grain() const { return std::max<int64_t>(1, kPieceElements / std::max<int64_t>(1, width_)) * 2; }
+  int64_t Grain() const { return std::max<int64_t>(1, kPieceElements / std::max<int64_t>(1, width_)); }
 
-  // Row `index`, in place where it is float32 already, else in `buffer`.
-  const float* Get(int64_t index, std::vector<float>& buffer) const {
-    const std::byte* row = tensor_.Raw() + index * bytes_;
-    const auto address = reinterpret_cast<uintptr_t>(row);
-    if (tensor_.GetDType() == DType::kF32 && address % alignof(float) == 0) return reinterpret_cast<const float*>(row);
-    buffer.resize(width_);
-    CopyTo(row, buffer.data());
-    return buffer.data();
+  // Calls run(row, column, count) for the parts of rows that make up the elements [begin, end).
+  template <typename Run>
+  void ForRuns(int64_t begin, int64_t end, const Run& run) const {
+    while (begin < end) {
+      const int64_t row = begin / width_, column = begin % width_;
+      const int64_t count = std::min(width_ - column, end - begin);
+      run(row, column, count);
+      begin += count;
+    }
   }
 
-  void Copy(int64_t index, float* out) const { CopyTo(tensor_.Raw() + index * bytes_, out); }
+  // `count` elements of a row, in place where they are float32 already, else in `buffer`.
+  const float* Get(int64_t row, int64_t column, int64_t count, std::vector<float>& buffer) const {
+    const std::byte* from = At(row, column);
+    const auto address = reinterpret_cast<uintptr_t>(from);
+    if (tensor_.GetDType() == DType::kF32 && address % alignof(float) == 0) return reinterpret_cast<const float*>(from);
+    buffer.resize(count);
+    CopyTo(from, count, buffer.data());
+    return buffer.data();
+  }
+  const float* Get(int64_t row, std::vector<float>& buffer) const { return Get(row, 0, width_, buffer); }
+
+  void Copy(int64_t row, float* out) const { CopyTo(At(row, 0), width_, out); }
 
  private:
-  void CopyTo(const std::byte* row, float* out) const {
-    const auto address = reinterpret_cast<uintptr_t>(row);
+  const std::byte* At(int64_t row, int64_t column) const {
+    return tensor_.Raw() + (row * width_ + column) * BitWidth(tensor_.GetDType()) / 8;
+  }
+
+  void CopyTo(const std::byte* from, int64_t count, float* out) const {
+    const auto address = reinterpret_cast<uintptr_t>(from);
     if (tensor_.GetDType() == DType::kF32) {
-      std::memcpy(out, row, bytes_);
+      std::memcpy(out, from, static_cast<size_t>(count) * sizeof(float));
     } else if (tensor_.GetDType() == DType::kBF16 && address % alignof(uint16_t) == 0) {
-      simd::BF16ToF32(reinterpret_cast<const uint16_t*>(row), width_, out);
+      simd::BF16ToF32(reinterpret_cast<const uint16_t*>(from), count, out);
     } else {
-      const Tensor view({tensor_.GetDType(), {width_}}, const_cast<std::byte*>(row), nullptr);
+      const Tensor view({tensor_.GetDType(), {count}}, const_cast<std::byte*>(from), nullptr);
       const Tensor converted = ToF32(view);
       std::memcpy(out, converted.Raw(), converted.Bytes());
     }
   }
 
   const Tensor& tensor_;
-  int64_t count_, width_, bytes_;
+  int64_t count_, width_;
 };
 
 void CheckGrids(const QParams& qparams, int64_t rows) {
@@ -114,35 +128,13 @@ void PackNibbles(const int16_t* codes, int64_t count, int64_t first, uint8_t* by
   if ((count - i) % 2 != 0) out[pairs] = static_cast<uint8_t>(in[2 * pairs] & 15);
 }
 
-void UnpackNibbles(const uint8_t* bytes, int64_t first, int64_t count, bool is_signed, int16_t* codes) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = first + i;
-    const int nibble = (bytes[at / 2] >> (at % 2 * 4)) & 15;
-    codes[i] = static_cast<int16_t>(is_signed ? (nibble ^ 8) - 8 : nibble);
-  }
-}
-
-// Codes of one row into storage; `first` is the flat index of the row's first element.
+// Codes into storage; `first` is the flat index of the first.
 void Store(const int16_t* codes, int64_t count, int64_t first, DType dtype, std::byte* storage) {
-  if (BitWidth(dtype) == 4) {
-    PackNibbles(codes, count, first, reinterpret_cast<uint8_t*>(storage));
-    return;
-  }
+  if (BitWidth(dtype) == 4) return PackNibbles(codes, count, first, reinterpret_cast<uint8_t*>(storage));
+  if (dtype == DType::kI16) return std::copy_n(codes, count, reinterpret_cast<int16_t*>(storage) + first), void();
   auto* out = reinterpret_cast<uint8_t*>(storage) + first;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint8_t>(codes[i]);
-}
-
-void Load(const std::byte* storage, int64_t first, int64_t count, DType dtype, int16_t* codes) {
-  if (BitWidth(dtype) == 4) {
-    UnpackNibbles(reinterpret_cast<const uint8_t*>(storage), first, count, dtype == DType::kI4, codes);
-  } else if (dtype == DType::kI8) {
-    const auto* in = reinterpret_cast<const int8_t*>(storage) + first;
-    std::copy(in, in + count, codes);
-  } else {
-    const auto* in = reinterpret_cast<const uint8_t*>(storage) + first;
-    std::copy(in, in + count, codes);
-  }
 }
 
 }  // namespace
@@ -179,6 +171,16 @@ QParams ComputeQParams(std::span<const float> min, std::span<const float> max, D
     qparams.zero_point[c] = grid.zero_point;
   }
   return qparams;
+}
+
+void VisitWeight(const Tensor& weight, const std::function<void(std::span<const float> values, int64_t first)>& visit) {
+  const Rows rows(weight);
+  ParallelFor(weight.Elements(), kPieceElements, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer;
+    rows.ForRuns(begin, end, [&](int64_t row, int64_t column, int64_t count) {
+      visit({rows.Get(row, column, count, buffer), static_cast<size_t>(count)}, row * rows.Width() + column);
+    });
+  });
 }
 
 WeightRange RangeOfWeight(const Tensor& weight, int axis) {
@@ -229,44 +231,31 @@ void RequireWeightType(DType dtype) {
 
 QuantizedWeight QuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding rounding) {
   RequireWeightType(qparams.dtype);
-  const Tensor matrix = AsMatrix(weight, qparams.axis);
-  const Rows rows(matrix);
-  CheckGrids(qparams, rows.Count());
-  QuantizedWeight result{qparams, Tensor({qparams.dtype, weight.GetShape()})};
-  const bool direct = qparams.dtype == DType::kI16;
-  ParallelFor(rows.Count(), rows.Grain(), [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer;
-    std::vector<int16_t> codes(direct ? 0 : rows.Width());
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t first = row * rows.Width();
-      int16_t* out = direct ? reinterpret_cast<int16_t*>(result.codes.Raw()) + first : codes.data();
-      simd::Quantize(rows.Get(row, buffer), rows.Width(), GridOf(qparams, row, rounding), out);
-      if (!direct) Store(codes.data(), rows.Width(), first, qparams.dtype, result.codes.Raw());
-    }
-  });
+  QuantizedWeight result{qparams, Tensor::Uninitialized({qparams.dtype, weight.GetShape()})};
+  QuantizeWeightBytes(weight, qparams, rounding, 0, {result.codes.Raw(), static_cast<size_t>(result.codes.Bytes())});
   return result;
 }
 
-Tensor DequantizeWeight(const QuantizedWeight& weight) {
-  const QParams& qparams = weight.qparams;
+void QuantizeWeightBytes(const Tensor& weight, const QParams& qparams, Rounding rounding, int64_t first,
+                         std::span<std::byte> out) {
   RequireWeightType(qparams.dtype);
-  Tensor result({DType::kF32, weight.codes.GetShape()});
-  const Tensor matrix = AsMatrix(result, qparams.axis);
+  const Tensor matrix = AsMatrix(weight, qparams.axis);
   const Rows rows(matrix);
   CheckGrids(qparams, rows.Count());
-  const bool direct = qparams.dtype == DType::kI16;
-  auto* out = reinterpret_cast<float*>(result.Raw());
-  ParallelFor(rows.Count(), rows.Grain(), [&](int64_t begin, int64_t end) {
-    std::vector<int16_t> codes(direct ? 0 : rows.Width());
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t first = row * rows.Width();
-      if (!direct) Load(weight.codes.Raw(), first, rows.Width(), qparams.dtype, codes.data());
-      const int16_t* in = direct ? reinterpret_cast<const int16_t*>(weight.codes.Raw()) + first : codes.data();
-      const size_t index = qparams.PerChannel() ? row : 0;
-      simd::Dequantize(in, rows.Width(), qparams.scale[index], qparams.zero_point[index], out + first);
-    }
+  const int64_t bits = BitWidth(qparams.dtype), origin = first * 8 / bits;
+  CIRCLET_CHECK(first * 8 % bits == 0, "byte {} is inside a code of {}", first, Name(qparams.dtype));
+  const int64_t count = std::min(static_cast<int64_t>(out.size()) * 8 / bits, weight.Elements() - origin);
+  // Pieces of even size never share a byte of packed 4-bit codes.
+  ParallelFor(count, kPieceElements, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer;
+    std::vector<int16_t> codes;
+    rows.ForRuns(origin + begin, origin + end, [&](int64_t row, int64_t column, int64_t length) {
+      const int64_t at = row * rows.Width() + column - origin;
+      codes.resize(static_cast<size_t>(length));
+      simd::Quantize(rows.Get(row, column, length, buffer), length, GridOf(qparams, row, rounding), codes.data());
+      Store(codes.data(), length, at, qparams.dtype, out.data());
+    });
   });
-  return result;
 }
 
 Tensor FakeQuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding rounding) {

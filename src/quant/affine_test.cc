@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -10,6 +11,7 @@
 
 #include "circlet/base/threads.h"
 #include "error_text.h"
+#include "ops/codes.h"
 
 namespace circlet {
 namespace {
@@ -111,7 +113,8 @@ TEST_P(QuantizeWeightTest, CodesDequantizeToTheSnapOfEachValue) {
       const QParams qparams = GridOf(stored, dtype, symmetric, axis);
       const QuantizedWeight quantized = QuantizeWeight(stored, qparams, rounding);
       EXPECT_EQ(quantized.codes.Type(), (TensorType{dtype, weight.GetShape()}));
-      const Tensor back = DequantizeWeight(quantized);
+      const Tensor back({DType::kF32, weight.GetShape()});
+      Dequantize(quantized.codes, qparams, 0, back.F32());
       const Tensor snapped = FakeQuantizeWeight(stored, qparams, rounding);
       for (int64_t i = 0; i < weight.Elements(); ++i) {
         const size_t grid = axis < 0 ? 0 : i / width;
@@ -120,6 +123,25 @@ TEST_P(QuantizeWeightTest, CodesDequantizeToTheSnapOfEachValue) {
         ASSERT_EQ(back.F32()[i], expected) << i << " of width " << width;
         ASSERT_EQ(snapped.F32()[i], expected) << i << " of width " << width;
       }
+    }
+  }
+}
+
+// Cut anywhere, inside rows too; the whole has an odd number of codes.
+TEST_P(QuantizeWeightTest, PiecesOfTheBytesMakeUpTheWhole) {
+  const auto& [dtype, symmetric, axis] = GetParam();
+  for (const int64_t width : {1, 7, 1025}) {
+    const Tensor stored = AsBF16(RandomMatrix(301, width));
+    const QParams qparams = GridOf(stored, dtype, symmetric, axis);
+    const Tensor whole = QuantizeWeight(stored, qparams, Rounding::kHalfAwayDivide).codes;
+    const std::span<const std::byte> expected(whole.Raw(), static_cast<size_t>(whole.Bytes()));
+    for (const size_t piece : {size_t{2}, size_t{126}, size_t{70000}}) {
+      if (expected.size() / piece > 2000) continue;
+      std::vector<std::byte> found(expected.size());
+      for (size_t first = 0; first < found.size(); first += piece)
+        QuantizeWeightBytes(stored, qparams, Rounding::kHalfAwayDivide, static_cast<int64_t>(first),
+                            std::span(found).subspan(first, std::min(piece, found.size() - first)));
+      EXPECT_TRUE(std::ranges::equal(found, expected)) << "width " << width << " in pieces of " << piece;
     }
   }
 }

@@ -181,6 +181,33 @@ const QParams* CalibratedGrids::Find(const Point& point) const {
   return calibration_.GridOf(point.name);
 }
 
+namespace {
+
+class LazyCodes final : public circle::LazyConstant {
+ public:
+  LazyCodes(Tensor weight, const QParams& grid, Rounding rounding)
+      : weight_(std::move(weight)), grid_(grid), rounding_(rounding) {}
+  void Fill(int64_t first, std::span<std::byte> out) const override {
+    QuantizeWeightBytes(weight_, grid_, rounding_, first, out);
+  }
+
+ private:
+  Tensor weight_;
+  QParams grid_;
+  Rounding rounding_;
+};
+
+}  // namespace
+
+std::shared_ptr<const circle::LazyConstant> CalibratedGrids::LazyWeightCodes(const std::string& name,
+                                                                             const QParams& grid) const {
+  constexpr int64_t kLargeBytes = int64_t{16} << 20;
+  RequireWeightType(grid.dtype);
+  const Tensor weight = stored_(name);
+  if (TensorType{grid.dtype, weight.GetShape()}.Bytes() <= kLargeBytes) return nullptr;
+  return std::make_shared<LazyCodes>(weight, grid, calibration_.GetDialect().rounding);
+}
+
 Tensor CalibratedGrids::WeightCodes(const std::string& name, const QParams& grid) const {
   Tensor& codes = codes_[name];
   if (codes.Empty()) codes = QuantizeWeight(stored_(name), grid, calibration_.GetDialect().rounding).codes;

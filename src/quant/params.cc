@@ -127,10 +127,9 @@ PointParams ParamsOfWeight(const Tensor& weight, const PointSpec& spec) {
   if (spec.axis >= 0) {
     params.qparams = ComputeQParams(params.min, params.max, spec.dtype, spec.scheme.symmetric, spec.axis);
   } else if (spec.observer.kind == ObserverSpec::Kind::kPercentile) {
-    const Tensor values = ToF32(weight);
     const std::unique_ptr<Observer> observer = Observer::Make(spec);
-    observer->BeginSample(0, values.Elements());
-    observer->Visit(values.F32(), 0);
+    observer->BeginSample(0, weight.Elements());
+    VisitWeight(weight, [&](std::span<const float> values, int64_t first) { observer->Visit(values, first); });
     observer->EndSample();
     params.qparams = observer->Freeze(spec, 0);
   } else {

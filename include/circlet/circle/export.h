@@ -3,6 +3,7 @@
 // From graph to Circle and back. Both ways read the same operators, so what a file computes is what its graph computes.
 
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -20,6 +21,8 @@ class GridSource {
   virtual const QParams* Find(const Point& point) const = 0;
   // A parameter in the storage form of its grid (4-bit packed).
   virtual circlet::Tensor WeightCodes(const std::string& name, const QParams& grid) const = 0;
+  // The same for a parameter whose codes shall not stand in memory; null: ask for WeightCodes.
+  virtual std::shared_ptr<const LazyConstant> LazyWeightCodes(const std::string& name, const QParams& grid) const = 0;
   // A parameter without a grid of its own, as float32 (layer scalars, clip bounds).
   virtual circlet::Tensor WeightFloat(const std::string& name) const = 0;
   virtual circlet::Tensor Quantize(const circlet::Tensor& values, const QParams& grid) const = 0;

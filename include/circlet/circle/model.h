@@ -5,7 +5,9 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -15,12 +17,24 @@
 
 namespace circlet::circle {
 
+// A constant too large for memory, whose bytes are made while the file is written. Pieces that begin at multiples of 16
+// bytes may be asked for in any order, any number of times.
+class LazyConstant {
+ public:
+  virtual ~LazyConstant() = default;
+  // Bytes first .. first + out.size() - 1 of the storage form.
+  virtual void Fill(int64_t first, std::span<std::byte> out) const = 0;
+};
+
 struct Tensor {
   std::string name;
   TensorType type;                 // unknown sizes hold 1
   std::vector<int32_t> signature;  // empty = static; else -1 at unknown sizes
   std::optional<QParams> qparams;
-  circlet::Tensor data;            // constant value in storage form (4-bit packed); empty = computed or input
+  circlet::Tensor data;  // constant value in storage form (4-bit packed); empty = computed, input or lazy
+  std::shared_ptr<const LazyConstant> lazy;  // such a value instead, of type.Bytes() bytes; files are read without
+
+  bool IsConstant() const { return !data.Empty() || lazy != nullptr; }
 };
 
 struct Operator {
@@ -45,7 +59,8 @@ struct WriteOptions {
 };
 
 // Writes the file whole or not at all; constants may be mapped and are streamed when they lie behind the FlatBuffer.
-// Constant tensors with the same data pointer and type share one buffer. Returns the file's size in bytes.
+// Constant tensors with the same data pointer (or lazy constant) and type share one buffer. Lazy constants are made in
+// pieces of 4 MiB. Returns the file's size in bytes.
 int64_t Write(const Model& model, const std::filesystem::path& path, const WriteOptions& options = {});
 
 // Maps a file and checks it: FlatBuffers' verifier, then indices, ranges, quantization lengths, shape x type = bytes,

@@ -3,6 +3,7 @@
 // Integer grids: from observed ranges to scales and zero points, and from floats to codes and back (ptq.md 2).
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -19,6 +20,10 @@ inline constexpr float kScaleFloor = 1e-8f;
 QParams ComputeQParams(float min, float max, DType dtype, bool symmetric);
 // One grid for each index along `axis`: min[c], max[c]; constant channels are no special case.
 QParams ComputeQParams(std::span<const float> min, std::span<const float> max, DType dtype, bool symmetric, int axis);
+
+// Hands over a parameter of any float type as float32: parts of rows with the flat index of their first value, in any
+// order, from several threads.
+void VisitWeight(const Tensor& weight, const std::function<void(std::span<const float> values, int64_t first)>& visit);
 
 // Exact range of a parameter: one element, or one for each row when `axis` is 0. Values are float32, bfloat16, float16
 // or float64. Throws Error naming the row and column of the first NaN or infinity.
@@ -37,8 +42,9 @@ struct QuantizedWeight {
 
 // Codes of a parameter of any float type. qparams.axis is -1 or 0; one grid a row, or one for all (CHECKed).
 QuantizedWeight QuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding rounding);
-// (code - zero_point) * scale as float32.
-Tensor DequantizeWeight(const QuantizedWeight& weight);
+// Bytes first .. first + out.size() - 1 of those codes alone.
+void QuantizeWeightBytes(const Tensor& weight, const QParams& qparams, Rounding rounding, int64_t first,
+                         std::span<std::byte> out);
 // What Dequantize(Quantize(weight)) gives, in one pass.
 Tensor FakeQuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding rounding);
 

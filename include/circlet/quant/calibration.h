@@ -105,13 +105,16 @@ class FakeQuantReading final : public PointReading {
   std::map<std::string, std::unique_ptr<PointVisitor>> visitors_;
 };
 
-// The frozen grids as export needs them. Codes of a parameter are made once and shared by the units that read it.
+// The frozen grids as export needs them. Codes of a parameter are made once and shared by the units that read it; more
+// than 16 MiB of them are made anew each time a file is written.
 class CalibratedGrids final : public circle::GridSource {
  public:
   CalibratedGrids(const Calibration& calibration, WeightSource stored)
       : calibration_(calibration), stored_(std::move(stored)) {}
   const QParams* Find(const Point& point) const override;
   Tensor WeightCodes(const std::string& name, const QParams& grid) const override;
+  std::shared_ptr<const circle::LazyConstant> LazyWeightCodes(const std::string& name,
+                                                              const QParams& grid) const override;
   Tensor WeightFloat(const std::string& name) const override;
   Tensor Quantize(const Tensor& values, const QParams& grid) const override;
 

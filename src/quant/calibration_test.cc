@@ -1,0 +1,107 @@
+#include "circlet/quant/calibration.h"
+
+#include <gmock/gmock.h>
+
+#include <cstring>
+#include <map>
+
+#include "circle/writer.h"
+#include "circlet/circle/model.h"
+#include "circlet/quant/affine.h"
+#include "error_text.h"
+
+namespace circlet {
+namespace {
+
+using testing::HasSubstr;
+
+// A table of bfloat16 values that repeat only after many rows.
+Tensor Table(int64_t rows, int64_t width) {
+  Tensor table({DType::kBF16, {rows, width}});
+  uint32_t state = 1;
+  for (uint16_t& value : table.As<uint16_t>()) {
+    state = state * 1664525 + 1013904223;
+    value = static_cast<uint16_t>(0x3c00 | (state >> 31 << 15) | (state >> 16 & 0x1ff));
+  }
+  return table;
+}
+
+// ids -> rows of the table, as an embedding is exported.
+Graph GatherGraph(const Shape& table) {
+  Graph graph;
+  const ValueId ids = graph.AddInput("ids", {DType::kI64, {1, 2}});
+  const ValueId weight =
+      graph.AddWeight("table.weight", table, {.name = "table.weight", .role = PointRole::kWeight}, 0);
+  const ValueId rows = graph.Add(Gather{}, {weight, ids}).front();
+  graph.AddOutput("rows", graph.AddPoint({.name = "table.act_out"}, rows));
+  return graph;
+}
+
+Calibration Frozen(ParameterStore params) {
+  Calibration calibration(Recipe::Load("default"), kDefault);
+  calibration.UseFrozen(std::move(params));
+  return calibration;
+}
+
+PointParams OnGrid(const std::string& point, const QParams& grid) {
+  PointParams params;
+  params.spec.point = point;
+  params.min = {-1}, params.max = {1};
+  params.qparams = grid;
+  return params;
+}
+
+Calibration CalibrationWith(const QParams& weight_grid) {
+  ParameterStore params;
+  params.Set(OnGrid("table.weight", weight_grid));
+  params.Set(OnGrid("table.act_out", {DType::kI16, -1, {1 / 32767.0f}, {0}}));
+  return Frozen(std::move(params));
+}
+
+QParams RowGrids(const Tensor& table, DType dtype) {
+  const WeightRange range = RangeOfWeight(table, 0);
+  return ComputeQParams(range.min, range.max, dtype, /*symmetric=*/false, 0);
+}
+
+TEST(CalibratedGridsTest, CodesOfALargeTableAreMadeOnlyWhenTheFileIsWritten) {
+  for (const auto& [dtype, rows] : {std::pair{DType::kI8, 8200}, {DType::kI8, 40}, {DType::kU4, 16400}}) {
+    const Tensor table = Table(rows, 2051);
+    const QParams grid = RowGrids(table, dtype);
+    const Calibration calibration = CalibrationWith(grid);
+    const CalibratedGrids grids(calibration, [&](const std::string&) { return table; });
+    const circle::Model model = circle::ToCircle(GatherGraph(table.GetShape()), grids);
+    const circle::Tensor& weight = model.tensors[model.operators[0].inputs[0]];
+    EXPECT_EQ(weight.lazy != nullptr, rows > 40);
+    EXPECT_EQ(weight.data.Empty(), rows > 40);
+
+    const std::vector<std::byte> file = circle::Serialize(model);
+    const circle::Model again = circle::Parse(file, nullptr, "table.q.circle");
+    const Tensor& found = again.tensors[again.operators[0].inputs[0]].data;
+    const Tensor expected = QuantizeWeight(table, grid, calibration.GetDialect().rounding).codes;
+    ASSERT_EQ(found.Type(), expected.Type());
+    EXPECT_EQ(std::memcmp(found.Raw(), expected.Raw(), static_cast<size_t>(expected.Bytes())), 0);
+  }
+}
+
+TEST(CalibratedGridsTest, MxPointsAreRefused) {
+  PointParams mx = OnGrid("table.weight", {});
+  mx.spec.kind = QuantKind::kMx;
+  ParameterStore params;
+  params.Set(mx);
+  const Calibration calibration = Frozen(std::move(params));
+  const Tensor table = Table(4, 3);
+  const CalibratedGrids grids(calibration, [&](const std::string&) { return table; });
+  EXPECT_THAT(ErrorText([&] { circle::ToCircle(GatherGraph(table.GetShape()), grids); }),
+              HasSubstr("table.weight: MX formats are simulated only"));
+}
+
+TEST(CalibratedGridsTest, AWeightThatNoFileCanStoreIsNamed) {
+  const Tensor table = Table(4, 3);
+  const Calibration calibration = CalibrationWith(RowGrids(table, DType::kU16));
+  const CalibratedGrids grids(calibration, [&](const std::string&) { return table; });
+  EXPECT_THAT(ErrorText([&] { circle::ToCircle(GatherGraph(table.GetShape()), grids); }),
+              HasSubstr("table.weight: weights cannot be stored as uint16"));
+}
+
+}  // namespace
+}  // namespace circlet
