@@ -11,11 +11,28 @@ void Calibration::UseFrozen(ParameterStore params) {
   all_frozen_ = true;
 }
 
-Observer* Calibration::ObserverOf(const Point& point) {
+void Calibration::Resume(const ParameterStore& params) {
+  for (const std::string& name : params.Names()) params_.Set(*params.Find(name));
+}
+
+Observer* Calibration::ObserverOf(const Point& point, ObserverMap& observers) const {
   if (all_frozen_ || point.use == PointUse::kBoundary || params_.Find(point.name) != nullptr) return nullptr;
-  auto [it, inserted] = observers_.try_emplace(point.name);
+  auto [it, inserted] = observers.try_emplace(point.name);
   if (inserted) it->second = Observer::Make(recipe_.SpecFor(point, dialect_));
   return it->second.get();
+}
+
+bool Calibration::OrderMatters(const Point& point) const {
+  if (all_frozen_ || point.use == PointUse::kBoundary || params_.Find(point.name) != nullptr) return false;
+  const PointSpec spec = recipe_.SpecFor(point, dialect_);
+  return spec.kind == QuantKind::kAffine && spec.observer.kind == ObserverSpec::Kind::kEma;
+}
+
+void Calibration::Absorb(ObserverMap observers) {
+  for (auto& [name, observer] : observers) {
+    const auto [it, inserted] = observers_.try_emplace(name, std::move(observer));
+    if (!inserted) Within(name, [&] { it->second->Merge(*observer); });
+  }
 }
 
 void Calibration::Freeze(const Graph& graph, const WeightSource& weights) {
@@ -59,21 +76,27 @@ const QParams* Calibration::GridOf(const std::string& name) const {
 WeightSource Calibration::RoundedWeights(WeightSource weights) {
   return [this, weights = std::move(weights)](const std::string& name) {
     auto [it, inserted] = rounded_.try_emplace(name);
-    if (!inserted) return it->second;
-    const PointParams* params = params_.Find(name);
-    const Tensor stored = weights(name);
-    if (params == nullptr) {
-      it->second = ToF32(stored);
-    } else if (params->spec.kind == QuantKind::kMx) {
-      it->second = ToF32(stored).Clone();
-      MxFakeQuantize(it->second, params->spec.mx);
-    } else if (params->spec.kind == QuantKind::kNone) {
-      it->second = ToF32(stored);
-    } else {
-      it->second = FakeQuantizeWeight(stored, params->qparams, dialect_.rounding);
-    }
+    if (inserted) it->second = RoundedRows(name, weights(name), 0);
     return it->second;
   };
+}
+
+Tensor Calibration::RoundedRows(const std::string& name, const Tensor& rows, int64_t first_row) const {
+  const PointParams* params = params_.Find(name);
+  if (params == nullptr || params->spec.kind == QuantKind::kNone) return ToF32(rows);
+  if (params->spec.kind == QuantKind::kMx) {
+    Tensor rounded = ToF32(rows).Clone();
+    MxFakeQuantize(rounded, params->spec.mx);
+    return rounded;
+  }
+  if (!params->qparams.PerChannel()) return FakeQuantizeWeight(rows, params->qparams, dialect_.rounding);
+  QParams grid = params->qparams;
+  const auto cut = [&](auto& values) {
+    values = {values.begin() + first_row, values.begin() + first_row + rows.GetShape()[0]};
+  };
+  cut(grid.scale);
+  cut(grid.zero_point);
+  return FakeQuantizeWeight(rows, grid, dialect_.rounding);
 }
 
 // ---- Observing ----------------------------------------------------------------------------------------------------
@@ -81,36 +104,49 @@ WeightSource Calibration::RoundedWeights(WeightSource weights) {
 class ObserveReading::Visitor final : public PointVisitor {
  public:
   Visitor(const ObserveReading& reading, Observer& observer, const TensorType& type)
-      : reading_(reading), observer_(observer), elements_(type.shape.Elements()) {
-    length_ = type.shape.Rank() > 1 ? type.shape[1] : 1;
-  }
+      : reading_(reading), observer_(observer), elements_(type.shape.Elements()),
+        width_(type.shape.Rank() == 0 ? 1 : type.shape[-1]) {}
   void Visit(std::span<float> values, int64_t first) override {
-    observer_.Visit(values, first + reading_.position_ * (elements_ / std::max<int64_t>(1, length_)));
+    if (!reading_.slice_) return observer_.Visit(values, first);
+    const Slice& slice = *reading_.slice_;
+    const bool cut = width_ == slice.columns;
+    if (!cut && slice.column > 0) return;
+    // Rows lie together in the slice, not in the whole.
+    const int64_t width = cut ? slice.width : width_, begin = cut ? slice.column : 0;
+    for (int64_t at = 0; at < static_cast<int64_t>(values.size());) {
+      const int64_t row = (first + at) / width_, column = (first + at) % width_;
+      const int64_t size = std::min<int64_t>(width_ - column, static_cast<int64_t>(values.size()) - at);
+      observer_.Visit(values.subspan(at, size), (slice.position + row) * width + begin + column);
+      at += size;
+    }
   }
-  void Begin(int64_t sample, int64_t whole_length) {
-    observer_.BeginSample(sample, whole_length == 0 ? elements_ : elements_ / length_ * whole_length);
+  void Begin(int64_t sample) {
+    const std::optional<Slice>& slice = reading_.slice_;
+    const int64_t width = slice && width_ == slice->columns ? slice->width : width_;
+    observer_.BeginSample(sample, slice ? slice->length * width : elements_);
   }
   void End() { observer_.EndSample(); }
 
  private:
   const ObserveReading& reading_;
   Observer& observer_;
-  int64_t elements_, length_;
+  int64_t elements_, width_;
 };
 
-ObserveReading::ObserveReading(Calibration& calibration) : calibration_(calibration) {}
+ObserveReading::ObserveReading(const Calibration& calibration, ObserverMap& observers)
+    : calibration_(calibration), observers_(observers) {}
 ObserveReading::~ObserveReading() = default;
 
 PointVisitor* ObserveReading::At(const Point& point, const TensorType& type) {
-  Observer* observer = calibration_.ObserverOf(point);
+  Observer* observer = calibration_.ObserverOf(point, observers_);
   if (observer == nullptr) return nullptr;
   visitors_.push_back(std::make_unique<Visitor>(*this, *observer, type));
   return visitors_.back().get();
 }
 
-void ObserveReading::Begin(int64_t sample, int64_t whole_length) {
-  position_ = 0;
-  for (const auto& visitor : visitors_) visitor->Begin(sample, whole_length);
+void ObserveReading::Begin(int64_t sample, std::optional<Slice> slice) {
+  slice_ = slice;
+  for (const auto& visitor : visitors_) visitor->Begin(sample);
 }
 
 void ObserveReading::End() {

@@ -13,6 +13,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,9 @@
 #include "circlet/quant/recipe.h"
 
 namespace circlet {
+
+// Statistics of points that are not frozen yet, by name.
+using ObserverMap = std::map<std::string, std::unique_ptr<Observer>>;
 
 // Grids of points by name: being observed, or frozen.
 class Calibration final {
@@ -37,9 +41,14 @@ class Calibration final {
   // met.
   void UseFrozen(ParameterStore params);
   bool Frozen() const { return all_frozen_; }
+  // Takes the grids of finished stages from an earlier process.
+  void Resume(const ParameterStore& params);
 
-  // The observer of a point, made on first mention; null when the point takes no statistics or is frozen already.
-  Observer* ObserverOf(const Point& point);
+  // The observer of a point among `observers`, made on first mention; null when the point takes no statistics or is frozen
+  // already.
+  Observer* ObserverOf(const Point& point, ObserverMap& observers) const;
+  // Whether statistics of the point depend on the order of the samples (EMA).
+  bool OrderMatters(const Point& point) const;
 
   // Fixes the grid of every point and parameter that `graph` mentions and that has none yet. Weights are read once, for
   // their exact ranges. Boundary points belong to the graph that computes them. Throws Error naming a point that no
@@ -53,12 +62,15 @@ class Calibration final {
   // Parameters rounded to their grids, once each; the float ones of parameters without a grid. `weights` must stay
   // valid.
   WeightSource RoundedWeights(WeightSource weights);
+  // Rows of a parameter from `first_row` on, rounded to their grids. `rows` as stored.
+  Tensor RoundedRows(const std::string& name, const Tensor& rows, int64_t first_row) const;
   // Forgets the rounded parameters (a stage is over).
   void DropWeights() { rounded_.clear(); }
 
   const ParameterStore& Params() const { return params_; }
-  // Statistics of points that are not frozen yet, by name (resume, many processes).
-  std::map<std::string, std::unique_ptr<Observer>>& Observers() { return observers_; }
+  ObserverMap& Observers() { return observers_; }
+  // Adds what other threads or processes have seen of other samples.
+  void Absorb(ObserverMap observers);
 
  private:
   void CheckFits(const Graph& graph, const WeightSource& weights) const;
@@ -67,29 +79,36 @@ class Calibration final {
   Dialect dialect_;
   bool all_frozen_ = false;
   ParameterStore params_;
-  std::map<std::string, std::unique_ptr<Observer>> observers_;
+  ObserverMap observers_;
   std::map<std::string, Tensor> rounded_;
 };
 
 // Feeds observers. One reading for each executor.
 class ObserveReading final : public PointReading {
  public:
-  explicit ObserveReading(Calibration& calibration);
+  explicit ObserveReading(Calibration& calibration) : ObserveReading(calibration, calibration.Observers()) {}
+  // Feeds `observers`, for Calibration::Absorb: samples that are observed side by side need their own.
+  ObserveReading(const Calibration& calibration, ObserverMap& observers);
   ~ObserveReading() override;
   PointVisitor* At(const Point& point, const TensorType& type) override;
   bool Writes() const override { return false; }
 
-  // Around the run or runs of one sample. A sample that runs in slices of axis 1 states the whole length, and with
-  // StartAt where each slice begins.
-  void Begin(int64_t sample, int64_t whole_length = 0);
-  void StartAt(int64_t position) { position_ = position; }
+  // A piece of a sample: positions from `position` of `length` and, of tensors that are `columns` wide, columns from
+  // `column` of `width`. Elements count as if the whole had run at once; what is not that wide is the same in every piece.
+  struct Slice {
+    int64_t position = 0, length = 0;
+    int64_t column = 0, columns = 0, width = 0;
+  };
+  // Around the run of one sample, or of one of its pieces (not for EMA, which takes a sample as a whole).
+  void Begin(int64_t sample, std::optional<Slice> slice = std::nullopt);
   void End();
 
  private:
   class Visitor;
-  Calibration& calibration_;
+  const Calibration& calibration_;
+  ObserverMap& observers_;
   std::vector<std::unique_ptr<Visitor>> visitors_;
-  int64_t position_ = 0;
+  std::optional<Slice> slice_;
 };
 
 // Rounds values at frozen points.
