@@ -301,7 +301,7 @@ Graph UnitGraph(Gemma4Config config, const std::string& unit, int64_t length) {
     b.Output("y", Mlp(b.At(kTextRoot).At("layers.0.mlp"), x, text.layers[0].intermediate, kTico));
   } else if (unit == "lm_head") {
     config.text.final_logit_softcapping.reset();
-    BuildHead(b, text, 1, text.vocab_size, kTico);
+    BuildHead(b, text, 1, kTico);
     graph.KeepOutputs({"logits"});
   } else {
     ADD_FAILURE() << "unknown unit " << unit;

@@ -121,7 +121,7 @@ class ConfigATest : public testing::Test {
       hidden = results.layers.back().at("hidden");
       results.hidden.push_back(hidden);
     }
-    const Values head = Run([&](const Builder& b) { BuildHead(b, Text(), length, Text().vocab_size, dialect); },
+    const Values head = Run([&](const Builder& b) { BuildHead(b, Text(), length, dialect); },
                             {{"hidden", hidden}}, form);
     results.last_hidden_state = head.at("last_hidden_state");
     results.logits = head.at("logits");

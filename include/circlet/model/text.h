@@ -64,8 +64,12 @@ void BuildTextAttention(const Builder& b, const TextConfig& config, int layer, P
 // [1,S,L,p]; mask.TYPE [1,1,S,S], then cos.TYPE, sin.TYPE [1,S,h], types in alphabetical order.
 void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect);
 
-// hidden [1,S,D] -> "logits" [1,S,V] of the final norm, soft-capped, and the norm itself, "last_hidden_state". `rows`
-// is V, or fewer when the head runs in slices of the vocabulary.
-void BuildHead(const Builder& b, const TextConfig& config, int64_t length, int64_t rows, const Dialect& dialect);
+// hidden [1,S,D] -> "logits" [1,S,V] of the final norm, soft-capped, and the norm itself, "last_hidden_state".
+void BuildHead(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect);
+// Its two halves. hidden -> last_hidden_state; last_hidden_state -> logits [1,S,rows] of as many rows of the vocabulary,
+// which is too large to stand in memory whole.
+void BuildFinalNorm(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect);
+void BuildLogits(const Builder& b, const TextConfig& config, int64_t length, int64_t rows, const Dialect& dialect);
+inline constexpr char kHeadWeight[] = "lm_head.weight";
 
 }  // namespace circlet

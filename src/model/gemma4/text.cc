@@ -365,12 +365,30 @@ void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, 
   b.Output("last_hidden_state", TextStack(b, config, hidden, ple, tables, dialect));
 }
 
-void BuildHead(const Builder& b, const TextConfig& config, int64_t length, int64_t rows, const Dialect& dialect) {
+namespace {
+
+ValueId NormedHidden(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
   ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
   if (!dialect.duplicate_points) hidden = b.Boundary(HeadInputPoint(config, dialect), hidden);
-  const ValueId normed = FinalNorm(b, config, hidden, dialect);
-  b.Output("logits", Logits(b, config, normed, rows, dialect));
+  return FinalNorm(b, config, hidden, dialect);
+}
+
+}  // namespace
+
+void BuildHead(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
+  const ValueId normed = NormedHidden(b, config, length, dialect);
+  b.Output("logits", Logits(b, config, normed, config.vocab_size, dialect));
   b.Output("last_hidden_state", normed);
+}
+
+void BuildFinalNorm(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
+  b.Output("last_hidden_state", NormedHidden(b, config, length, dialect));
+}
+
+void BuildLogits(const Builder& b, const TextConfig& config, int64_t length, int64_t rows, const Dialect& dialect) {
+  const ValueId normed = b.Boundary(b.At(kTextRoot).At("norm").Path("act_out"),
+                                    b.Input("last_hidden_state", {1, length, config.hidden_size}));
+  b.Output("logits", Logits(b, config, normed, rows, dialect));
 }
 
 }  // namespace circlet
