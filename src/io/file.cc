@@ -133,6 +133,12 @@ void RemoveOwnOutputs(const fs::path& directory) {
     if (inside.empty() || *inside.begin() == "..") continue;
     if (fs::is_regular_file(fs::symlink_status(parent / output.filename()))) fs::remove(parent / output.filename());
   }
+  RemoveLeftovers(directory);
+}
+
+}  // namespace
+
+void RemoveLeftovers(const fs::path& directory) {
   for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
     const std::string name = entry.path().filename().string();
     if (name.starts_with('.') && name.find(kTemporaryMark) != std::string::npos && !entry.is_directory()) {
@@ -140,8 +146,6 @@ void RemoveOwnOutputs(const fs::path& directory) {
     }
   }
 }
-
-}  // namespace
 
 void PrepareOutputDirectory(const fs::path& path, bool force) {
   try {

@@ -33,7 +33,10 @@ MappedFile::~MappedFile() {
   if (!bytes_.empty()) munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
 }
 
-void MappedFile::Release(std::span<const std::byte> part) const {
+void MappedFile::Release(std::span<const std::byte> part) const { Advise(part, MADV_DONTNEED); }
+void MappedFile::Prefetch(std::span<const std::byte> part) const { Advise(part, MADV_WILLNEED); }
+
+void MappedFile::Advise(std::span<const std::byte> part, int advice) const {
   const auto begin = reinterpret_cast<uintptr_t>(part.data());
   const auto mapped = reinterpret_cast<uintptr_t>(bytes_.data());
   // On memory that is not this mapping, MADV_DONTNEED would wipe it.
@@ -41,7 +44,7 @@ void MappedFile::Release(std::span<const std::byte> part) const {
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t first = (begin + page - 1) / page * page;
   const uintptr_t last = (begin + part.size()) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, advice);
 }
 
 }  // namespace circlet

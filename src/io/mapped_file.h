@@ -19,9 +19,13 @@ class MappedFile {
   std::span<const std::byte> Bytes() const { return bytes_; }
   // Lets the kernel drop the whole pages inside `part`; a later read maps them again. A part outside is left alone.
   void Release(std::span<const std::byte> part) const;
+  // Lets the kernel read the pages of `part` ahead.
+  void Prefetch(std::span<const std::byte> part) const;
 
  private:
   explicit MappedFile(std::span<const std::byte> bytes) : bytes_(bytes) {}
+
+  void Advise(std::span<const std::byte> part, int advice) const;
 
   std::span<const std::byte> bytes_;
 };

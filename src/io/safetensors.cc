@@ -205,6 +205,10 @@ void SafetensorsFile::Release(const Tensor& tensor) const {
   mapping_->Release({tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
 }
 
+void SafetensorsFile::Prefetch(const Tensor& tensor) const {
+  mapping_->Prefetch({tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
+}
+
 // --- Checkpoint ---
 
 namespace {
@@ -296,6 +300,13 @@ void Checkpoint::Release(std::string_view name) const {
   CIRCLET_CHECK(place != file_of_.end(), "the checkpoint has no tensor \"{}\"", name);
   const SafetensorsFile& file = files_[place->second];
   file.Release(*file.Find(name));
+}
+
+void Checkpoint::Prefetch(std::string_view name) const {
+  const auto place = file_of_.find(name);
+  CIRCLET_CHECK(place != file_of_.end(), "the checkpoint has no tensor \"{}\"", name);
+  const SafetensorsFile& file = files_[place->second];
+  file.Prefetch(*file.Find(name));
 }
 
 // --- Writer ---

@@ -50,6 +50,9 @@ std::string Sha256File(const std::filesystem::path& path);
 // path that is no directory or cannot be written is an Error.
 void PrepareOutputDirectory(const std::filesystem::path& path, bool force);
 
+// Removes what AtomicFiles of a killed process left in `directory`.
+void RemoveLeftovers(const std::filesystem::path& directory);
+
 // Throws Error naming both figures when the file system of `directory` has less than `needed_bytes` free.
 void RequireFreeSpace(const std::filesystem::path& directory, int64_t needed_bytes);
 

@@ -30,6 +30,8 @@ class SafetensorsFile {
   const Tensor& Get(std::string_view name) const;
   // Tells the kernel that the pages of a tensor are not needed any more (they are clean; a later read maps them again).
   void Release(const Tensor& tensor) const;
+  // Tells it that they will be, so that it reads ahead.
+  void Prefetch(const Tensor& tensor) const;
 
  private:
   std::filesystem::path path_;
@@ -51,8 +53,9 @@ class Checkpoint {
   std::vector<std::string> Names() const;
   // Where a tensor lies, for errors: "model-00002-of-00003.safetensors".
   std::string FileOf(std::string_view name) const;
-  // SafetensorsFile::Release by name.
+  // Those of SafetensorsFile by name.
   void Release(std::string_view name) const;
+  void Prefetch(std::string_view name) const;
 
  private:
   std::filesystem::path directory_;

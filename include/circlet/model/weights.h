@@ -59,6 +59,8 @@ class ModelWeights {
   float ScalarOf(std::string_view name) const;
   // Lets the kernel take the pages of a parameter back.
   void Release(std::string_view name) const;
+  // Lets it read them ahead.
+  void Prefetch(std::string_view name) const;
 
   const Inventory& GetInventory() const { return inventory_; }
   const Checkpoint& GetCheckpoint() const { return checkpoint_; }

@@ -260,4 +260,8 @@ void ModelWeights::Release(std::string_view name) const {
   if (const std::string* stored = StoredName(name)) checkpoint_.Release(*stored);
 }
 
+void ModelWeights::Prefetch(std::string_view name) const {
+  if (const std::string* stored = StoredName(name)) checkpoint_.Prefetch(*stored);
+}
+
 }  // namespace circlet
