@@ -1,7 +1,6 @@
 #include <fmt/core.h>
 
 #include <memory>
-#include <optional>
 
 #include "circlet/base/communicator.h"
 #include "circlet/base/error.h"
@@ -19,6 +18,8 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.add_option("--data", options.data, "Calibration samples, JSON lines");
   command.add_option("--samples", options.samples, "Calibration (calib.N.*) and evaluation (eval.N.*) samples, safetensors");
   command.add_option("--random-samples", options.random_samples, "NxLENGTH samples of random ids, to try the machinery");
+  command.add_option("--random-images", options.random_images, "As many of them with a picture each beside those")
+      ->check(CLI::NonNegativeNumber);
   command.add_option("--recipe", options.recipe, "default, w8a16, w4a16, w8a8, mixed8, smoke-u8, or a YAML file")
       ->capture_default_str();
   command.add_option("--set", options.set, "KEY=VALUE in the recipe (repeatable)");
@@ -30,15 +31,22 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.add_option("--eval-windows", options.eval_windows, "Only the first N windows of it")->check(CLI::PositiveNumber);
   command.add_option("--eval-captions", options.eval_captions, "Pictures with questions and captions, JSON lines");
   command.add_flag("--text-only", options.text_only, "Leave samples with pictures out");
+  static const std::map<std::string, Compute> kComputes{{"float32", Compute::kFloat32}, {"bf16", Compute::kBf16}};
+  command.add_option("--compute", options.compute,
+                     "Precision of the matrix products that calibrate and measure: float32, or bf16 on a processor with "
+                     "AVX-512 BF16")
+      ->transform(CLI::CheckedTransformer(kComputes).description("{float32,bf16}"));
+  command.add_flag("--timings", options.timings, "Also measure the run's matrix products alone");
+  command.add_option("--memory-limit", options.memory_limit,
+                     "Memory that the run may take, mapped checkpoint pages apart (\"3GB\"); activations past it go to files")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false))
+      ->default_str("3GB");
 }
 
-// Samples are not shared between the processes yet: the first does all the work while the others wait for it, and null
-// is what they get.
-std::optional<QuantizeResult> QuantizeTogether(const QuantizeOptions& options) {
-  std::optional<QuantizeResult> result;
-  if (World().Rank() == 0) result = Quantize(options);
-  World().Barrier();
-  return result;
+// Of several processes the first one tells.
+int PrintFirst(const std::string& text) {
+  if (World().Rank() == 0) fmt::print("{}", text);
+  return 0;
 }
 
 }  // namespace
@@ -62,17 +70,24 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
   quantize->add_option("--vision-profile", options->vision_profile,
                        "Layout of the vision units: e2b_66x36_264, e2b_57x42_266, or a JSON file; default: the most "
                        "frequent of the samples");
-  auto quiet = std::make_shared<bool>(false);
-  quantize->add_flag("--quiet", *quiet, "No progress");
-  quantize->callback([options, quiet, &command] {
-    command = [options, quiet] {
+  quantize->add_flag("--resume", options->resume, "Go on with an unfinished run in the output directory");
+  quantize->add_option("--save-every", options->save_every, "Seconds between saved states of the run; 0: after every stage")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  struct Switches {
+    bool quiet = false, dry_run = false;
+  };
+  auto switches = std::make_shared<Switches>();
+  quantize->add_flag("--dry-run", switches->dry_run, "Only say what the run would need: stages, time, memory, disk");
+  quantize->add_flag("--quiet", switches->quiet, "No progress");
+  quantize->callback([options, switches, &command] {
+    command = [options, switches] {
       options->exports = true;
-      options->progress = *quiet ? nullptr : stderr;
-      const std::optional<QuantizeResult> result = QuantizeTogether(*options);
-      if (!result) return 0;
-      fmt::print("{}\nwritten to {}; next: circlet verify {}\n", ReportText(*result), result->output_directory,
-                 result->output_directory);
-      return 0;
+      options->progress = switches->quiet ? nullptr : stderr;
+      if (switches->dry_run) return PrintFirst(DryRun(*options));
+      const QuantizeResult result = Quantize(*options);
+      return PrintFirst(fmt::format("{}\nwritten to {}; next: circlet verify {}\n", ReportText(result),
+                                    result.output_directory, result.output_directory));
     };
   });
 }
@@ -94,11 +109,9 @@ void AddEvaluate(CLI::App& app, std::function<int()>& command) {
   evaluate->callback([options, &command] {
     command = [options] {
       options->quantize.progress = options->quiet ? nullptr : stderr;
-      const std::optional<QuantizeResult> result = QuantizeTogether(options->quantize);
-      if (!result) return 0;
-      if (!options->json.empty()) WriteFile(options->json, ReportJson(*result));
-      fmt::print("{}", ReportText(*result));
-      return 0;
+      const QuantizeResult result = Quantize(options->quantize);
+      if (!options->json.empty() && World().Rank() == 0) WriteFile(options->json, ReportJson(result));
+      return PrintFirst(ReportText(result));
     };
   });
 }

@@ -1,8 +1,15 @@
 #pragma once
 
+// What is passed from stage to stage, in memory as far as the budget reaches and in files beyond it.
+
+#include <filesystem>
 #include <map>
+#include <memory>
+#include <mutex>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "circlet/base/tensor.h"
 
@@ -12,21 +19,64 @@ namespace circlet {
 // first stage on.
 enum class Chain { kFloat, kQuant };
 
-// What is passed from stage to stage, by item and name.
+// Tensors by key, item and chain. One file for each key, so that a key's disk goes when the key does. All functions may be
+// called from several threads.
 class ActivationStore {
  public:
-  void Put(int item, Chain chain, const std::string& key, Tensor tensor);
+  // Tensors past `memory_bytes` go to files in `directory`, which is made when it is needed. Without it everything stays in
+  // memory.
+  void UseFiles(std::filesystem::path directory, int64_t memory_bytes) {
+    directory_ = std::move(directory);
+    budget_ = memory_bytes;
+  }
+
+  // When values are read again: by the next stage, or one part at a time by stages far ahead. Those leave memory first.
+  enum class Read { kSoon, kLate };
+
+  // Throws Error when the disk is full.
+  void Put(int item, Chain chain, const std::string& key, const Tensor& tensor, Read read = Read::kSoon);
   // CHECKs that it is there.
   Tensor Get(int item, Chain chain, const std::string& key) const;
-  bool Has(int item, Chain chain, const std::string& key) const;
+  TensorType TypeOf(int item, Chain chain, const std::string& key) const;
   // Forgets `key` of every item but `kept`.
   void Drop(const std::string& key, int kept = -1);
-  int64_t Bytes() const { return bytes_; }
+
+  int64_t MemoryBytes() const { return memory_bytes_; }
+  int64_t FileBytes() const { return file_bytes_; }     // in files now
+  int64_t SpilledBytes() const { return spilled_bytes_; }  // that did not fit in memory, over the whole run
+
+  // Brings everything to the disk and says where it lies, for Restore in another process; call it between stages. From now
+  // on files of dropped keys stay until Forget(), so that an older state remains whole until the next one is safe.
+  nlohmann::json Save();
+  void Forget();
+  // Takes the files of an earlier process and removes those that `state` does not know.
+  void Restore(const nlohmann::json& state);
 
  private:
-  using Slot = std::pair<int, Chain>;
-  std::map<std::string, std::map<Slot, Tensor>> tensors_;
-  int64_t bytes_ = 0;
+  class File;
+  struct Slot {
+    TensorType type;
+    Tensor memory;  // empty: in the file only
+    int64_t offset = -1;  // in the file; -1: in memory only
+  };
+  struct Entry {
+    std::map<std::pair<int, Chain>, Slot> slots;
+    std::shared_ptr<File> file;
+    Read read = Read::kSoon;
+  };
+  // CHECKs that it holds a tensor of `owner`. The caller holds the lock.
+  const Entry& EntryOf(const std::string& key, std::pair<int, Chain> owner) const;
+  void Write(Entry& entry, Slot& slot, const Tensor& tensor);
+  void MakeRoom(int64_t bytes);
+
+  std::filesystem::path directory_;
+  int64_t budget_ = 0;
+  mutable std::mutex mutex_;
+  std::map<std::string, Entry> entries_;
+  std::vector<std::shared_ptr<File>> dropped_;
+  int64_t memory_bytes_ = 0, file_bytes_ = 0, spilled_bytes_ = 0;
+  int next_file_ = 0;
+  bool saved_ = false;
 };
 
 }  // namespace circlet

@@ -11,6 +11,16 @@ namespace circlet {
 namespace fs = std::filesystem;
 namespace {
 
+constexpr char kStateFolder[] = "unfinished";
+
+// Whether a run saved something there that another can go on from.
+bool HoldsState(const fs::path& partial) {
+  if (!fs::is_directory(partial / kStateFolder)) return false;
+  for (const auto& entry : fs::recursive_directory_iterator(partial / kStateFolder))
+    if (entry.path().filename().string().starts_with("state.")) return true;
+  return false;
+}
+
 fs::path WithoutSlash(const fs::path& path) { return path.filename().empty() ? path.parent_path() : path; }
 
 nlohmann::json FileEntry(const fs::path& path, const std::string& name) {
@@ -35,22 +45,38 @@ nlohmann::json InputEntries(const QuantizeOptions& options) {
 
 }  // namespace
 
-OutputRun::OutputRun(fs::path final_path, bool force)
-    : final_(WithoutSlash(final_path)), partial_(final_.string() + ".partial"), force_(force) {
-  // With `force` an earlier result stays until this run has succeeded.
-  if (fs::exists(final_) && !(force && fs::is_directory(final_))) PrepareOutputDirectory(final_, false);
-  std::error_code ignored;
-  fs::remove_all(partial_, ignored);
-  PrepareOutputDirectory(partial_, false);
+OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
+    : final_(WithoutSlash(options.output)), partial_(final_.string() + ".partial"), world_(world), force_(options.force) {
+  inputs_ = InputEntries(options);
+  if (world_.Rank() == 0) {
+    // Killed between its rename and its last step.
+    if (fs::exists(final_ / kManifestFile)) fs::remove_all(final_ / kStateFolder);
+    // With `force` an earlier result stays until this run has succeeded.
+    if (fs::exists(final_) && !(force_ && fs::is_directory(final_))) PrepareOutputDirectory(final_, false);
+    if (fs::exists(partial_) && !fs::is_directory(partial_ / kStateFolder))
+      Fail("{}: is in the way and no unfinished run of circlet; move it away, or choose another output", partial_.string());
+    kept_ = options.resume && HoldsState(partial_);
+    if (!kept_ && !force_ && HoldsState(partial_))
+      Fail("{}: holds an unfinished run; --resume goes on with it, --force starts again", partial_.string());
+    if (kept_) {
+      RemoveLeftovers(partial_);
+    } else {
+      fs::remove_all(partial_);
+      PrepareOutputDirectory(partial_, false);
+    }
+    fs::create_directory(partial_ / kStateFolder);
+  }
+  world_.Barrier();
 }
 
 OutputRun::~OutputRun() {
   std::error_code ignored;
-  if (!finished_) fs::remove_all(partial_, ignored);
+  if (!kept_ && world_.Rank() == 0) fs::remove_all(partial_, ignored);
 }
 
-void OutputRun::Finish(const QuantizeOptions& options, const Calibration& calibration, const UnitWriter& units,
-                       const QuantizeResult& result) {
+fs::path OutputRun::StateDirectory() const { return partial_ / kStateFolder / fmt::format("rank.{}", world_.Rank()); }
+
+void OutputRun::Finish(const Calibration& calibration, const UnitWriter& units, const QuantizeResult& result) {
   WriteJson(partial_ / kPipelineFile, units.Pipeline());
   calibration.Params().Save(partial_ / "qparams.json", {{"model", result.model},
                                                         {"recipe", result.recipe},
@@ -60,7 +86,8 @@ void OutputRun::Finish(const QuantizeOptions& options, const Calibration& calibr
 
   nlohmann::json outputs = nlohmann::json::array();
   std::vector<fs::path> files;
-  for (const auto& entry : fs::directory_iterator(partial_)) files.push_back(entry.path());
+  for (const auto& entry : fs::directory_iterator(partial_))
+    if (entry.is_regular_file()) files.push_back(entry.path());
   std::sort(files.begin(), files.end());
   for (const fs::path& path : files) outputs.push_back(FileEntry(path, path.filename()));
   WriteJson(partial_ / kManifestFile, {{"schema_version", 1},
@@ -72,7 +99,7 @@ void OutputRun::Finish(const QuantizeOptions& options, const Calibration& calibr
                                        {"seed", calibration.GetRecipe().runtime.seed},
                                        {"max_seq_len", result.max_seq_len},
                                        {"random_data", result.random_data},
-                                       {"inputs", InputEntries(options)},
+                                       {"inputs", inputs_},
                                        {"outputs", outputs}});
   WriteJson(partial_ / "timings.json", {{"seconds", result.seconds}});
 
@@ -83,12 +110,14 @@ void OutputRun::Finish(const QuantizeOptions& options, const Calibration& calibr
     files.push_back(partial_ / "timings.json");
     files.push_back(partial_ / kManifestFile);
     for (const fs::path& path : files) fs::rename(path, final_ / path.filename());
-    fs::remove(partial_, error);
+    fs::remove_all(partial_, error);
   } else {
     fs::rename(partial_, final_, error);
     if (error) Fail("{}: cannot take its final name: {}", final_.string(), error.message());
+    // Only now: until the rename a killed run can go on.
+    fs::remove_all(final_ / kStateFolder, error);
   }
-  finished_ = true;
+  kept_ = true;
 }
 
 }  // namespace circlet

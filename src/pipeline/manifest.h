@@ -1,7 +1,9 @@
 #pragma once
 
 #include <filesystem>
+#include <nlohmann/json.hpp>
 
+#include "circlet/base/communicator.h"
 #include "circlet/pipeline/quantize.h"
 #include "circlet/quant/calibration.h"
 #include "pipeline/units.h"
@@ -9,22 +11,31 @@
 namespace circlet {
 
 // The output directory of a run. Everything is written to "NAME.partial" beside it, which takes the final name when all is
-// there; a failed run leaves neither.
+// there; a failed run leaves neither, unless it saved a state to go on from.
 class OutputRun {
  public:
-  // Throws Error when the directory exists and is not ours to replace, or cannot be written.
-  OutputRun(std::filesystem::path final_path, bool force);
+  // Throws Error when the directory exists and is not ours to replace, cannot be written, or when an unfinished run lies
+  // in "NAME.partial" and neither `resume` nor `force` says what to do with it. In a run of several processes the others
+  // use what the first has prepared.
+  OutputRun(const QuantizeOptions& options, Communicator& world);
   ~OutputRun();
 
   const std::filesystem::path& Directory() const { return partial_; }
+  // This process's own folder for what the run saves and spills; gone when the run is finished.
+  std::filesystem::path StateDirectory() const;
+  // From now on the unfinished run outlives this object.
+  void Keep() { kept_ = true; }
+  // Checkpoint and data by content: [{file, bytes, sha256}].
+  const nlohmann::json& Inputs() const { return inputs_; }
   // Writes pipeline.json, qparams.json, report.json, timings.json, effective_config.yaml and manifest.json, then renames.
-  void Finish(const QuantizeOptions& options, const Calibration& calibration, const UnitWriter& units,
-              const QuantizeResult& result);
+  void Finish(const Calibration& calibration, const UnitWriter& units, const QuantizeResult& result);
 
  private:
   std::filesystem::path final_, partial_;
+  Communicator& world_;
+  nlohmann::json inputs_;
   bool force_;
-  bool finished_ = false;
+  bool kept_ = false;
 };
 
 }  // namespace circlet

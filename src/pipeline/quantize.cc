@@ -3,21 +3,32 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
+#include <mutex>
 #include <nlohmann/json.hpp>
 
+#include "circlet/base/communicator.h"
 #include "circlet/base/threads.h"
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/preprocess/samples.h"
 #include "circlet/report/terminal.h"
+#include "ops/tally.h"
+#include "pipeline/estimate.h"
+#include "pipeline/head.h"
 #include "pipeline/manifest.h"
 #include "pipeline/run_items.h"
+#include "pipeline/run_state.h"
 #include "pipeline/text_run.h"
 #include "pipeline/vision_run.h"
 
 namespace circlet {
 namespace {
+
+double SecondsSince(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
 
 // Seconds by phase, for timings.json.
 class Clock {
@@ -30,7 +41,7 @@ class Clock {
       std::string phase;
       std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
       ~Stop() {
-        clock.seconds_[phase] += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        clock.seconds_[phase] += SecondsSince(begin);
       }
     } stop{*this, phase};
     return body();
@@ -39,6 +50,31 @@ class Clock {
  private:
   std::map<std::string, double>& seconds_;
 };
+
+// A folder that goes with the run, for activations of a run that writes nothing.
+class ScratchDirectory {
+ public:
+  ScratchDirectory() {
+    std::string name = (std::filesystem::temp_directory_path() / "circlet-XXXXXX").string();
+    if (mkdtemp(name.data()) == nullptr) Fail("{}: cannot be made for activations; set TMPDIR to a place with room", name);
+    path_ = name;
+  }
+  ~ScratchDirectory() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  const std::filesystem::path& Path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+// Where a directory that does not exist yet would be made.
+std::filesystem::path NearestDirectory(std::filesystem::path path) {
+  path = std::filesystem::absolute(path);
+  while (!std::filesystem::exists(path)) path = path.parent_path();
+  return path;
+}
 
 bool WritesWholeModel(const QuantizeOptions& options, const ModelWeights& weights) {
   constexpr int64_t kSmallModelBytes = int64_t{1} << 30;
@@ -58,144 +94,363 @@ void CheckExportable(const Calibration& calibration, const std::vector<Point>& p
   }
 }
 
+// Samples that several processes observe are merged, which an average over their order cannot be.
+void CheckShareable(const Calibration& calibration, const std::vector<Point>& points) {
+  for (const Point& point : points)
+    if (calibration.OrderMatters(point))
+      Fail("{}: its EMA observer depends on the order of the samples and cannot be shared between processes; run one process, "
+           "or choose minmax or percentile", point.name);
+}
+
+// Calls body(name) with each parameter that a step reads.
+template <typename Body>
+void ForWeights(const Step& step, const std::vector<Item>& items, const Body& body) {
+  const Graph graph = step.build(items.front());
+  for (const Value& value : graph.Values())
+    if (value.kind == ValueKind::kWeight) body(value.name);
+}
+
+// A run from its options to its stages; everything cheap is checked here.
+class Run {
+ public:
+  explicit Run(const QuantizeOptions& asked)
+      : recipe_(Recipe::Load(asked.recipe, asked.set)),
+        options_(WithRecipe(asked, recipe_)),
+        config_(ReadModelConfig(options_.model)),
+        world_(World()),
+        clock_(result_.seconds),
+        data_(clock_.Time("load", [&] { return LoadRunData(options_, recipe_, config_); })),
+        weights_(clock_.Time("load", [&] { return ModelWeights::Open(config_, options_.model); })),
+        calibration_(recipe_, DialectFromName(options_.dialect)),
+        context_{.config = config_, .weights = weights_, .calibration = calibration_, .store = store_, .world = world_},
+        text_(context_),
+        whole_(WritesWholeModel(options_, weights_)) {
+    if (options_.compute == Compute::kBf16 && !Bf16Supported())
+      Fail("--compute bf16: takes a processor with AVX-512 BF16; leave it out");
+    if (!options_.qparams.empty()) calibration_.UseFrozen(ParameterStore::Load(options_.qparams));
+    MakeItems(data_, options_, context_);
+    ReleasePictures(data_);
+    points_ = text_.Points();
+    if (config_.vision && !options_.text_only)
+      for (Point& point : VisionPoints(config_, calibration_.GetDialect())) points_.push_back(std::move(point));
+    std::vector<std::string> names;
+    for (const Point& point : points_) names.push_back(point.name);
+    recipe_.CheckAllUsed(names);
+    if (!options_.output.empty()) CheckExportable(calibration_, points_);
+    if (world_.Size() > 1) {
+      CheckShareable(calibration_, points_);
+      if (options_.save_stages) Fail("--save-stages: takes one process; run without mpirun");
+    }
+    if (!context_.images.empty()) vision_.emplace(context_);
+    if (const Item* repeated = Repeated(context_.items)) result_.compute_change = ComputeChange{.sample = repeated->label};
+    profile_ = ExportedProfile(context_);
+    constexpr int64_t kShareOfLimit = 64;
+    context_.head_slice_bytes = std::min(context_.head_slice_bytes, options_.memory_limit / kShareOfLimit);
+    MakePhases();
+    Estimate();
+  }
+
+  std::string DryRun() const;
+  QuantizeResult Compute();
+
+ private:
+  // A stage, and what is written and forgotten behind it.
+  struct Phase {
+    std::string name;
+    const std::vector<Item>* items = nullptr;
+    std::optional<Stage> stage;         // none: the head
+    std::function<void()> write;        // files; may be empty
+    std::function<void()> drop;         // may be empty
+  };
+
+  static Gemma4Config ReadModelConfig(const std::filesystem::path& model) {
+    if (!std::filesystem::is_directory(model))
+      Fail("{}: is no directory; give a checkpoint directory with config.json and safetensors", model.string());
+    return ReadConfig(model);
+  }
+
+  void MakePhases();
+  void WriteVisionUnits();
+  void Estimate();
+  int64_t NeededMemory() const;
+  int64_t NeededDisk() const;
+  StageContext ContextOf(const std::vector<Item>& items);
+  std::function<PointSpec(const std::string&)> SpecsOfPoints() const;
+  void TellStart(int64_t budget) const;
+  void Prefetch(const Phase& phase) const;
+  void RunPhase(const Phase& phase);
+  void FillResult();
+
+  QuantizeResult result_;
+  Recipe recipe_;
+  QuantizeOptions options_;
+  Gemma4Config config_;
+  Communicator& world_;
+  Clock clock_;
+  RunData data_;
+  ModelWeights weights_;
+  Calibration calibration_;
+  ActivationStore store_;
+  RunContext context_;
+  TextRun text_;
+  bool whole_;
+  std::vector<Point> points_;
+  std::optional<VisionRun> vision_;
+  std::optional<VisionProfile> profile_;
+  std::vector<Phase> phases_;
+  std::vector<StageEstimate> estimates_;
+  std::optional<UnitWriter> units_;
+  Captured captured_;
+  std::optional<Progress> progress_;
+  std::mutex progress_mutex_;
+  std::optional<HeadResult> head_;
+};
+
+void Run::MakePhases() {
+  const auto add = [&](const std::vector<Item>& items, std::optional<Stage> stage, std::function<void()> write = {},
+                       std::function<void()> drop = {}) {
+    phases_.push_back({stage ? stage->name : "logits", &items, std::move(stage), std::move(write), std::move(drop)});
+  };
+  if (vision_) {
+    std::vector<Stage> stages = vision_->Stages();
+    for (size_t i = 0; i < stages.size(); ++i)
+      add(context_.image_items, std::move(stages[i]), {}, [this, i] { vision_->DropAfter(i); });
+  }
+  const bool ple = config_.text.HasPle();
+  const auto write_inputs = [this, ple] {
+    text_.WriteEmbeddingUnits(*units_);
+    if (ple) text_.WritePleUnits(*units_);
+    if (vision_) WriteVisionUnits();
+  };
+  add(context_.items, text_.Tables());
+  if (ple) {
+    add(context_.items, text_.Embeddings());
+    add(context_.items, text_.PerLayerInputs(), write_inputs);
+  } else {
+    add(context_.items, text_.Embeddings(), write_inputs);
+  }
+  for (int i = 0; i < config_.text.NumLayers(); ++i)
+    add(context_.items, text_.Layer(i), [this, i] { text_.WriteLayerUnits(*units_, i); },
+        [this, i] { text_.DropAfterLayer(i); });
+  add(context_.items, text_.Norm());
+  add(context_.items, std::nullopt, [this] {
+    text_.WriteHeadUnit(*units_);
+    if (whole_) text_.WriteModelUnit(*units_);
+    if (whole_ && vision_) vision_->WriteFullUnit(*units_);
+    if (profile_) WriteJson(units_->Directory() / "vision_profile.json", profile_->ToJson());
+  });
+}
+
+void Run::WriteVisionUnits() {
+  using Granularity = ExportOptions::Granularity;
+  const Granularity granularity = recipe_.export_options.vision;
+  if (whole_ || granularity != Granularity::kMonolithic) vision_->WriteSplitUnits(*units_);
+  if (whole_ || granularity != Granularity::kLayer) vision_->WritePrefillUnit(*units_);
+  vision_->WriteFusionUnit(*units_);
+  if (whole_) vision_->WritePartUnits(*units_);
+  calibration_.DropWeights();
+}
+
+void Run::Estimate() {
+  for (const Phase& phase : phases_)
+    estimates_.push_back(phase.stage ? EstimateStage(*phase.stage, *phase.items, world_.Rank())
+                                     : EstimateHead(context_));
+}
+
+// Without the activations.
+int64_t Run::NeededMemory() const {
+  int64_t bytes = 0;
+  for (const StageEstimate& estimate : estimates_) bytes = std::max(bytes, estimate.MemoryBytes());
+  return OwnMemoryBytes() + bytes;
+}
+
+int64_t Run::NeededDisk() const {
+  const int64_t activations = std::max<int64_t>(0, ActivationBytes(context_) - std::max<int64_t>(0, options_.memory_limit - NeededMemory()));
+  return options_.output.empty() ? activations : OutputBytes(context_, whole_) + ActivationBytes(context_);
+}
+
+std::string Run::DryRun() const {
+  const double rate = MeasuredFlops();
+  TextTable table({"stage", "weights", "working memory", "GFLOP", "seconds"});
+  double flops = 0;
+  for (const StageEstimate& estimate : estimates_) {
+    flops += estimate.flops;
+    table.Row({estimate.name, HumanBytes(estimate.weight_bytes), HumanBytes(estimate.working_bytes),
+               fmt::format("{:.1f}", estimate.flops / 1e9), fmt::format("{:.1f}", estimate.flops / rate)});
+  }
+  const int64_t activations = ActivationBytes(context_), memory = NeededMemory();
+  std::string text = table.ToString();
+  text += fmt::format("time: products of {:.1f} TFLOP at {:.0f} GFLOP/s take {:.0f} s, a run up to 1.5 times that\n",
+                      flops / 1e12, rate / 1e9, flops / rate);
+  text += fmt::format("memory: {} for the largest stage, {} of activations, limit {}: {}\n", HumanBytes(memory),
+                      HumanBytes(activations), HumanBytes(options_.memory_limit),
+                      memory > options_.memory_limit                ? "too little, raise --memory-limit"
+                      : memory + activations > options_.memory_limit ? "the rest goes to files"
+                                                                     : "enough");
+  if (options_.output.empty()) return text;
+  const int64_t files = OutputBytes(context_, whole_);
+  RequireFreeSpace(NearestDirectory(options_.output), files + activations);
+  text += fmt::format("disk: {} of files, up to {} of activations until the run is over\n", HumanBytes(files),
+                      HumanBytes(activations));
+  return text;
+}
+
+StageContext Run::ContextOf(const std::vector<Item>& items) {
+  return {calibration_,
+          store_,
+          items,
+          options_.save_stages ? &captured_ : nullptr,
+          world_,
+          options_.compute,
+          result_.compute_change ? &*result_.compute_change : nullptr,
+          [this] {
+            const std::lock_guard lock(progress_mutex_);
+            progress_->Advance();
+          }};
+}
+
+// Whole weights that the phase will read; of tables it takes rows.
+void Run::Prefetch(const Phase& phase) const {
+  if (!phase.stage || phase.items->empty()) return;
+  for (const Step& step : phase.stage->steps)
+    if (!step.own) ForWeights(step, *phase.items, [&](const std::string& name) { weights_.Prefetch(name); });
+}
+
+void Run::RunPhase(const Phase& phase) {
+  const StageContext stage = ContextOf(*phase.items);
+  clock_.Time("stages", [&] {
+    if (phase.stage) {
+      StageRunner runner(stage);
+      progress_->Begin(phase.name, runner.Work(*phase.stage));
+      Within(phase.name, [&] { runner.Run(*phase.stage, result_.stages); });
+      if (!phase.items->empty())
+        for (const Step& step : phase.stage->steps)
+          ForWeights(step, *phase.items, [&](const std::string& name) { weights_.Release(name); });
+    } else {
+      progress_->Begin(phase.name, HeadWork(stage));
+      head_ = Within(phase.name, [&] { return RunHead(context_, stage); });
+    }
+  });
+  if (units_ && world_.Rank() == 0 && phase.write) clock_.Time("export", phase.write);
+  if (phase.drop) phase.drop();
+  calibration_.DropWeights();
+}
+
+QuantizeResult Run::Compute() {
+  const auto begin = std::chrono::steady_clock::now();
+  const bool writes = !options_.output.empty();
+  std::optional<OutputRun> output;
+  std::optional<ScratchDirectory> scratch;
+  std::optional<RunState> state;
+  if (writes) {
+    output.emplace(options_, world_);
+    RequireFreeSpace(output->Directory(), NeededDisk());
+    state.emplace(output->StateDirectory(), IdentityOf(options_, calibration_, output->Inputs(), world_.Size()),
+                  options_.save_every, world_);
+  } else {
+    scratch.emplace();
+    RequireFreeSpace(scratch->Path(), NeededDisk());
+  }
+  const int64_t budget = options_.memory_limit - NeededMemory();
+  if (budget < 0)
+    Fail("--memory-limit {}: the largest stage alone takes {}; give at least that, or shorter samples",
+         HumanBytes(options_.memory_limit), HumanBytes(NeededMemory()));
+  store_.UseFiles(writes ? state->ValuesDirectory() : scratch->Path(), budget);
+  std::optional<RunParts> parts;
+  if (writes) {
+    units_.emplace(output->Directory(), calibration_, store_);
+    parts.emplace(RunParts{calibration_, store_, *units_, result_.stages, head_, result_.compute_change, result_.seconds});
+    result_.resumed_phases = state->Load(*parts, SpecsOfPoints());
+  }
+  result_.phases = static_cast<int>(phases_.size());
+  TellStart(budget);
+  progress_.emplace(world_.Rank() == 0 ? options_.progress : nullptr);
+  gemm::Tally tally;
+  std::optional<gemm::TallyScope> tallying;
+  if (options_.timings) tallying.emplace(tally);
+  for (int done = result_.resumed_phases; done < result_.phases; ++done) {
+    if (done + 1 < result_.phases) Prefetch(phases_[done + 1]);
+    RunPhase(phases_[done]);
+    if (!state) continue;
+    state->Save(done + 1, *parts);
+    if (state->Saved()) output->Keep();
+  }
+  progress_->End();
+  tallying.reset();
+  FillResult();
+  if (output && world_.Rank() == 0) {
+    clock_.Time("export", [&] {
+      units_->WriteCodes();
+      if (options_.save_stages) WriteSafetensors(output->Directory() / "stages.safetensors", captured_);
+    });
+    output->Finish(calibration_, *units_, result_);
+  }
+  const double run_seconds = SecondsSince(begin);
+  if (options_.timings)
+    result_.products = ProductTimes{.flops = static_cast<double>(tally.Flops()),
+                                    .alone_seconds = gemm::SecondsAlone(tally),
+                                    .run_seconds = run_seconds};
+  return std::move(result_);
+}
+
+void Run::TellStart(int64_t budget) const {
+  if (options_.progress == nullptr || world_.Rank() != 0) return;
+  if (result_.resumed_phases > 0)
+    fmt::print(options_.progress, "going on behind {}: {} of {} stages are done\n",
+               phases_[result_.resumed_phases - 1].name, result_.resumed_phases, result_.phases);
+  if (const int64_t activations = ActivationBytes(context_); activations > budget)
+    fmt::print(options_.progress, "activations of {} pass the memory limit by {}, which goes to files\n",
+               HumanBytes(activations), HumanBytes(activations - budget));
+}
+
+std::function<PointSpec(const std::string&)> Run::SpecsOfPoints() const {
+  std::map<std::string, PointSpec> specs;
+  for (const Point& point : points_) specs[point.name] = recipe_.SpecFor(point, calibration_.GetDialect());
+  return [specs = std::move(specs)](const std::string& point) { return specs.at(point); };
+}
+
+void Run::FillResult() {
+  std::erase_if(result_.stages, [](const StageError& error) { return error.accumulated.count == 0; });
+  result_.stages.push_back(head_->error);
+  result_.output = head_->error.accumulated;
+  result_.output_name = "logits";
+  result_.output_shape.assign(head_->shape.Sizes().begin(), head_->shape.Sizes().end());
+  result_.scatter = std::move(head_->scatter);
+  result_.output_on_calibration_data = data_.evaluation.empty();
+  if (head_->window_tokens > 0)
+    result_.perplexity = Perplexity{static_cast<int64_t>(data_.windows.size()), head_->window_tokens,
+                                    std::exp(head_->float_nll / head_->window_tokens),
+                                    std::exp(head_->quantized_nll / head_->window_tokens)};
+  if (head_->captions > 0) result_.captions = Captions{head_->captions, head_->float_exact, head_->quantized_exact};
+  if (profile_)
+    result_.vision_profile = fmt::format(
+        "{}x{} patches, {} soft tokens from position {} ({})", profile_->patch_grid_height, profile_->patch_grid_width,
+        profile_->num_visual_tokens, profile_->visual_start_idx,
+        options_.vision_profile.empty() ? "the most frequent of the calibration samples" : profile_->name);
+  result_.pictures = static_cast<int64_t>(context_.images.size());
+  result_.model = options_.model.filename().empty() ? options_.model.parent_path().filename().string()
+                                                    : options_.model.filename().string();
+  result_.recipe = recipe_.Name();
+  result_.output_directory = options_.output.string();
+  result_.dialect = calibration_.GetDialect().name;
+  result_.calibration_samples = static_cast<int64_t>(data_.calibration.size());
+  result_.evaluation_samples = static_cast<int64_t>(data_.evaluation.size());
+  result_.random_data = data_.random;
+  result_.skipped = data_.skipped;
+  result_.points = static_cast<int64_t>(calibration_.Params().Size());
+  result_.max_seq_len = context_.max_seq_len;
+  result_.unknown_keys = config_.unknown_keys;
+  for (const UnusedTensor& tensor : weights_.GetInventory().unused)
+    result_.unused_tensors.push_back(fmt::format("{}: {}", tensor.name, tensor.reason));
+  if (units_)
+    for (const Unit& unit : units_->Units()) result_.units.push_back(unit.file);
+  result_.spilled_bytes = store_.SpilledBytes();
+}
+
 }  // namespace
 
-QuantizeResult Quantize(const QuantizeOptions& asked) {
-  QuantizeResult result;
-  Clock clock(result.seconds);
-  Recipe recipe = Recipe::Load(asked.recipe, asked.set);
-  const QuantizeOptions options = WithRecipe(asked, recipe);
-  if (!std::filesystem::is_directory(options.model))
-    Fail("{}: is no directory; give a checkpoint directory with config.json and safetensors", options.model.string());
-  const Gemma4Config config = ReadConfig(options.model);
-  const Dialect& dialect = DialectFromName(options.dialect);
-  RunData data = clock.Time("load", [&] { return LoadRunData(options, recipe, config); });
-  const ModelWeights weights = clock.Time("load", [&] { return ModelWeights::Open(config, options.model); });
+QuantizeResult Quantize(const QuantizeOptions& options) { return Run(options).Compute(); }
 
-  Calibration calibration(std::move(recipe), dialect);
-  if (!options.qparams.empty()) calibration.UseFrozen(ParameterStore::Load(options.qparams));
-  ActivationStore store;
-  RunContext context{.config = config, .weights = weights, .calibration = calibration, .store = store};
-  MakeItems(data, options, context);
-  ReleasePictures(data);
-  TextRun text(context);
-  std::vector<Point> points = text.Points();
-  if (config.vision && !options.text_only)
-    for (Point& point : VisionPoints(config, dialect)) points.push_back(std::move(point));
-  {
-    std::vector<std::string> names;
-    for (const Point& point : points) names.push_back(point.name);
-    calibration.GetRecipe().CheckAllUsed(names);
-  }
-  std::optional<OutputRun> output;
-  std::optional<UnitWriter> units;
-  if (!options.output.empty()) {
-    CheckExportable(calibration, points);
-    output.emplace(options.output, options.force);
-    units.emplace(output->Directory(), calibration);
-  }
-
-  Captured captured;
-  Captured* const capture = options.save_stages ? &captured : nullptr;
-  StageRunner runner(calibration, store, context.items, capture);
-  StageRunner picture_runner(calibration, store, context.image_items, capture);
-  Progress progress(options.progress);
-  const auto run_with = [&](StageRunner& r, const Stage& stage) {
-    progress.Begin(stage.name, r.Work(stage));
-    clock.Time("stages", [&] {
-      Within(stage.name, [&] { r.Run(stage, result.stages, [&] { progress.Advance(); }); });
-    });
-  };
-  const auto run = [&](const Stage& stage) { run_with(runner, stage); };
-  const auto write = [&](const auto& body) {
-    if (units) clock.Time("export", body);
-  };
-  const std::optional<VisionProfile> profile = ExportedProfile(context);
-  std::optional<VisionRun> vision;
-  if (!context.images.empty()) {
-    vision.emplace(context);
-    const std::vector<Stage> stages = vision->Stages();
-    for (size_t i = 0; i < stages.size(); ++i) {
-      run_with(picture_runner, stages[i]);
-      vision->DropAfter(i);
-    }
-  }
-  run(text.Tables());
-  run(text.Embeddings());
-  if (config.text.HasPle()) run(text.PerLayerInputs());
-  write([&] {
-    text.WriteEmbeddingUnits(*units);
-    if (config.text.HasPle()) text.WritePleUnits(*units);
-  });
-  const bool whole = WritesWholeModel(options, weights);
-  if (vision)
-    write([&] {
-      using Granularity = ExportOptions::Granularity;
-      const Granularity granularity = calibration.GetRecipe().export_options.vision;
-      if (whole || granularity != Granularity::kMonolithic) vision->WriteSplitUnits(*units);
-      if (whole || granularity != Granularity::kLayer) vision->WritePrefillUnit(*units);
-      vision->WriteFusionUnit(*units);
-      if (whole) vision->WritePartUnits(*units);
-      calibration.DropWeights();
-    });
-  for (int i = 0; i < config.text.NumLayers(); ++i) {
-    run(text.Layer(i));
-    write([&] { text.WriteLayerUnits(*units, i); });
-    text.DropAfterLayer(i);
-  }
-  progress.Begin("logits", 2 * static_cast<int64_t>(context.items.size()));
-  TextRun::HeadResult head = clock.Time("stages", [&] { return text.Head(capture, [&] { progress.Advance(); }); });
-  write([&] {
-    text.WriteHeadUnit(*units);
-    if (whole) text.WriteModelUnit(*units);
-    if (whole && vision) vision->WriteFullUnit(*units);
-    if (profile) WriteJson(units->Directory() / "vision_profile.json", profile->ToJson());
-  });
-  progress.End();
-
-  std::erase_if(result.stages, [](const StageError& error) { return error.accumulated.count == 0; });
-  result.stages.push_back(head.error);
-  result.output = head.error.accumulated;
-  result.output_name = "logits";
-  result.output_shape.assign(head.shape.Sizes().begin(), head.shape.Sizes().end());
-  result.scatter = std::move(head.scatter);
-  result.output_on_calibration_data = data.evaluation.empty();
-  if (head.window_tokens > 0)
-    result.perplexity = Perplexity{static_cast<int64_t>(data.windows.size()), head.window_tokens,
-                                   std::exp(head.float_nll / head.window_tokens),
-                                   std::exp(head.quantized_nll / head.window_tokens)};
-  if (head.captions > 0) result.captions = Captions{head.captions, head.float_exact, head.quantized_exact};
-  if (profile)
-    result.vision_profile = fmt::format(
-        "{}x{} patches, {} soft tokens from position {} ({})", profile->patch_grid_height, profile->patch_grid_width,
-        profile->num_visual_tokens, profile->visual_start_idx,
-        options.vision_profile.empty() ? "the most frequent of the calibration samples" : profile->name);
-  result.pictures = static_cast<int64_t>(context.images.size());
-  result.model = options.model.filename().empty() ? options.model.parent_path().filename().string()
-                                                  : options.model.filename().string();
-  result.recipe = calibration.GetRecipe().Name();
-  result.output_directory = options.output.string();
-  result.dialect = dialect.name;
-  result.calibration_samples = static_cast<int64_t>(data.calibration.size());
-  result.evaluation_samples = static_cast<int64_t>(data.evaluation.size());
-  result.random_data = data.random;
-  result.skipped = data.skipped;
-  result.points = static_cast<int64_t>(calibration.Params().Size());
-  result.max_seq_len = context.max_seq_len;
-  result.unknown_keys = config.unknown_keys;
-  for (const UnusedTensor& tensor : weights.GetInventory().unused)
-    result.unused_tensors.push_back(fmt::format("{}: {}", tensor.name, tensor.reason));
-  if (units)
-    for (const Unit& unit : units->Units()) result.units.push_back(unit.file);
-
-  if (output) {
-    clock.Time("export", [&] {
-      units->WriteCodes();
-      if (options.save_stages) WriteSafetensors(output->Directory() / "stages.safetensors", captured);
-    });
-    output->Finish(options, calibration, *units, result);
-  }
-  return result;
-}
+std::string DryRun(const QuantizeOptions& options) { return Run(options).DryRun(); }
 
 }  // namespace circlet

@@ -65,6 +65,20 @@ std::string ReportText(const QuantizeResult& result) {
     }
     text += fmt::format("\n{} Circle files, {} operators, {}\n", result.units.size(), operators, HumanBytes(bytes));
   }
+  if (result.compute_change) {
+    const ComputeChange& change = *result.compute_change;
+    text += fmt::format(
+        "products in bf16; {} in float32 beside it: ranges of {} points move by {:.4f} % on average, at most {:.3f} % ({}); "
+        "float logits differ by PEIR {:.4f} %, mean |diff| {:.6f}\n",
+        change.sample, change.points, 100 * change.mean_range_change, 100 * change.max_range_change, change.max_point,
+        100 * change.logits.Peir(), change.logits.MeanAbs());
+  }
+  if (result.products)
+    text += fmt::format("matrix products: {:.2f} TFLOP, {:.1f} s alone in oneDNN; the run took {:.1f} s, {:.2f} times that\n",
+                        result.products->flops / 1e12, result.products->alone_seconds, result.products->run_seconds,
+                        result.products->run_seconds / result.products->alone_seconds);
+  if (result.spilled_bytes > 0)
+    text += fmt::format("activations past the memory limit went to files: {}\n", HumanBytes(result.spilled_bytes));
   return text;
 }
 
@@ -98,6 +112,16 @@ std::string ReportJson(const QuantizeResult& result) {
     json["captions"] = {{"pictures", result.captions->pictures},
                         {"float_exact", result.captions->float_exact},
                         {"quantized_exact", result.captions->quantized_exact}};
+  if (result.compute_change) {
+    const ComputeChange& change = *result.compute_change;
+    json["compute"] = {{"products", "bf16"},
+                       {"sample", change.sample},
+                       {"points", change.points},
+                       {"mean_range_change", change.mean_range_change},
+                       {"max_range_change", change.max_range_change},
+                       {"max_range_change_point", change.max_point},
+                       {"logits", ToJson(change.logits)}};
+  }
   json["pictures"] = result.pictures;
   json["vision_profile"] = result.vision_profile;
   json["units"] = nlohmann::json::array();

@@ -54,18 +54,20 @@ class ItemMaker {
   explicit ItemMaker(RunContext& context) : context_(context) {}
 
   void Add(ItemKind kind, int64_t index, const std::string& label, std::vector<int64_t> ids, std::vector<int64_t> keep,
-           const Sample* sample, int64_t answer = 0) {
+           const Sample* sample, int64_t answer = 0, int control_of = -1) {
     if (keep.empty()) keep.assign(ids.size(), 1);
     TextItem text{.keep = std::move(keep), .answer = answer};
     text.item = {.id = static_cast<int>(context_.texts.size()),
                  .kind = kind,
                  .index = index,
                  .length = static_cast<int64_t>(ids.size()),
-                 .label = label};
+                 .label = label,
+                 .rank = RankOf(kind, context_.texts.size())};
+    if (control_of >= 0) SetControl(text.item, control_of);
     std::vector<int64_t> soft_tokens;
     if (sample != nullptr && !sample->pixel_values.Empty())
       for (int64_t image = 0; image < sample->pixel_values.GetShape()[0]; ++image) {
-        text.images.push_back(AddImage(kind, *sample, image, label));
+        text.images.push_back(AddImage(text.item, *sample, image, label));
         soft_tokens.push_back(LayoutOf(*context_.config.vision, context_.images.back().positions).tokens);
       }
     Within(sample == nullptr ? label : sample->source,
@@ -78,7 +80,19 @@ class ItemMaker {
   }
 
  private:
-  int AddImage(ItemKind kind, const Sample& sample, int64_t image, const std::string& label) {
+  // Sequences go round the processes; the one that writes the files has the one that verifies them.
+  int RankOf(ItemKind kind, size_t index) const {
+    return kind == ItemKind::kVerify ? 0 : static_cast<int>(index % context_.world.Size());
+  }
+
+  // A control sample runs where the one that it repeats does.
+  void SetControl(Item& item, int repeated) const {
+    item.control_of = repeated;
+    item.rank = repeated >= RunContext::kFirstImage ? context_.ImageOf(repeated).item.rank : context_.texts[repeated].item.rank;
+  }
+
+  int AddImage(const Item& text, const Sample& sample, int64_t image, const std::string& label) {
+    const ItemKind kind = text.kind;
     const Tensor positions = ImageRow(sample.image_position_ids, image);
     ImageItem item{.pixel_values = ImageRow(sample.pixel_values, image),
                    .positions = {positions.I64().begin(), positions.I64().end()}};
@@ -90,7 +104,10 @@ class ItemMaker {
     item.item = {.id = RunContext::kFirstImage + static_cast<int>(context_.images.size()),
                  .kind = kind,
                  .index = static_cast<int64_t>(context_.images.size()),
-                 .length = static_cast<int64_t>(item.positions.size()) / 2};
+                 .length = static_cast<int64_t>(item.positions.size()) / 2,
+                 .rank = text.rank};
+    if (text.control_of >= 0) SetControl(item.item, context_.texts[text.control_of].images[image]);
+    if (text.rank != context_.world.Rank()) item.pixel_values = Tensor();
     item.item.real = LayoutOf(*context_.config.vision, item.positions).valid;
     item.item.variant.assign(reinterpret_cast<const char*>(item.positions.data()), item.positions.size() * sizeof(int64_t));
     item.item.label = image == 0 ? label : fmt::format("{}.image.{}", label, image);
@@ -176,12 +193,26 @@ std::optional<VisionProfile> AskedProfile(const QuantizeOptions& options, const 
   return ProfileOf(context.calibration.GetRecipe().model_args, options.vision_profile, vision, context.max_seq_len);
 }
 
-// A sample of the asked layout, when none of the data has it: a text sample's ids around the picture's slot, and a pattern
-// for the picture. It only tells whether the files compute what was simulated.
-Sample PatternSample(const VisionProfile& profile, const RunContext& context, std::vector<int64_t> ids) {
-  Sample sample{.source = "pattern"};
-  ids.resize(std::max<int64_t>(static_cast<int64_t>(ids.size()), profile.VisualEnd()), context.config.text.bos_token_id);
-  std::fill(ids.begin() + profile.visual_start_idx, ids.begin() + profile.VisualEnd(), context.config.image_token_id);
+// A square picture of at most 256 soft tokens behind the first ids of a random prompt.
+VisionProfile RandomProfile(const VisionConfig& vision) {
+  const int64_t side = std::min<int64_t>(16, vision.position_embedding_size / vision.pooling_kernel_size);
+  const int64_t patches = side * vision.pooling_kernel_size;
+  return {.name = "random",
+          .visual_start_idx = 4,
+          .num_visual_tokens = side * side,
+          .max_soft_tokens = side * side,
+          .patch_grid_height = patches,
+          .patch_grid_width = patches,
+          .patch_size = vision.patch_size,
+          .pooling_kernel_size = vision.pooling_kernel_size};
+}
+
+// A sample of a layout that none of the data has: a text sample's ids around the picture's slot, and a pattern for the
+// picture. It only tries the machinery.
+Sample PatternSample(const VisionProfile& profile, const Gemma4Config& config, std::vector<int64_t> ids, std::string source) {
+  Sample sample{.source = std::move(source)};
+  ids.resize(std::max<int64_t>(static_cast<int64_t>(ids.size()), profile.VisualEnd()), config.text.bos_token_id);
+  std::fill(ids.begin() + profile.visual_start_idx, ids.begin() + profile.VisualEnd(), config.image_token_id);
   sample.input_ids = std::move(ids);
   const int64_t patches = profile.Patches();
   sample.image_position_ids = Tensor::Of<int64_t>({1, patches, 2}, profile.Positions());
@@ -190,6 +221,23 @@ Sample PatternSample(const VisionProfile& profile, const RunContext& context, st
   for (int64_t i = 0; i < profile.ValidPatches() * profile.PatchValues(); ++i)
     pixels[i] = static_cast<float>((i * 7919 + i / 48 * 31) % 256) / 255.0f;
   return sample;
+}
+
+void AddRandomSamples(const QuantizeOptions& options, const Gemma4Config& config, RunData& data) {
+  const RandomShape shape = ParseRandom(options.random_samples);
+  const std::vector<int64_t> forbidden{config.image_token_id, config.video_token_id, config.audio_token_id,
+                                       config.text.pad_token_id};
+  constexpr uint64_t kSeed = 42;
+  data.random = true;
+  data.calibration = RandomSamples(shape.count, shape.length, kSeed, config.text.vocab_size, forbidden);
+  if (options.random_images == 0) return;
+  if (!config.vision) Fail("--random-images: the model has no vision tower");
+  const VisionProfile profile = RandomProfile(*config.vision);
+  constexpr int64_t kTextBehind = 60;
+  std::vector<Sample> prompts = RandomSamples(options.random_images, profile.VisualEnd() + kTextBehind, kSeed + 1,
+                                              config.text.vocab_size, forbidden);
+  for (Sample& prompt : prompts)
+    data.calibration.push_back(PatternSample(profile, config, std::move(prompt.input_ids), prompt.source + " with a picture"));
 }
 
 }  // namespace
@@ -202,6 +250,8 @@ QuantizeOptions WithRecipe(QuantizeOptions options, const Recipe& recipe) {
   if (!options.max_seq_len) options.max_seq_len = recipe.export_options.max_seq_len;
   if (!options.max_seq_len) options.max_seq_len = recipe.model_args.max_seq;
   if (!options.max_seq_len) options.max_seq_len = recipe.calibration.seq_len;
+  if (options.random_images > 0 && options.random_samples.empty())
+    Fail("--random-images: goes with --random-samples; pictures of one's own come with --data or --samples");
   if (recipe.evaluation.enabled && recipe.evaluation.perplexity.enabled && options.eval_text.empty())
     options.eval_text = recipe.evaluation.perplexity.dataset;
   if (recipe.evaluation.enabled && recipe.evaluation.captions && options.eval_captions.empty())
@@ -245,14 +295,7 @@ RunData LoadRunData(const QuantizeOptions& options, const Recipe& recipe, const 
     if (static_cast<int64_t>(set.samples.size()) > source.n_samples) set.samples.resize(source.n_samples);
     Append(std::move(set), data.calibration, data.skipped);
   }
-  if (!options.random_samples.empty()) {
-    const RandomShape shape = ParseRandom(options.random_samples);
-    const std::vector<int64_t> forbidden{config.image_token_id, config.video_token_id, config.audio_token_id,
-                                         config.text.pad_token_id};
-    constexpr uint64_t kSeed = 42;
-    data.calibration = RandomSamples(shape.count, shape.length, kSeed, config.text.vocab_size, forbidden);
-    data.random = true;
-  }
+  if (!options.random_samples.empty()) AddRandomSamples(options, config, data);
   if (!options.eval_text.empty()) {
     constexpr int64_t kWindow = 255;
     data.windows = Within(options.eval_text.string(), [&] {
@@ -290,6 +333,14 @@ void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& 
               &data.captions[i].prompt, answer);
   }
 
+  if (options.compute == Compute::kBf16 && !data.calibration.empty()) {
+    const auto pictured = std::ranges::find_if(data.calibration, [](const Sample& s) { return !s.pixel_values.Empty(); });
+    const int index = pictured == data.calibration.end() ? 0 : static_cast<int>(pictured - data.calibration.begin());
+    const Sample& sample = data.calibration[index];
+    maker.Add(ItemKind::kControl, index, "control", sample.input_ids,
+              {sample.attention_mask.begin(), sample.attention_mask.end()}, &sample, 0, index);
+  }
+
   int64_t longest = 1;
   for (const TextItem& text : context.texts)
     if (text.item.kind == ItemKind::kCalibration || text.item.kind == ItemKind::kEvaluation)
@@ -323,7 +374,8 @@ void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& 
     if (best != nullptr) chosen = *best;
   }
   if (!chosen && asked && !context.images.empty())
-    chosen = PatternSample(*asked, context, WithoutPlaceholders(context.config, data.calibration.front().input_ids));
+    chosen = PatternSample(*asked, context.config,
+                           WithoutPlaceholders(context.config, data.calibration.front().input_ids), "pattern");
   if (!chosen) return;
   std::vector<int64_t> ids = chosen->input_ids;
   std::vector<int64_t> keep(chosen->attention_mask.begin(), chosen->attention_mask.end());

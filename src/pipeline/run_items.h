@@ -26,7 +26,8 @@ QuantizeOptions WithRecipe(QuantizeOptions options, const Recipe& recipe);
 // Throws Error for data that is missing, damaged, empty or does not fit the model.
 RunData LoadRunData(const QuantizeOptions& options, const Recipe& recipe, const Gemma4Config& config);
 
-// Fills texts, images and max_seq_len of `context`; order: calibration, evaluation, windows, captions, verification.
+// Fills texts, images and max_seq_len of `context`; order: calibration, evaluation, windows, captions, control,
+// verification.
 // The verification sample is the longest with the vision layout of the exported units, right-padded.
 void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& context);
 

@@ -1,9 +1,17 @@
 #include "pipeline/stage.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <memory>
+#include <mutex>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <tuple>
+
+#include "circlet/base/threads.h"
+#include "circlet/io/json.h"
+#include "pipeline/exchange.h"
 
 namespace circlet {
 
@@ -13,6 +21,80 @@ WeightSource CachedFloat(WeightSource stored) {
     if (tensor.Empty()) tensor = ToF32(stored(name));
     return tensor;
   };
+}
+
+WeightSource Shared(WeightSource source) {
+  return [source = std::move(source), mutex = std::make_shared<std::mutex>()](const std::string& name) {
+    const std::lock_guard lock(*mutex);
+    return source(name);
+  };
+}
+
+void ForItems(int64_t count, bool side_by_side, const std::function<void(int64_t, int)>& body) {
+  if (side_by_side) return ParallelItems(count, body);
+  for (int64_t i = 0; i < count; ++i) body(i, 0);
+}
+
+bool SideBySide(const Graph& graph) {
+  constexpr int64_t kLargeBytes = int64_t{4} << 20;
+  return std::ranges::none_of(graph.Values(), [](const Value& value) {
+    return value.kind != ValueKind::kWeight && value.type.Bytes() > kLargeBytes;
+  });
+}
+
+bool OrderMatters(const Calibration& calibration, const Graph& graph) {
+  return std::ranges::any_of(PointsOf(graph), [&](const Point& point) { return calibration.OrderMatters(point); });
+}
+
+std::string CapturedName(Chain chain, const Item& item, const std::string& stage) {
+  return fmt::format("{}.{}.{}", chain == Chain::kFloat ? "float" : "quant", item.label, stage);
+}
+
+Tensor Positions(const Tensor& tensor, int64_t begin, int64_t end) {
+  Shape shape = tensor.GetShape();
+  const int64_t bytes = tensor.Bytes() / shape[1];
+  shape[1] = end - begin;
+  return Tensor({tensor.GetDType(), shape}, tensor.Raw() + begin * bytes, std::make_shared<Tensor>(tensor));
+}
+
+Tensor LayerSlice(const Tensor& tensor, int64_t layer) {
+  const int64_t length = tensor.GetShape()[1], layers = tensor.GetShape()[2], width = tensor.GetShape()[3];
+  Tensor slice = Tensor::Uninitialized({DType::kF32, {1, length, width}});
+  for (int64_t s = 0; s < length; ++s)
+    std::memcpy(slice.F32().data() + s * width, tensor.F32().data() + (s * layers + layer) * width, width * sizeof(float));
+  return slice;
+}
+
+Tensor JoinLayers(const ActivationStore& store, const Item& item, Chain chain, const std::string& key, int64_t layers) {
+  Tensor joined;
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const Tensor part = store.Get(item.id, chain, fmt::format("{}.{}", key, layer));
+    const int64_t length = part.GetShape()[1], width = part.GetShape()[2];
+    if (joined.Empty()) joined = Tensor::Uninitialized({DType::kF32, {1, length, layers, width}});
+    for (int64_t s = 0; s < length; ++s)
+      std::memcpy(joined.F32().data() + (s * layers + layer) * width, part.F32().data() + s * width,
+                  width * sizeof(float));
+  }
+  return joined;
+}
+
+void ShareObservers(Calibration& calibration, Communicator& world) {
+  if (world.Size() == 1) return;
+  nlohmann::json mine = nlohmann::json::object();
+  for (const auto& [name, observer] : calibration.Observers()) mine[name] = observer->State();
+  calibration.Observers().clear();
+  for (const std::string& text : world.AllGather(mine.dump())) {
+    const nlohmann::json states = ParseJson(text, "observers of another process");
+    ObserverMap observers;
+    for (const auto& [name, state] : states.items()) observers[name] = Observer::FromState(state);
+    calibration.Absorb(std::move(observers));
+  }
+}
+
+std::vector<ErrorMetrics> ShareMetrics(std::vector<ErrorMetrics> mine, const std::vector<Item>& items, Communicator& world) {
+  const auto all = AllGather<ErrorMetrics>(world, mine);
+  for (size_t i = 0; i < items.size(); ++i) mine[i] = all[items[i].rank][i];
+  return mine;
 }
 
 namespace {
@@ -44,8 +126,23 @@ std::span<const float> RealPart(const Item& item, const Tensor& tensor) {
 
 bool Observed(const Item& item) { return item.kind == ItemKind::kCalibration; }
 bool InFloat(const Item& item) { return item.kind != ItemKind::kVerify; }
+bool Rounded(const Item& item) { return item.kind != ItemKind::kControl; }
+
+ErrorMetrics Total(const std::vector<ErrorMetrics>& of_items) {
+  ErrorMetrics total;
+  for (const ErrorMetrics& metrics : of_items) total.Merge(metrics);
+  return total;
+}
 
 }  // namespace
+
+const Item* Repeated(const std::vector<Item>& items) {
+  for (const Item& control : items)
+    if (control.kind == ItemKind::kControl)
+      for (const Item& item : items)
+        if (item.id == control.control_of) return &item;
+  return nullptr;
+}
 
 ItemKind MeasuredKind(const std::vector<Item>& items) {
   const bool has_evaluation =
@@ -53,96 +150,162 @@ ItemKind MeasuredKind(const std::vector<Item>& items) {
   return has_evaluation ? ItemKind::kEvaluation : ItemKind::kCalibration;
 }
 
-// The executors of one step and one reading, by length.
+// One thread's executors of one step and one reading, by length, and what they observed.
 class StageRunner::StepRuns {
  public:
-  explicit StepRuns(const Step& step) : step_(step) {}
-
   struct Plan {
-    Plan(Graph g, std::unique_ptr<PointReading> r) : reading(std::move(r)), graph(std::move(g)), executor(graph, reading.get()) {}
+    Plan(Graph g, std::unique_ptr<PointReading> r, ExecutorOptions options)
+        : reading(std::move(r)), graph(std::move(g)), executor(graph, reading.get(), options) {}
     std::unique_ptr<PointReading> reading;
     Graph graph;
     Executor executor;
   };
+  // `observers`: where the reading's observers are; null: it has none.
   template <typename MakeReading>
-  Plan& For(const Item& item, bool observed, const MakeReading& make) {
-    auto& plan = plans_[{item.length, item.variant, observed}];
-    if (plan == nullptr) plan = std::make_unique<Plan>(step_.build(item), make());
+  Plan& For(const Step& step, const Item& item, const ObserverMap* observers, ExecutorOptions options,
+            const MakeReading& make) {
+    auto& plan = plans_[{item.length, item.variant, observers, options.compute}];
+    if (plan == nullptr) plan = std::make_unique<Plan>(step.build(item), make(), options);
     return *plan;
   }
 
+  ObserverMap observers;
+
  private:
-  const Step& step_;
-  std::map<std::tuple<int64_t, std::string, bool>, std::unique_ptr<Plan>> plans_;
+  std::map<std::tuple<int64_t, std::string, const ObserverMap*, Compute>, std::unique_ptr<Plan>> plans_;
 };
 
 int64_t StageRunner::Work(const Stage& stage) const {
   int64_t work = 0;
-  const ItemKind measured = MeasuredKind(items_);
-  for (const Item& item : items_) work += (InFloat(item) ? 1 : 0) + (item.kind == measured ? 1 : 0) + 1;
+  const ItemKind measured = MeasuredKind(c_.items);
+  for (const Item& item : c_.items)
+    if (item.rank == c_.world.Rank()) work += InFloat(item) + Rounded(item) + (item.kind == measured);
   return work * static_cast<int64_t>(stage.steps.size());
 }
 
 void StageRunner::Keep(const Step& step, const Item& item, Chain chain, const std::map<std::string, Tensor>& results) {
+  static std::mutex mutex;
   for (const Step::Sink& sink : step.outputs) {
     const Tensor& tensor = results.at(sink.output);
-    if (!sink.key.empty()) store_.Put(item.id, chain, sink.key, tensor);
-    if (captured_ != nullptr && !sink.capture.empty() && item.kind == ItemKind::kEvaluation)
-      (*captured_)[fmt::format("{}.{}.{}", chain == Chain::kFloat ? "float" : "quant", item.label, sink.capture)] = tensor;
+    if (sink.by_layer) {
+      for (int64_t layer = 0; layer < tensor.GetShape()[2]; ++layer)
+        c_.store.Put(item.id, chain, fmt::format("{}.{}", sink.key, layer), LayerSlice(tensor, layer),
+                     ActivationStore::Read::kLate);
+    } else if (!sink.key.empty()) {
+      c_.store.Put(item.id, chain, sink.key, tensor);
+    }
+    if (c_.captured == nullptr || sink.capture.empty() || item.kind != ItemKind::kEvaluation) continue;
+    const std::lock_guard lock(mutex);
+    (*c_.captured)[CapturedName(chain, item, sink.capture)] = tensor;
   }
 }
 
-void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors, const std::function<void()>& advance) {
-  for (const Step& step : stage.steps) {
-    StepRuns runs(step);
-    const WeightSource weights = CachedFloat(step.stored);
-    for (const Item& item : items_) {
-      if (!InFloat(item)) continue;
-      const bool observe = Observed(item) && !calibration_.Frozen();
-      StepRuns::Plan& plan = runs.For(item, observe, [&]() -> std::unique_ptr<PointReading> {
-        if (!observe) return nullptr;
-        return std::make_unique<ObserveReading>(calibration_);
-      });
-      auto* reading = static_cast<ObserveReading*>(plan.reading.get());
-      if (reading != nullptr) reading->Begin(item.index);
-      Keep(step, item, Chain::kFloat, RunItem(step, item, Chain::kFloat, false, plan.executor, weights));
-      if (reading != nullptr) reading->End();
-      advance();
-    }
+void StageRunner::Observe(const Step& step) {
+  std::vector<const Item*> items;
+  for (const Item& item : c_.items)
+    if (InFloat(item) && item.rank == c_.world.Rank()) items.push_back(&item);
+  if (items.empty()) return;
+  const Graph graph = step.build(**std::ranges::max_element(items, {}, &Item::length));
+  const bool side_by_side = SideBySide(graph) && !OrderMatters(c_.calibration, graph);
+  std::vector<StepRuns> workers(Threads());
+  const WeightSource float_weights = Shared(CachedFloat(step.stored));
+  const WeightSource stored = Shared(step.stored);  // linears take bf16 as it is
+  const Item* const repeated = Repeated(c_.items);
+  ObserverMap of_control, of_repeated;
+  const auto observers_of = [&](const Item& item, int worker) -> ObserverMap* {
+    if (c_.calibration.Frozen()) return nullptr;
+    if (item.kind == ItemKind::kControl) return &of_control;
+    if (!Observed(item)) return nullptr;
+    return &item == repeated ? &of_repeated : &workers[worker].observers;
+  };
+  ForItems(static_cast<int64_t>(items.size()), side_by_side, [&](int64_t i, int w) {
+    const Item& item = *items[i];
+    ObserverMap* const observers = observers_of(item, w);
+    StepRuns::Plan& plan =
+        workers[w].For(step, item, observers, c_.ComputeOf(item), [&]() -> std::unique_ptr<PointReading> {
+          if (observers == nullptr) return nullptr;
+          return std::make_unique<ObserveReading>(c_.calibration, *observers);
+        });
+    auto* reading = static_cast<ObserveReading*>(plan.reading.get());
+    if (reading != nullptr) reading->Begin(item.index);
+    const bool bf16 = c_.ComputeOf(item).compute == Compute::kBf16;
+    Keep(step, item, Chain::kFloat,
+         RunItem(step, item, Chain::kFloat, false, plan.executor, bf16 ? stored : float_weights));
+    if (reading != nullptr) reading->End();
+    c_.advance();
+  });
+  if (c_.change != nullptr) CompareRanges(of_control, of_repeated);
+  // In the order of the samples, as far as that matters: the repeated one is the first of its kind.
+  c_.calibration.Absorb(std::move(of_repeated));
+  for (StepRuns& worker : workers) c_.calibration.Absorb(std::move(worker.observers));
+}
+
+void StageRunner::CompareRanges(const ObserverMap& control, const ObserverMap& repeated) {
+  ComputeChange& change = *c_.change;
+  double sum = change.mean_range_change * static_cast<double>(change.points);
+  for (const auto& [name, exact] : control) {
+    const auto it = repeated.find(name);
+    if (it == repeated.end() || exact->Samples() == 0 || it->second->Samples() == 0) continue;
+    const double width = std::max<double>(double{exact->Max()} - exact->Min(), std::numeric_limits<float>::min());
+    const double moved = std::max(std::abs(double{it->second->Min()} - exact->Min()),
+                                  std::abs(double{it->second->Max()} - exact->Max())) / width;
+    sum += moved;
+    ++change.points;
+    if (moved <= change.max_range_change) continue;
+    change.max_range_change = moved;
+    change.max_point = name;
   }
+  if (change.points > 0) change.mean_range_change = sum / static_cast<double>(change.points);
+}
+
+StageError StageRunner::Round(const Step& step) {
+  std::vector<size_t> mine;
+  for (size_t i = 0; i < c_.items.size(); ++i)
+    if (c_.items[i].rank == c_.world.Rank() && Rounded(c_.items[i])) mine.push_back(i);
+  const auto longest = std::ranges::max_element(mine, {}, [&](size_t i) { return c_.items[i].length; });
+  const bool side_by_side = longest != mine.end() && SideBySide(step.build(c_.items[*longest]));
+  std::vector<ErrorMetrics> alone(c_.items.size()), accumulated(c_.items.size());
+  const ItemKind measured = MeasuredKind(c_.items);
+  const Step::Sink& main = step.outputs.front();
+  const bool compares = step.measured && !main.key.empty();
+  std::vector<StepRuns> workers(Threads());
+  const WeightSource weights = Shared(c_.calibration.RoundedWeights(step.stored));
+  ForItems(static_cast<int64_t>(mine.size()), side_by_side, [&](int64_t m, int w) {
+    const Item& item = c_.items[mine[m]];
+    StepRuns::Plan& plan =
+        workers[w].For(step, item, nullptr, c_.ComputeOf(item), [&] { return std::make_unique<FakeQuantReading>(c_.calibration); });
+    const auto compare = [&](const std::map<std::string, Tensor>& results, ErrorMetrics& metrics) {
+      const Tensor& found = results.at(main.output);
+      const Tensor expected = main.by_layer
+                                  ? JoinLayers(c_.store, item, Chain::kFloat, main.key, found.GetShape()[2])
+                                  : c_.store.Get(item.id, Chain::kFloat, main.key);
+      metrics.Add(RealPart(item, expected), RealPart(item, found));
+    };
+    const bool compared = item.kind == measured && compares;
+    if (compared) compare(RunItem(step, item, Chain::kFloat, true, plan.executor, weights), alone[mine[m]]);
+    if (item.kind == measured) c_.advance();
+    const std::map<std::string, Tensor> results = RunItem(step, item, Chain::kQuant, true, plan.executor, weights);
+    if (compared) compare(results, accumulated[mine[m]]);
+    Keep(step, item, Chain::kQuant, results);
+    c_.advance();
+  });
+  return {.stage = step.name,
+          .alone = Total(ShareMetrics(std::move(alone), c_.items, c_.world)),
+          .accumulated = Total(ShareMetrics(std::move(accumulated), c_.items, c_.world))};
+}
+
+void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors) {
+  for (const Step& step : stage.steps) Observe(step);
+  ShareObservers(c_.calibration, c_.world);
   // A variant may have points that others lack (the reference's fusion with pictures).
   for (const Step& step : stage.steps) {
     std::set<std::string> frozen;
-    for (const Item& item : items_)
-      if ((Observed(item) || calibration_.Frozen()) && frozen.insert(item.variant).second) calibration_.Freeze(step.build(item), step.stored);
+    for (const Item& item : c_.items)
+      if ((Observed(item) || c_.calibration.Frozen()) && frozen.insert(item.variant).second)
+        c_.calibration.Freeze(step.build(item), step.stored);
   }
-  for (const Step& step : stage.steps) {
-    StepRuns runs(step);
-    const ItemKind measured = MeasuredKind(items_);
-    const WeightSource weights = calibration_.RoundedWeights(step.stored);
-    StageError error{.stage = step.name};
-    for (const Item& item : items_) {
-      StepRuns::Plan& plan =
-          runs.For(item, false, [&] { return std::make_unique<FakeQuantReading>(calibration_); });
-      const Step::Sink& main = step.outputs.front();
-      const auto compare = [&](const std::map<std::string, Tensor>& results, ErrorMetrics& metrics) {
-        if (main.key.empty() || !step.measured) return;
-        const Tensor expected = store_.Get(item.id, Chain::kFloat, main.key);
-        metrics.Add(RealPart(item, expected), RealPart(item, results.at(main.output)));
-      };
-      if (item.kind == measured) {
-        compare(RunItem(step, item, Chain::kFloat, true, plan.executor, weights), error.alone);
-        advance();
-      }
-      const std::map<std::string, Tensor> results =
-          RunItem(step, item, Chain::kQuant, true, plan.executor, weights);
-      if (item.kind == measured) compare(results, error.accumulated);
-      Keep(step, item, Chain::kQuant, results);
-      advance();
-    }
-    errors.push_back(std::move(error));
-  }
-  calibration_.DropWeights();
+  for (const Step& step : stage.steps) errors.push_back(Round(step));
+  c_.calibration.DropWeights();
 }
 
 }  // namespace circlet

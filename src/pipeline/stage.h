@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "circlet/base/communicator.h"
 #include "circlet/pipeline/quantize.h"
 #include "circlet/quant/calibration.h"
 #include "pipeline/activations.h"
@@ -19,6 +20,7 @@ enum class ItemKind : uint8_t {
   kEvaluation,   // not observed; runs in both chains
   kWindow,       // of the perplexity text: both chains, no error figures
   kCaption,      // a picture with its question and answer: both chains, no error figures
+  kControl,      // with bf16 products: a calibration sample once more in float32, float chain only
   kVerify,       // the padded sample whose codes go into verify.safetensors: fake-quantized chain only
 };
 
@@ -31,6 +33,8 @@ struct Item {
   int64_t real = 0;    // leading positions that are no padding: those whose errors count
   std::string variant;  // what else shapes a graph: a picture's patch grid, whether a sequence has pictures
   std::string label;  // "calib.3", "eval.0"
+  int rank = 0;       // the process that runs it
+  int control_of = -1;  // kControl: the item that it repeats
 };
 
 // One graph of a stage.
@@ -44,6 +48,7 @@ struct Step {
     std::string output;   // of the graph
     std::string key;      // in the store; empty: not kept
     std::string capture;  // name among the saved stages; empty: none
+    bool by_layer = false;  // [1,S,L,p] is kept as "KEY.0" .. "KEY.L-1" of [1,S,p] each, which are read one at a time
   };
   std::vector<Sink> outputs;  // the first one's error is the step's
   bool measured = true;
@@ -65,28 +70,71 @@ ItemKind MeasuredKind(const std::vector<Item>& items);
 // Values that --save-stages asks for, "float.eval.0.layers.3.out".
 using Captured = std::map<std::string, Tensor>;
 
+std::string CapturedName(Chain chain, const Item& item, const std::string& stage);
+
+// What a run of stages works with. Every process has all items and computes those of its rank.
+struct StageContext {
+  Calibration& calibration;
+  ActivationStore& store;
+  const std::vector<Item>& items;
+  Captured* captured;  // may be null
+  Communicator& world;
+  Compute compute;
+  ComputeChange* change;          // gathers what the control items tell; null without them
+  std::function<void()> advance;  // called once an item and reading
+
+  ExecutorOptions ComputeOf(const Item& item) const {
+    const bool exact = item.kind == ItemKind::kVerify || item.kind == ItemKind::kControl;
+    return {.compute = exact ? Compute::kFloat32 : compute};
+  }
+};
+
 class StageRunner {
  public:
-  StageRunner(Calibration& calibration, ActivationStore& store, const std::vector<Item>& items, Captured* captured)
-      : calibration_(calibration), store_(store), items_(items), captured_(captured) {}
+  explicit StageRunner(StageContext context) : c_(std::move(context)) {}
 
-  // Runs both chains and appends the error of each step to `errors`. `advance` is called once an item and reading.
-  void Run(const Stage& stage, std::vector<StageError>& errors, const std::function<void()>& advance);
+  // Runs both chains and appends the error of each step to `errors`.
+  void Run(const Stage& stage, std::vector<StageError>& errors);
 
   // Items times readings that Run will count.
   int64_t Work(const Stage& stage) const;
 
  private:
   class StepRuns;
+  void Observe(const Step& step);
+  void CompareRanges(const ObserverMap& control, const ObserverMap& repeated);
+  StageError Round(const Step& step);
   void Keep(const Step& step, const Item& item, Chain chain, const std::map<std::string, Tensor>& results);
 
-  Calibration& calibration_;
-  ActivationStore& store_;
-  const std::vector<Item>& items_;
-  Captured* captured_;
+  StageContext c_;
 };
+
+// The item that a control item among `items` repeats; null: there is none.
+const Item* Repeated(const std::vector<Item>& items);
 
 // A parameter as float32, converted once and kept until the source goes.
 WeightSource CachedFloat(WeightSource stored);
+// The same source for several threads, one at a time.
+WeightSource Shared(WeightSource source);
+
+// Runs body(i, worker) for each of `count` items: side by side, each on one thread, or in turn on all threads.
+void ForItems(int64_t count, bool side_by_side, const std::function<void(int64_t item, int worker)>& body);
+// Whether items of such a graph are better computed side by side: their tensors are too short to share between threads.
+bool SideBySide(const Graph& graph);
+
+// Whether what a graph's points gather depends on the order of the samples.
+bool OrderMatters(const Calibration& calibration, const Graph& graph);
+
+// Positions [begin, end) of a [1,S,..] tensor, sharing its bytes.
+Tensor Positions(const Tensor& tensor, int64_t begin, int64_t end);
+// [1,S,L,p] -> [1,S,p] of one layer.
+Tensor LayerSlice(const Tensor& tensor, int64_t layer);
+// The whole tensor from the parts that Sink::by_layer keeps.
+Tensor JoinLayers(const ActivationStore& store, const Item& item, Chain chain, const std::string& key, int64_t layers);
+
+// All processes take in what the others observed.
+void ShareObservers(Calibration& calibration, Communicator& world);
+// Each process has the figures of its items in `mine`, by position in `items`; the figures of all in all processes.
+std::vector<ErrorMetrics> ShareMetrics(std::vector<ErrorMetrics> mine, const std::vector<Item>& items, Communicator& world);
 
 }  // namespace circlet

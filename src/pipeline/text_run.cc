@@ -1,14 +1,15 @@
 #include "pipeline/text_run.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+#include <mutex>
 #include <numeric>
 #include <set>
 
 #include "circlet/model/tables.h"
 #include "circlet/model/vision.h"
 #include "circlet/quant/affine.h"
+#include "pipeline/head.h"
 
 namespace circlet {
 namespace {
@@ -39,23 +40,6 @@ Tensor Iota(int64_t count) {
   return Tensor::Of<int64_t>({1, count}, values);
 }
 
-// Positions [begin, end) of a [1,S,..] tensor, sharing its bytes.
-Tensor Positions(const Tensor& tensor, int64_t begin, int64_t end) {
-  Shape shape = tensor.GetShape();
-  const int64_t bytes = tensor.Bytes() / shape[1];
-  shape[1] = end - begin;
-  return Tensor({tensor.GetDType(), shape}, tensor.Raw() + begin * bytes, std::make_shared<Tensor>(tensor));
-}
-
-// [1,S,L,p] -> [1,S,p] of one layer.
-Tensor LayerSlice(const Tensor& ple, int layer) {
-  const int64_t length = ple.GetShape()[1], layers = ple.GetShape()[2], width = ple.GetShape()[3];
-  Tensor slice(TensorType{DType::kF32, {1, length, width}});
-  for (int64_t s = 0; s < length; ++s)
-    std::memcpy(slice.F32().data() + s * width, ple.F32().data() + (s * layers + layer) * width, width * sizeof(float));
-  return slice;
-}
-
 // [1,KV,S-1,h]: every position but the last slot, which the new token takes.
 Tensor PastOf(const Tensor& cache) {
   const int64_t heads = cache.GetShape()[1], slots = cache.GetShape()[2], width = cache.GetShape()[3];
@@ -76,13 +60,6 @@ Tensor Appended(const Tensor& past, const Tensor& newest) {
     std::memcpy(row + (slots - 1) * width, newest.F32().data() + h * width, width * sizeof(float));
   }
   return all;
-}
-
-double NegativeLogLikelihood(std::span<const float> logits, int64_t target) {
-  const float top = *std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (const float value : logits) sum += std::exp(static_cast<double>(value) - top);
-  return std::log(sum) + top - logits[target];
 }
 
 using Values = std::map<std::string, Tensor>;
@@ -110,15 +87,21 @@ struct TextRun::State {
 
   RunContext& context;
   std::map<std::string, Tensor> tables;  // by kind, type, length and kept positions
-  // The decode step of the verification sample: the newest token's values, stage by stage.
-  Values decode;
-  Tensor verify_embeds;  // of the verification sample, for the whole-graph unit at the end
+  std::mutex tables_mutex;
 
   const TextConfig& Config() const { return context.config.text; }
   const Dialect& GetDialect() const { return context.GetDialect(); }
   const ExportOptions& Exports() const { return context.calibration.GetRecipe().export_options; }
 
   const TextItem* Verify() const { return context.VerifyText(); }
+  int VerifyId() const { return Verify() == nullptr ? -1 : Verify()->item.id; }
+
+  // The decode step of the verification sample: the newest token's values, stage by stage.
+  Tensor Decode(const std::string& name) const { return Kept("decode." + name); }
+  void KeepDecode(const std::string& name, const Tensor& tensor) {
+    context.store.Drop("decode." + name);
+    context.store.Put(VerifyId(), Chain::kQuant, "decode." + name, tensor);
+  }
 
   std::vector<LayerConfig> Types() const {
     std::map<std::string, LayerConfig> types;
@@ -129,6 +112,7 @@ struct TextRun::State {
   }
 
   Tensor Mask(const TextItem& text, const LayerConfig& layer) {
+    const std::lock_guard lock(tables_mutex);
     const std::string kept(text.keep.begin(), text.keep.end());
     Tensor& mask = tables[fmt::format("mask.{}.{}", LayerTypeName(layer), kept)];
     if (mask.Empty()) mask = PrefillMask(text.keep, layer.window);
@@ -136,6 +120,7 @@ struct TextRun::State {
   }
 
   Tensor RopeTable(int64_t start, int64_t length, const LayerConfig& layer, bool cosine) {
+    const std::lock_guard lock(tables_mutex);
     const std::string name = fmt::format("{}.{}.{}", LayerTypeName(layer), start, length);
     Tensor& cos = tables["cos." + name];
     Tensor& sin = tables["sin." + name];
@@ -208,9 +193,8 @@ struct TextRun::State {
     return executor.Run(inputs, context.calibration.RoundedWeights(context.Stored()));
   }
 
-  Tensor Kept(const std::string& key) const {
-    return context.store.Get(Verify()->item.id, Chain::kQuant, key);
-  }
+  Tensor Kept(const std::string& key) const { return context.store.Get(VerifyId(), Chain::kQuant, key); }
+  Tensor KeptPle() const { return JoinLayers(context.store, Verify()->item, Chain::kQuant, "ple", Config().NumLayers()); }
 };
 
 TextRun::TextRun(RunContext& context) : state_(std::make_unique<State>(context)) {}
@@ -282,7 +266,7 @@ Stage TextRun::PerLayerInputs() {
                   },
                   .inputs = {{"inputs_embeds", s.FromStore(HiddenKey(0))},
                              {"per_layer_token_inputs", s.FromStore("ple.tokens")}},
-                  .outputs = {{"per_layer_inputs", "ple", "ple.inputs"}},
+                        .outputs = {{"per_layer_inputs", "ple", "ple.inputs", /*by_layer=*/true}},
                   .stored = s.context.Stored()};
   return {"per_layer_inputs", {std::move(tokens), std::move(projection)}};
 }
@@ -306,9 +290,7 @@ Stage TextRun::Layer(int index) {
                         {"mlp_out", "", name + ".mlp_out"}},
             .stored = s.context.Stored()};
   if (s.Config().HasPle())
-    step.inputs.emplace_back("per_layer_input", [&s, index](const Item& item, Chain chain) {
-      return LayerSlice(s.context.store.Get(item.id, chain, "ple"), index);
-    });
+    step.inputs.emplace_back("per_layer_input", s.FromStore(fmt::format("ple.{}", index)));
   if (layer.kv_shared) {
     step.inputs.emplace_back("shared_key", s.FromStore(KvKey(layer.kv_source, "key")));
     step.inputs.emplace_back("shared_value", s.FromStore(KvKey(layer.kv_source, "value")));
@@ -322,7 +304,9 @@ Stage TextRun::Layer(int index) {
 void TextRun::DropAfterLayer(int index) {
   State& s = *state_;
   ActivationStore& store = s.context.store;
-  store.Drop(HiddenKey(index));
+  // The whole-graph unit at the end reads what went into the layers once more.
+  store.Drop(HiddenKey(index), index == 0 ? s.VerifyId() : -1);
+  store.Drop(fmt::format("ple.{}", index), s.VerifyId());
   if (index == 0) {
     store.Drop("text_embeds");
     store.Drop("ple.tokens");
@@ -338,129 +322,21 @@ void TextRun::DropAfterLayer(int index) {
   s.context.calibration.DropWeights();
 }
 
-TextRun::HeadResult TextRun::Head(Captured* captured, const std::function<void()>& advance) {
+Stage TextRun::Norm() {
   State& s = *state_;
-  RunContext& c = s.context;
-  const int layers = s.Config().NumLayers();
-  constexpr int64_t kSliceBytes = int64_t{64} << 20;
-  const int64_t vocab = s.Config().vocab_size;
-  const int64_t slice = std::max<int64_t>(1, kSliceBytes / (4 * vocab));
-  const auto build = [&](int64_t length) {
-    return s.Build([&](const Builder& b) { BuildHead(b, s.Config(), length, vocab, s.GetDialect()); });
-  };
-  struct Plan {
-    Plan(Graph g, std::unique_ptr<PointReading> r) : reading(std::move(r)), graph(std::move(g)), executor(graph, reading.get()) {}
-    std::unique_ptr<PointReading> reading;
-    Graph graph;
-    Executor executor;
-  };
-  const auto plan_for = [&](std::map<int64_t, std::unique_ptr<Plan>>& plans, int64_t length, const auto& make) -> Plan& {
-    auto& plan = plans[length];
-    if (plan == nullptr) plan = std::make_unique<Plan>(build(length), make());
-    return *plan;
-  };
-  const auto for_slices = [&](const Item& item, const auto& body) {
-    for (int64_t begin = 0; begin < item.length; begin += slice) body(begin, std::min(item.length, begin + slice));
-  };
-  const auto nll = [&](const TextItem& text, const Tensor& logits, int64_t begin) {
-    double sum = 0;
-    for (int64_t row = 0; row < logits.GetShape()[1]; ++row)
-      if (const int64_t next = begin + row + 1; next < text.item.length)
-        sum += NegativeLogLikelihood(logits.F32().subspan(row * vocab, vocab), text.ids[next]);
-    return sum;
-  };
-  // Whether the greedy choice at every position of the answer is the answer's next token, and at its end a stop token.
-  const auto follows = [&](const TextItem& text, const Tensor& logits, int64_t begin) {
-    bool exact = true;
-    for (int64_t row = 0; row < logits.GetShape()[1]; ++row) {
-      const int64_t next = begin + row + 1;
-      if (next < text.answer || next >= text.item.length) continue;
-      const std::span<const float> values = logits.F32().subspan(row * vocab, vocab);
-      const int64_t choice = std::max_element(values.begin(), values.end()) - values.begin();
-      const bool stops = std::find(c.config.eos_token_ids.begin(), c.config.eos_token_ids.end(), choice) !=
-                         c.config.eos_token_ids.end();
-      exact &= next + 1 == text.item.length ? stops : choice == text.ids[next];
-    }
-    return exact;
-  };
-  const auto hidden_of = [&](const Item& item, Chain chain, int64_t begin, int64_t end) {
-    return Values{{"hidden", Positions(c.store.Get(item.id, chain, HiddenKey(layers)), begin, end)}};
-  };
-  const auto capture = [&](const Item& item, Chain chain, int64_t begin, const Values& results) {
-    if (captured == nullptr || item.kind != ItemKind::kEvaluation) return;
-    for (const char* name : {"logits", "last_hidden_state"}) {
-      Tensor& whole = (*captured)[fmt::format("{}.{}.{}", chain == Chain::kFloat ? "float" : "quant", item.label, name)];
-      const Tensor& part = results.at(name);
-      if (whole.Empty()) whole = Tensor(TensorType{DType::kF32, {1, item.length, part.GetShape()[2]}});
-      std::memcpy(whole.F32().data() + begin * part.GetShape()[2], part.Raw(), part.Bytes());
-    }
-  };
+  Step step{.name = "norm",
+            .build = [&s](const Item& item) {
+              return s.Build([&](const Builder& b) { BuildFinalNorm(b, s.Config(), item.length, s.GetDialect()); });
+            },
+            .inputs = {{"hidden", s.FromStore(HiddenKey(s.Config().NumLayers()))}},
+            .outputs = {{"last_hidden_state", kNormedKey, "last_hidden_state"}},
+            .stored = s.context.Stored()};
+  return {"norm", {std::move(step)}};
+}
 
-  HeadResult result{.error = {.stage = "logits"}};
-  const WeightSource float_weights = CachedFloat(c.Stored());
-  std::map<int64_t, std::unique_ptr<Plan>> observing, plain, rounding;
-  for (const Item& item : c.items) {
-    if (item.kind == ItemKind::kVerify) continue;
-    const bool observe = item.kind == ItemKind::kCalibration && !c.calibration.Frozen();
-    std::set<ObserveReading*> begun;
-    bool exact = item.kind == ItemKind::kCaption;
-    for_slices(item, [&](int64_t begin, int64_t end) {
-      Plan& plan = plan_for(observe ? observing : plain, end - begin, [&]() -> std::unique_ptr<PointReading> {
-        if (!observe) return nullptr;
-        return std::make_unique<ObserveReading>(c.calibration);
-      });
-      if (auto* reading = static_cast<ObserveReading*>(plan.reading.get()); reading != nullptr) {
-        if (begun.insert(reading).second) reading->Begin(item.index, item.length);
-        reading->StartAt(begin);
-      }
-      const Values results = plan.executor.Run(hidden_of(item, Chain::kFloat, begin, end), float_weights);
-      if (item.kind == ItemKind::kWindow) result.float_nll += nll(c.TextOf(item), results.at("logits"), begin);
-      if (item.kind == ItemKind::kCaption) exact &= follows(c.TextOf(item), results.at("logits"), begin);
-      capture(item, Chain::kFloat, begin, results);
-    });
-    for (ObserveReading* reading : begun) reading->End();
-    result.float_exact += exact;
-    advance();
-  }
-  c.calibration.Freeze(build(std::min<int64_t>(slice, 1)), c.Stored());
-
-  const WeightSource rounded = c.calibration.RoundedWeights(c.Stored());
-  const auto fake = [&] { return std::make_unique<FakeQuantReading>(c.calibration); };
-  const ItemKind shown = MeasuredKind(c.items);
-  for (const Item& item : c.items) {
-    if (item.kind == ItemKind::kVerify) continue;
-    bool exact = item.kind == ItemKind::kCaption;
-    for_slices(item, [&](int64_t begin, int64_t end) {
-      Plan& plan = plan_for(rounding, end - begin, fake);
-      const Values results = plan.executor.Run(hidden_of(item, Chain::kQuant, begin, end), rounded);
-      if (item.kind == ItemKind::kWindow) {
-        result.quantized_nll += nll(c.TextOf(item), results.at("logits"), begin);
-        return;
-      }
-      if (item.kind == ItemKind::kCaption) {
-        exact &= follows(c.TextOf(item), results.at("logits"), begin);
-        return;
-      }
-      capture(item, Chain::kQuant, begin, results);
-      if (item.kind != shown) return;
-      Plan& reference = plan_for(plain, end - begin, []() -> std::unique_ptr<PointReading> { return nullptr; });
-      const Values inputs = hidden_of(item, Chain::kFloat, begin, end);
-      const Tensor expected = reference.executor.Run(inputs, float_weights).at("logits");
-      result.error.alone.Add(expected, plan.executor.Run(inputs, rounded).at("logits"));
-      const Tensor& found = results.at("logits");
-      result.error.accumulated.Add(expected, found);
-      result.shape = {1, item.length, vocab};
-      constexpr size_t kScatterPoints = 4096;
-      const size_t stride = std::max<size_t>(1, expected.F32().size() * c.items.size() / kScatterPoints);
-      for (size_t i = result.scatter.size() % stride; i < expected.F32().size(); i += stride)
-        result.scatter.emplace_back(expected.F32()[i], found.F32()[i]);
-    });
-    if (item.kind == ItemKind::kWindow) result.window_tokens += item.length - 1;
-    result.captions += item.kind == ItemKind::kCaption;
-    result.quantized_exact += exact;
-    advance();
-  }
-  return result;
+void TextRun::DropAfterNorm() {
+  State& s = *state_;
+  s.context.store.Drop(HiddenKey(s.Config().NumLayers()), s.VerifyId());
 }
 
 // ---- Units --------------------------------------------------------------------------------------------------------
@@ -477,8 +353,7 @@ void TextRun::WriteEmbeddingUnits(UnitWriter& writer) {
     spec.inputs["ids"] = Tensor::Of<int64_t>({1, s.context.max_seq_len}, verify->ids);
     spec.outputs["hidden"] = s.Kept("text_embeds");
     const int64_t last = verify->Last();
-    s.verify_embeds = s.Kept(HiddenKey(0));
-    s.decode["hidden"] = Positions(s.verify_embeds, last, last + 1).Clone();
+    s.KeepDecode("hidden", Positions(s.Kept(HiddenKey(0)), last, last + 1).Clone());
   }
   writer.Write(std::move(spec), s.context.Stored());
 }
@@ -516,9 +391,9 @@ void TextRun::WritePleUnits(UnitWriter& writer) {
       spec.inputs = {{"inputs_embeds", input(HiddenKey(0))}, {"per_layer_token_inputs", input("ple.tokens")}};
       if (decode) {
         spec.outputs = s.RunRounded(spec.graph, spec.inputs);
-        s.decode["ple"] = spec.outputs.at("per_layer_inputs");
+        s.KeepDecode("ple", spec.outputs.at("per_layer_inputs"));
       } else {
-        spec.outputs["per_layer_inputs"] = s.Kept("ple");
+        spec.outputs["per_layer_inputs"] = s.KeptPle();
       }
     }
     writer.Write(std::move(spec), s.context.Stored());
@@ -558,19 +433,19 @@ void TextRun::WriteLayerUnits(UnitWriter& writer, int index) {
     prefill.outputs["hidden"] = s.Kept(HiddenKey(index + 1));
 
     const int64_t last = verify->Last();
-    decode.inputs = {{"hidden", s.decode.at("hidden")},
+    decode.inputs = {{"hidden", s.Decode("hidden")},
                      {"mask", DecodeMask(slots, last, layer.window)},
                      {"cos", s.RopeTable(last, 1, layer, true)},
                      {"sin", s.RopeTable(last, 1, layer, false)}};
     if (config.HasPle()) {
-      prefill.inputs["per_layer_input"] = LayerSlice(s.Kept("ple"), index);
-      if (s.Exports().prefill_decode) decode.inputs["per_layer_input"] = LayerSlice(s.decode.at("ple"), index);
+      prefill.inputs["per_layer_input"] = s.Kept(fmt::format("ple.{}", index));
+      if (s.Exports().prefill_decode) decode.inputs["per_layer_input"] = LayerSlice(s.Decode("ple"), index);
     }
     for (const char* which : {"key", "value"}) {
       const std::string name = which;
       if (layer.kv_shared) {
         prefill.inputs["shared_" + name] = s.Kept(KvKey(layer.kv_source, which));
-        if (s.Exports().prefill_decode) decode.inputs["shared_" + name] = s.decode.at(KvKey(layer.kv_source, which));
+        if (s.Exports().prefill_decode) decode.inputs["shared_" + name] = s.Decode(KvKey(layer.kv_source, which));
       } else {
         prefill.outputs["new_" + name] = s.Kept(KvKey(index, which));
         decode.inputs["past_" + name] = PastOf(s.Kept(KvKey(index, which)));
@@ -579,11 +454,11 @@ void TextRun::WriteLayerUnits(UnitWriter& writer, int index) {
     if (s.Exports().prefill_decode) decode.outputs = s.RunRounded(decode.graph, decode.inputs);
   }
   if (verify != nullptr && s.Exports().prefill_decode) {
-    s.decode["hidden"] = decode.outputs.at("hidden");
+    s.KeepDecode("hidden", decode.outputs.at("hidden"));
     if (layer.stores_kv)
       for (const char* which : {"key", "value"})
-        s.decode[KvKey(index, which)] =
-            Appended(decode.inputs.at(std::string("past_") + which), decode.outputs.at(std::string("new_") + which));
+        s.KeepDecode(KvKey(index, which), Appended(decode.inputs.at(std::string("past_") + which),
+                                                   decode.outputs.at(std::string("new_") + which)));
   }
   // A layer's output has its successor's key; input and output share the graph's name "hidden".
   const CalibratedGrids grids(s.context.calibration, s.context.Stored());
@@ -605,13 +480,13 @@ void TextRun::WriteHeadUnit(UnitWriter& writer) {
   State& s = *state_;
   const int layers = s.Config().NumLayers();
   UnitSpec spec{.name = "lm_head", .keys = {{"hidden", HiddenKey(layers)}, {"logits", "logits"}}};
-  const Graph head =
-      s.Build([&](const Builder& b) { BuildHead(b, s.Config(), 1, s.Config().vocab_size, s.GetDialect()); });
+  const Graph head = s.Build([&](const Builder& b) { BuildHead(b, s.Config(), 1, s.GetDialect()); });
   spec.graph = WithOutputs(head, {"logits"});
   if (const TextItem* verify = s.Verify(); verify != nullptr) {
     const int64_t last = verify->Last();
-    spec.inputs["hidden"] = Positions(s.Kept(HiddenKey(layers)), last, last + 1).Clone();
-    spec.outputs = s.RunRounded(spec.graph, spec.inputs);
+    const auto newest = [&](const std::string& key) { return Positions(s.Kept(key), last, last + 1).Clone(); };
+    spec.inputs["hidden"] = newest(HiddenKey(layers));
+    spec.outputs["logits"] = RoundedLogits(s.context, newest(kNormedKey));
   }
   writer.Write(std::move(spec), s.context.Stored());
 }
@@ -628,15 +503,17 @@ void TextRun::WriteModelUnit(UnitWriter& writer) {
     for (const char* table : {"mask.", "cos.", "sin."}) spec.keys[table + type] = table + type;
   }
   if (const TextItem* verify = s.Verify(); verify != nullptr) {
-    spec.inputs["inputs_embeds"] = s.verify_embeds;
-    if (config.HasPle()) spec.inputs["per_layer_inputs"] = s.Kept("ple");
+    spec.inputs["inputs_embeds"] = s.Kept(HiddenKey(0));
+    if (config.HasPle()) spec.inputs["per_layer_inputs"] = s.KeptPle();
     for (const LayerConfig& layer : s.Types()) {
       const std::string type = LayerTypeName(layer);
       spec.inputs["mask." + type] = s.Mask(*verify, layer);
       spec.inputs["cos." + type] = s.RopeTable(0, length, layer, true);
       spec.inputs["sin." + type] = s.RopeTable(0, length, layer, false);
     }
-    spec.outputs = s.RunRounded(spec.graph, spec.inputs);
+    // In our dialect the layers one after the other are the whole graph; the reference rounds its input anew.
+    spec.outputs = s.GetDialect().duplicate_points ? s.RunRounded(spec.graph, spec.inputs)
+                                                   : Values{{"last_hidden_state", s.Kept(kNormedKey)}};
   }
   writer.Write(std::move(spec), s.context.Stored());
 }
@@ -664,7 +541,7 @@ std::vector<Point> TextRun::Points() {
     collect(s.Build([&](const Builder& b) {
       BuildDecoderLayer(b, config, i, Phase::kPrefill, kLength, s.GetDialect());
     }));
-  collect(s.Build([&](const Builder& b) { BuildHead(b, config, kLength, config.vocab_size, s.GetDialect()); }));
+  collect(s.Build([&](const Builder& b) { BuildHead(b, config, kLength, s.GetDialect()); }));
   return points;
 }
 

@@ -42,11 +42,13 @@ struct RunContext {
   const ModelWeights& weights;
   Calibration& calibration;
   ActivationStore& store;
+  Communicator& world;
   std::vector<TextItem> texts;    // items 0, 1, ...
   std::vector<Item> items;        // of `texts`
   std::vector<ImageItem> images;  // items kFirstImage, kFirstImage + 1, ...
   std::vector<Item> image_items;
   int64_t max_seq_len = 0;
+  int64_t head_slice_bytes = int64_t{64} << 20;  // most of the head's weight in float32 at a time, and of logits
 
   const Dialect& GetDialect() const { return calibration.GetDialect(); }
   const TextItem& TextOf(const Item& item) const { return texts[item.id]; }
@@ -67,18 +69,8 @@ class TextRun {
   Stage Layer(int index);
   // Forgets what no later stage reads.
   void DropAfterLayer(int index);
-
-  struct HeadResult {
-    StageError error;
-    Shape shape;
-    std::vector<std::pair<float, float>> scatter;
-    double float_nll = 0, quantized_nll = 0;  // sums over all windows
-    int64_t window_tokens = 0;
-    int64_t captions = 0, float_exact = 0, quantized_exact = 0;
-  };
-  // The head in slices of positions: logits never stand in memory for a whole long sequence. With `captured`, logits and
-  // last_hidden_state of evaluation items.
-  HeadResult Head(Captured* captured, const std::function<void()>& advance);
+  Stage Norm();
+  void DropAfterNorm();
 
   // Units, each behind its stage.
   void WriteEmbeddingUnits(UnitWriter& writer);

@@ -17,17 +17,19 @@ UnitEnd EndOf(const circle::Tensor& tensor, const std::string& name, const std::
 
 }  // namespace
 
-void UnitWriter::Remember(const std::string& name, const circle::Tensor& tensor, const Tensor& values) {
-  Tensor codes = tensor.qparams ? QuantizeWeight(values, *tensor.qparams, Rounding::kHalfAwayDivide).codes : values;
-  const std::string text = codes.Type().ToString();
-  const std::string hash =
-      text + Sha256({codes.Raw(), static_cast<size_t>(codes.Bytes())});
+void UnitWriter::Remember(const std::string& unit, bool input, size_t index, const circle::Tensor& tensor,
+                          const Tensor& values) {
+  const std::string name = fmt::format("{}.{}.{}", unit, input ? "in" : "out", index);
+  const Tensor codes = tensor.qparams ? QuantizeWeight(values, *tensor.qparams, Rounding::kHalfAwayDivide).codes : values;
+  const std::string hash = codes.Type().ToString() + Sha256({codes.Raw(), static_cast<size_t>(codes.Bytes())});
   const auto [it, is_new] = first_with_.try_emplace(hash, name);
-  if (is_new) {
-    codes_[name] = codes;
-  } else {
+  if (!is_new) {
     same_as_[name] = it->second;
+    return;
   }
+  const CodesPlace place{"codes." + unit, static_cast<int>(2 * index + (input ? 0 : 1))};
+  store_.Put(place.item, Chain::kQuant, place.key, codes, ActivationStore::Read::kLate);
+  codes_[name] = place;
 }
 
 void UnitWriter::Write(UnitSpec spec, const CalibratedGrids& grids) {
@@ -41,13 +43,13 @@ void UnitWriter::Write(UnitSpec spec, const CalibratedGrids& grids) {
     const std::string& name = spec.graph.At(spec.graph.Inputs()[i]).name;
     const circle::Tensor& tensor = model.tensors[model.inputs[i]];
     unit.inputs.push_back(EndOf(tensor, name, spec.keys));
-    if (!spec.inputs.empty()) Remember(fmt::format("{}.in.{}", spec.name, i), tensor, spec.inputs.at(name));
+    if (!spec.inputs.empty()) Remember(spec.name, /*input=*/true, i, tensor, spec.inputs.at(name));
   }
   for (size_t i = 0; i < model.outputs.size(); ++i) {
     const std::string& name = spec.graph.Outputs()[i].name;
     const circle::Tensor& tensor = model.tensors[model.outputs[i]];
     unit.outputs.push_back(EndOf(tensor, name, spec.output_keys.contains(name) ? spec.output_keys : spec.keys));
-    if (!spec.outputs.empty()) Remember(fmt::format("{}.out.{}", spec.name, i), tensor, spec.outputs.at(name));
+    if (!spec.outputs.empty()) Remember(spec.name, /*input=*/false, i, tensor, spec.outputs.at(name));
   }
   units_.push_back(std::move(unit));
 }
@@ -56,7 +58,13 @@ void UnitWriter::WriteTensors(const std::string& file, const std::map<std::strin
   WriteSafetensors(directory_ / file, tensors);
 }
 
-void UnitWriter::WriteCodes() const { WriteSafetensors(directory_ / kCodesFile, codes_, same_as_); }
+void UnitWriter::WriteCodes() const {
+  SafetensorsWriter writer(directory_ / kCodesFile, same_as_);
+  const auto get = [&](const CodesPlace& place) { return store_.Get(place.item, Chain::kQuant, place.key); };
+  for (const auto& [name, place] : codes_) writer.Declare(name, store_.TypeOf(place.item, Chain::kQuant, place.key));
+  for (const auto& [name, place] : codes_) writer.Write(get(place));
+  writer.Finish();
+}
 
 nlohmann::json ToJson(const UnitEnd& end) {
   nlohmann::json json{{"name", end.name}, {"key", end.key}, {"dtype", Name(end.type.dtype)}};
@@ -70,6 +78,63 @@ nlohmann::json ToJson(const UnitEnd& end) {
     json["zero_point"] = end.grid->zero_point[0];
   }
   return json;
+}
+
+namespace {
+
+nlohmann::json SaveEnd(const UnitEnd& end) {
+  nlohmann::json json{{"name", end.name},
+                      {"key", end.key},
+                      {"dtype", Name(end.type.dtype)},
+                      {"shape", end.type.shape.Sizes()},
+                      {"signature", end.signature}};
+  if (!end.grid) return json;
+  nlohmann::json scales = nlohmann::json::array();
+  for (const float scale : end.grid->scale) scales.push_back(F32(scale));
+  json["grid"] = {{"axis", end.grid->axis}, {"scale", scales}, {"zero_point", end.grid->zero_point}};
+  return json;
+}
+
+UnitEnd RestoreEnd(const nlohmann::json& json) {
+  UnitEnd end{.name = json.at("name"), .key = json.at("key")};
+  end.type = {DTypeFromName(json.at("dtype").get<std::string>()), Shape(json.at("shape").get<std::vector<int64_t>>())};
+  end.signature = json.at("signature").get<std::vector<int32_t>>();
+  if (!json.contains("grid")) return end;
+  const nlohmann::json& grid = json.at("grid");
+  QParams qparams{.dtype = end.type.dtype, .axis = grid.at("axis")};
+  for (const nlohmann::json& scale : grid.at("scale")) qparams.scale.push_back(F32(scale, end.name));
+  qparams.zero_point = grid.at("zero_point").get<std::vector<int32_t>>();
+  end.grid = qparams;
+  return end;
+}
+
+}  // namespace
+
+nlohmann::json UnitWriter::Save() const {
+  nlohmann::json units = nlohmann::json::array(), codes = nlohmann::json::object();
+  for (const Unit& unit : units_) {
+    nlohmann::json json{{"name", unit.file.name}, {"bytes", unit.file.bytes}, {"operators", unit.file.operators}};
+    for (const auto& [side, ends] : {std::pair{"inputs", &unit.inputs}, std::pair{"outputs", &unit.outputs}}) {
+      json[side] = nlohmann::json::array();
+      for (const UnitEnd& end : *ends) json[side].push_back(SaveEnd(end));
+    }
+    units.push_back(std::move(json));
+  }
+  for (const auto& [name, place] : codes_) codes[name] = {place.key, place.item};
+  return {{"units", units}, {"codes", codes}, {"same_as", same_as_}, {"first_with", first_with_}};
+}
+
+void UnitWriter::Restore(const nlohmann::json& state) {
+  for (const nlohmann::json& json : state.at("units")) {
+    const std::string name = json.at("name");
+    Unit unit{.file = {.name = name, .file = name + kUnitSuffix, .bytes = json.at("bytes"), .operators = json.at("operators")}};
+    for (const nlohmann::json& end : json.at("inputs")) unit.inputs.push_back(RestoreEnd(end));
+    for (const nlohmann::json& end : json.at("outputs")) unit.outputs.push_back(RestoreEnd(end));
+    units_.push_back(std::move(unit));
+  }
+  for (const auto& [name, place] : state.at("codes").items()) codes_[name] = {place.at(0), place.at(1)};
+  same_as_ = state.at("same_as").get<std::map<std::string, std::string>>();
+  first_with_ = state.at("first_with").get<std::map<std::string, std::string>>();
 }
 
 nlohmann::json UnitWriter::Pipeline() const {

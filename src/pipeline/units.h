@@ -11,6 +11,7 @@
 #include "circlet/circle/export.h"
 #include "circlet/pipeline/quantize.h"
 #include "circlet/quant/calibration.h"
+#include "pipeline/activations.h"
 
 namespace circlet {
 
@@ -41,8 +42,9 @@ struct UnitSpec {
 
 class UnitWriter {
  public:
-  UnitWriter(std::filesystem::path directory, const Calibration& calibration)
-      : directory_(std::move(directory)), calibration_(calibration) {}
+  // Codes wait in `store` until WriteCodes.
+  UnitWriter(std::filesystem::path directory, const Calibration& calibration, ActivationStore& store)
+      : directory_(std::move(directory)), calibration_(calibration), store_(store) {}
 
   // Writes NAME.q.circle and remembers the unit's codes. `stored` gives parameters in any float type; units that share
   // parameters are written from the same grids.
@@ -60,13 +62,23 @@ class UnitWriter {
   // pipeline.json: the units, their ends, and the boundaries between them.
   nlohmann::json Pipeline() const;
 
+  // What was written, for another process that goes on with the same directory and store.
+  nlohmann::json Save() const;
+  void Restore(const nlohmann::json& state);
+
  private:
-  void Remember(const std::string& name, const circle::Tensor& tensor, const Tensor& values);
+  // An end of a unit, "decoder_layer_decode_0.in.3", and where its codes lie in the store.
+  struct CodesPlace {
+    std::string key;
+    int item = 0;
+  };
+  void Remember(const std::string& unit, bool input, size_t index, const circle::Tensor& tensor, const Tensor& values);
 
   std::filesystem::path directory_;
   const Calibration& calibration_;
+  ActivationStore& store_;
   std::vector<Unit> units_;
-  std::map<std::string, Tensor> codes_;
+  std::map<std::string, CodesPlace> codes_;
   std::map<std::string, std::string> same_as_;
   std::map<std::string, std::string> first_with_;  // hash of codes -> name
 };

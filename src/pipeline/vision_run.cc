@@ -1,11 +1,11 @@
 #include "pipeline/vision_run.h"
 
+#include <mutex>
 #include <nlohmann/json.hpp>
 
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/model/tables.h"
-
 
 namespace circlet {
 namespace {
@@ -25,6 +25,7 @@ struct VisionRun::State {
   VisionWeights weights;
   WeightSource stored;
   std::map<std::string, Tensor> tables;  // by kind and layout
+  std::mutex tables_mutex;
 
   const Dialect& GetDialect() const { return context.GetDialect(); }
   const ImageItem& ImageOf(const Item& item) const { return context.ImageOf(item.id); }
@@ -44,6 +45,7 @@ struct VisionRun::State {
   }
 
   Tensor Table(const ImageItem& image, const std::string& which) {
+    const std::lock_guard lock(tables_mutex);
     Tensor& table = tables[which + image.item.variant];
     if (table.Empty()) {
       const RopeTables rope = VisionRopeTables(config, image.positions, GetDialect());

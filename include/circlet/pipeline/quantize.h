@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "circlet/exec/executor.h"
 #include "circlet/report/metrics.h"
 
 namespace circlet {
@@ -23,6 +24,7 @@ struct QuantizeOptions {
   std::filesystem::path data;     // JSON lines (calib.jsonl)
   std::filesystem::path samples;  // safetensors: calib.N.* and eval.N.*
   std::string random_samples;     // "NxLENGTH"
+  int64_t random_images = 0;      // as many random samples with one picture each beside them
 
   std::string recipe = "default";  // built-in name or YAML file
   std::vector<std::string> set;    // recipe assignments "a.b.c=value"
@@ -38,6 +40,16 @@ struct QuantizeOptions {
   enum class Units { kAuto, kDeployment, kAll } units = Units::kAuto;
   bool text_only = false;                // leave samples with pictures out
   std::string vision_profile;            // named profile or JSON file; default: the most frequent of the samples
+
+  // Bytes that the process may take for itself, pages of mapped files apart; activations past it go to files. Below what
+  // a stage needs it is an Error.
+  int64_t memory_limit = int64_t{3} << 30;
+  bool resume = false;       // go on with an unfinished run in `output`
+  double save_every = 2;     // seconds between saved states; 0: after every stage
+  // Precision of the matrix products of calibration and measurement. The verification sample is always float32, so that the
+  // files are held to codes that do not depend on this.
+  Compute compute = Compute::kFloat32;
+  bool timings = false;      // measure the run's matrix products alone, for result.products
 
   std::FILE* progress = nullptr;  // where progress goes; null = nowhere
 };
@@ -69,6 +81,23 @@ struct Captions {
   int64_t quantized_exact = 0;
 };
 
+// What bf16 products change: one calibration sample, with a picture if there is one, runs in float32 beside the bf16 run.
+struct ComputeChange {
+  std::string sample;
+  int64_t points = 0;             // observed in both
+  double mean_range_change = 0;   // of the larger move of a range's ends, in parts of the float32 range
+  double max_range_change = 0;
+  std::string max_point;          // where
+  ErrorMetrics logits;            // bf16 against float32, both without quantization
+};
+
+// The run's matrix products, and how long they take alone in oneDNN on the same machine.
+struct ProductTimes {
+  double flops = 0;
+  double alone_seconds = 0;
+  double run_seconds = 0;  // of all stages and files
+};
+
 struct QuantizeResult {
   std::string model, recipe, dialect;
   std::string output_directory;
@@ -89,7 +118,12 @@ struct QuantizeResult {
   int64_t points = 0;
   int64_t max_seq_len = 0;
   std::vector<std::string> unused_tensors, unknown_keys;  // "NAME: reason"
-  std::map<std::string, double> seconds;                  // by phase; not part of the deterministic outputs
+  std::optional<ComputeChange> compute_change;            // with Compute::kBf16
+  // Not part of the deterministic outputs.
+  std::map<std::string, double> seconds;  // by phase
+  int64_t spilled_bytes = 0;              // activations that did not fit in memory
+  std::optional<ProductTimes> products;
+  int resumed_phases = 0, phases = 0;
 };
 
 // Runs everything and fills options.output: the units' .q.circle files, pipeline.json, qparams.json, report.json,
@@ -97,6 +131,10 @@ struct QuantizeResult {
 // appears whole, under its final name, or not at all. Throws Error for anything that a user can mend; everything cheap is
 // checked before anything slow starts.
 QuantizeResult Quantize(const QuantizeOptions& options);
+
+// What Quantize would do: stages with their sizes, time, memory and disk. Reads the checkpoint's headers and the data,
+// computes nothing and writes nothing. Throws what Quantize throws before its first stage.
+std::string DryRun(const QuantizeOptions& options);
 
 // The report as text: summary box, scatter plot, stage table (largest accumulated PEIR on top), perplexity, files.
 std::string ReportText(const QuantizeResult& result);

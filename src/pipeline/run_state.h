@@ -1,0 +1,68 @@
+#pragma once
+
+// What a run saves after its phases, so that a killed one goes on where it was (`--resume`).
+
+#include <chrono>
+#include <filesystem>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "circlet/base/communicator.h"
+#include "circlet/pipeline/quantize.h"
+#include "circlet/quant/calibration.h"
+#include "pipeline/activations.h"
+#include "pipeline/head.h"
+#include "pipeline/units.h"
+
+namespace circlet {
+
+// What must be the same for a run to go on: the program, what it reads, and everything that its outputs depend on.
+nlohmann::json IdentityOf(const QuantizeOptions& options, const Calibration& calibration, const nlohmann::json& inputs,
+                          int processes);
+
+// Everything that a phase changes.
+struct RunParts {
+  Calibration& calibration;
+  ActivationStore& store;
+  UnitWriter& units;
+  std::vector<StageError>& errors;
+  std::optional<HeadResult>& head;
+  std::optional<ComputeChange>& change;
+  std::map<std::string, double>& seconds;
+};
+
+class RunState {
+ public:
+  // `directory` is this process's own. Saves at least `save_seconds` apart; 0: after every phase.
+  RunState(std::filesystem::path directory, nlohmann::json identity, double save_seconds, Communicator& world);
+
+  // Where activations go.
+  std::filesystem::path ValuesDirectory() const { return directory_ / "values"; }
+
+  // The number of finished phases, and `parts` as they were then; 0 when nothing was saved. Throws Error naming what has
+  // changed since, and for a damaged state. `specs` gives the specification of each point.
+  int Load(RunParts& parts, const std::function<PointSpec(const std::string& point)>& specs);
+
+  // Behind phase number `done`. All processes call it.
+  void Save(int done, RunParts& parts);
+  bool Saved() const { return saved_; }
+
+ private:
+  std::vector<int> Numbers() const;
+  std::filesystem::path StatePath(int number) const { return directory_ / fmt::format("state.{}.json", number); }
+  void SaveNewParams(int done, const ParameterStore& params);
+
+  std::filesystem::path directory_;
+  nlohmann::json identity_;
+  std::chrono::duration<double> interval_;
+  std::chrono::steady_clock::time_point last_save_ = std::chrono::steady_clock::now();
+  Communicator& world_;
+  std::vector<std::string> params_files_;
+  size_t params_saved_ = 0;
+  bool saved_ = false;
+};
+
+}  // namespace circlet
