@@ -147,6 +147,12 @@ void RemoveLeftovers(const fs::path& directory) {
   }
 }
 
+void CreateDirectories(const fs::path& path) {
+  std::error_code error;
+  fs::create_directories(path, error);
+  if (error) FailErrno(path, "created", error.value());
+}
+
 void PrepareOutputDirectory(const fs::path& path, bool force) {
   try {
     if (fs::exists(path) && !fs::is_directory(path)) {

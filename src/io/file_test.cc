@@ -199,6 +199,16 @@ TEST(OutputDirectoryTest, AForeignManifestIsNoLicenceToDelete) {
   EXPECT_THAT(NamesIn(directory.Path()), UnorderedElementsAre("manifest.json", "a"));
 }
 
+TEST(CreateDirectoriesTest, MakesParentsAndNamesWhatCannotBe) {
+  const TempDirectory directory;
+  CreateDirectories(directory.Path() / "a" / "b");
+  CreateDirectories(directory.Path() / "a" / "b");
+  EXPECT_TRUE(fs::is_directory(directory.Path() / "a" / "b"));
+  WriteFile(directory.Path() / "file", "");
+  EXPECT_EQ(ErrorText([&] { CreateDirectories(directory.Path() / "file" / "b"); }),
+            (directory.Path() / "file" / "b").string() + ": cannot be created: Not a directory");
+}
+
 TEST(OutputDirectoryTest, AFileInItsPlaceIsAnError) {
   const TempDirectory directory;
   WriteFile(directory.Path() / "out", "");

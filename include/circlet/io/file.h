@@ -44,6 +44,9 @@ void WriteFile(const std::filesystem::path& path, std::string_view text);
 std::string Sha256(std::span<const std::byte> bytes);
 std::string Sha256File(const std::filesystem::path& path);
 
+// Makes a directory and its parents where they are missing. A path that cannot be one is an Error.
+void CreateDirectories(const std::filesystem::path& path);
+
 // Makes `path` a directory that a run may fill: creates it with its parents, or takes it when it is empty. One that
 // holds files is an Error, unless `force`: then the files that circlet wrote go (its manifest.json, what this lists
 // under "outputs" by name or as {"file": name}, timings.json, and leftovers of AtomicFile) and everything else stays. A

@@ -83,9 +83,7 @@ void PrepareDirectory(const fs::path& directory) {
   std::error_code ignored;
   if (fs::exists(directory / "config.json", ignored))
     Fail("{}: holds a config.json already; choose another directory or remove this checkpoint", directory.string());
-  std::error_code error;
-  fs::create_directories(directory, error);
-  if (error) Fail("{}: cannot be created ({}); choose another directory", directory.string(), error.message());
+  CreateDirectories(directory);
 }
 
 }  // namespace
