@@ -530,7 +530,10 @@ void ReadRecipe(const YamlNode& tree, const std::string& file, Recipe& recipe) {
   const json value = ToJson(tree);
   const JsonObject root(value, file, &tree);
   if (const auto object = root.OptionalObject("model")) ReadModel(*object, recipe.model);
-  if (const auto object = root.OptionalObject("runtime")) ReadRuntime(*object, recipe.runtime);
+  if (const auto object = root.OptionalObject("runtime")) {
+    ReadRuntime(*object, recipe.runtime);
+    if (object->Has("seed")) recipe.smoke.seed = recipe.runtime.seed;
+  }
   if (const auto object = root.OptionalObject("calibration"))
     ReadCalibration(*object, tree.Find("calibration"), recipe.calibration);
   if (const auto object = root.OptionalObject("model_args")) ReadModelArgs(*object, recipe.model_args);

@@ -158,6 +158,8 @@ debug:
                                       "quant.yaml");
   EXPECT_EQ(recipe.model.name_or_path, "./e2b");
   EXPECT_EQ(recipe.runtime.seed, 9u);
+  EXPECT_EQ(recipe.smoke.seed, 9u);
+  EXPECT_EQ(Recipe::Parse("{}", "empty.yaml").smoke.seed, 123u);
   EXPECT_FALSE(recipe.runtime.show_progress);
   EXPECT_EQ(
       recipe.calibration.datasets,

@@ -82,6 +82,7 @@ struct SmokeOptions {
   bool export_circle = false;
   bool plot = true;
   std::string size_profile = "tiny";  // tiny, e2b_dims, e2b_static_runtime
+  uint64_t seed = 123;                // of parameters and samples; runtime.seed where that is given
   // Replace single figures of e2b_static_runtime.
   struct StaticRuntime {
     std::string profile;
