@@ -233,7 +233,7 @@ TEST_F(CliTest, AFailedRunLeavesTheEarlierResultAlone) {
 }
 
 TEST_F(CliTest, HelpNamesAWorkingCommandForEachVerb) {
-  for (const char* verb : {"quantize", "verify", "show", "run"}) {
+  for (const char* verb : {"quantize", "verify", "show", "run", "example", "inspect"}) {
     const ProgramResult result = RunProgram({verb, "--help"});
     EXPECT_EQ(result.exit_code, 0);
     EXPECT_THAT(result.out, HasSubstr(fmt::format("Example:\n  circlet {}", verb)));
@@ -513,6 +513,328 @@ TEST_F(CliTest, VerifyRefusesHostilePipelines) {
   expect([](nlohmann::json& json) { json["units"][0]["inputs"][0]["dtype"] = 7; }, HasSubstr("dtype"));
   expect([](nlohmann::json& json) { json["units"][0]["file"] = "../../etc/passwd"; }, HasSubstr("../../etc/passwd"));
   expect([](nlohmann::json& json) { json["boundaries"][0].erase("producer"); }, HasSubstr("producer"));
+}
+
+// ---- Inspecting -----------------------------------------------------------------------------------------------------
+
+// Runs in an empty directory.
+class InspectTest : public CliTest {
+ protected:
+  ProgramResult Inspect(std::vector<std::string> arguments, const std::string& shell = "") const {
+    arguments.insert(arguments.begin(), "inspect");
+    return RunProgram(arguments, "cd '" + work_ + "'; " + shell);
+  }
+  // The user can mend it, and nothing was written.
+  void ExpectInspectRefused(const std::vector<std::string>& arguments, const Matcher<std::string>& message) const {
+    const ProgramResult result = Inspect(arguments);
+    EXPECT_EQ(result.exit_code, 2) << testing::PrintToString(arguments) << result.out;
+    EXPECT_THAT(result.err, message);
+    EXPECT_THAT(result.out, IsEmpty());
+    EXPECT_TRUE(fs::is_empty(work_)) << testing::PrintToString(arguments);
+  }
+  fs::path Work(const std::string& name) const { return fs::path(work_) / name; }
+  std::string Settings(const std::string& yaml) const {
+    const fs::path file = directory_.Path() / "settings.yaml";
+    WriteFile(file, yaml);
+    return file;
+  }
+
+  static constexpr char kMlp[] = "gemma4_text_mlp";
+  const std::string work_ = [this] {
+    const fs::path work = directory_.Path() / "work";
+    fs::create_directory(work);
+    return work.string();
+  }();
+};
+
+TEST_F(InspectTest, CasesAreListedWithRecipesAndProfiles) {
+  for (const std::vector<std::string>& mode : {std::vector<std::string>{}, {"--mode", "wrapper-smoke"}}) {
+    std::vector<std::string> arguments{"--list-cases"};
+    arguments.insert(arguments.end(), mode.begin(), mode.end());
+    const ProgramResult result = Inspect(arguments);
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    EXPECT_EQ(std::ranges::count(result.out, '\n'), 24);
+    EXPECT_THAT(result.out,
+                HasSubstr("gemma4_text_mlp                              smoke-u8   tiny, e2b_dims, e2b_stat"));
+  }
+}
+
+TEST_F(InspectTest, ACaseIsSummedUpAndItsFileWritten) {
+  const ProgramResult result = Inspect({"--case", kMlp, "--export", "circle", "--report-json", "new/dir/report.json"});
+  ASSERT_EQ(result.exit_code, 0) << result.out << result.err;
+  EXPECT_THAT(result.err, IsEmpty());
+  EXPECT_THAT(result.out, AllOf(HasSubstr("Wrapper Smoke Summary"), HasSubstr("Status           : PASS"),
+                                HasSubstr("  - circle: out/wrapper_smoke/gemma4_text_mlp.q.circle\n"), HasSubstr("•"),
+                                EndsWith("report: new/dir/report.json\n")));
+  EXPECT_EQ(RunProgram({"show", Work("out/wrapper_smoke/gemma4_text_mlp.q.circle")}).exit_code, 0);
+  const nlohmann::json report = ReadJson(Work("new/dir/report.json"));
+  EXPECT_EQ(report.at("schema_version"), 1);
+  EXPECT_EQ(report.at("case"), kMlp);
+  EXPECT_EQ(report.at("passed"), true);
+  EXPECT_EQ(report.at("artifacts").at("circle"), "out/wrapper_smoke/gemma4_text_mlp.q.circle");
+  EXPECT_GT(report.at("verified_values"), 0);
+  EXPECT_GT(report.at("bounds").at("min_mean_abs_diff"), 0);
+}
+
+TEST_F(InspectTest, WithoutExportNothingIsWritten) {
+  const ProgramResult result = Inspect({"--case", kMlp, "--no-plot"});
+  EXPECT_EQ(result.exit_code, 0) << result.out;
+  EXPECT_THAT(result.out, AllOf(Not(HasSubstr("•")), Not(HasSubstr("Artifacts"))));
+  EXPECT_TRUE(fs::is_empty(work_));
+}
+
+TEST_F(InspectTest, TheSuiteRunsAllCasesAndSumsUp) {
+  const ProgramResult result = Inspect(
+      {"--case", "all", "--export", "circle", "--output-dir", "files", "--report-json", "report.json", "--strict"});
+  ASSERT_EQ(result.exit_code, 0) << result.out << result.err;
+  EXPECT_THAT(result.out, HasSubstr("24 of 24 cases passed\n"));
+  const nlohmann::json report = ReadJson(Work("report.json"));
+  EXPECT_EQ(report.at("schema_version"), 1);
+  ASSERT_EQ(report.at("cases").size(), 24u);
+  for (const auto& test_case : report.at("cases")) {
+    EXPECT_EQ(test_case.at("passed"), true) << test_case;
+    EXPECT_EQ(test_case.at("warnings"), 0) << test_case;
+    EXPECT_EQ(fs::file_size(Work(test_case.at("artifacts").at("circle"))), test_case.at("bytes"));
+  }
+}
+
+// A limit on the size of files stands for a full disk: small files still fit.
+TEST_F(InspectTest, ASuiteRunsToItsEndOnAFullDisk) {
+  const ProgramResult result = Inspect({"--case", "all", "--export", "circle"}, "trap \"\" XFSZ; ulimit -f 64; ");
+  EXPECT_EQ(result.exit_code, 1) << result.err;
+  EXPECT_THAT(result.out, AllOf(HasSubstr("gemma4_text_model: EXPORT: out/wrapper_smoke/gemma4_text_model.q.circle"),
+                                HasSubstr("File too large"), testing::ContainsRegex("gemma4_vision_pooler +PASS"),
+                                testing::ContainsRegex("gemma4_for_causal_lm +FAIL \\(EXPORT\\)"),
+                                HasSubstr(" of 24 cases passed\n")));
+  EXPECT_TRUE(fs::exists(Work("out/wrapper_smoke/gemma4_vision_pooler.q.circle")));
+  EXPECT_FALSE(fs::exists(Work("out/wrapper_smoke/gemma4_text_model.q.circle")));
+}
+
+TEST_F(InspectTest, AReportThatCannotBeWrittenDoesNotHideTheResults) {
+  WriteFile(Work("file"), "mine");
+  const ProgramResult result = Inspect({"--case", kMlp, "--report-json", "file/report.json"});
+  EXPECT_EQ(result.exit_code, 2);
+  EXPECT_THAT(result.out, HasSubstr("Status           : PASS"));
+  EXPECT_THAT(result.err, AllOf(StartsWith("circlet: file: cannot be created: "), HasSubstr("directory")));
+  EXPECT_EQ(ReadFile(Work("file")), "mine");
+}
+
+TEST_F(InspectTest, AFailedCaseGivesExitCode1AndItsKind) {
+  const std::string counts = "debug.wrapper_smoke.gemma4.static_runtime.";
+  const ProgramResult config = Inspect(
+      {"--case", "gemma4_vision_pooler", "--profile", "e2b_static_runtime", "--set", counts + "max_soft_tokens=300"});
+  EXPECT_EQ(config.exit_code, 1) << config.err;
+  EXPECT_THAT(config.out, AllOf(HasSubstr("Status           : FAIL (CONFIG)"), HasSubstr("Mean |diff|      : n/a"),
+                                HasSubstr("max_soft_tokens is 300; choose 70, 140, 280, 560 or 1120")));
+  const ProgramResult unavailable =
+      Inspect({"--case", "gemma4_text_attention_k_eq_v_prefill", "--profile", "e2b_static_runtime"});
+  EXPECT_EQ(unavailable.exit_code, 1);
+  EXPECT_THAT(unavailable.out, AllOf(HasSubstr("FAIL (UNAVAILABLE)"), HasSubstr("choose tiny or e2b_dims")));
+}
+
+TEST_F(InspectTest, WarningsFailOnlyWhenStrict) {
+  const std::string recipe = Settings("pipeline: [{name: ptq, activation: uint8, raw_overrides: {no.such: int16}}]\n");
+  const ProgramResult lax = Inspect({"--case", kMlp, "--recipe", recipe});
+  EXPECT_EQ(lax.exit_code, 0) << lax.out << lax.err;
+  EXPECT_THAT(lax.out, AllOf(HasSubstr("PASS"), HasSubstr("warning: "), HasSubstr("no.such")));
+  const ProgramResult strict = Inspect({"--case", kMlp, "--recipe", recipe, "--strict"});
+  EXPECT_EQ(strict.exit_code, 1) << strict.out;
+  EXPECT_THAT(strict.out, HasSubstr("FAIL (STRICT)"));
+}
+
+TEST_F(InspectTest, SettingsComeFromAFileAndFlagsReplaceThem) {
+  const std::string settings = Settings(
+      "runtime: {seed: 7}\n"
+      "debug: {wrapper_smoke: {calibration_iters: 2, output_dir: there, export: {enabled: true}, plot: {enabled: "
+      "false},"
+      " gemma4: {size_profile: e2b_dims}}}\n");
+  const std::string pooler = "gemma4_vision_pooler";
+  const ProgramResult result = Inspect({"--config", settings, "--case", pooler, "--report-json", "report.json"});
+  ASSERT_EQ(result.exit_code, 0) << result.out << result.err;
+  EXPECT_THAT(result.out, Not(HasSubstr("•")));
+  EXPECT_TRUE(fs::exists(Work("there/gemma4_vision_pooler.q.circle")));
+  const nlohmann::json report = ReadJson(Work("report.json"));
+  EXPECT_EQ(report.at("profile"), "e2b_dims");
+  EXPECT_TRUE(report.at("bounds").is_null()) << "other samples than the bounds were measured with";
+
+  fs::remove_all(Work("there"));
+  const ProgramResult replaced = Inspect({"--config", settings, "--case", pooler, "--profile", "tiny", "--export",
+                                          "none", "--calibration-iters", "3", "--set", "runtime.seed=123", "--set",
+                                          "debug.wrapper_smoke.plot.enabled=true", "--report-json", "report.json"});
+  ASSERT_EQ(replaced.exit_code, 0) << replaced.out << replaced.err;
+  EXPECT_THAT(replaced.out, HasSubstr("•"));
+  EXPECT_FALSE(fs::exists(Work("there")));
+  EXPECT_EQ(ReadJson(Work("report.json")).at("profile"), "tiny");
+  EXPECT_FALSE(ReadJson(Work("report.json")).at("bounds").is_null());
+}
+
+TEST_F(InspectTest, TheSettingsThatComeWithTheProgramAreItsDefaults) {
+  const std::string settings = CIRCLET_SOURCE_DIR "/recipes/wrapper_smoke.yaml";
+  const ProgramResult with = Inspect({"--config", settings, "--mode", "wrapper-smoke", "--case", kMlp, "--strict"});
+  EXPECT_EQ(with.exit_code, 0) << with.out << with.err;
+  EXPECT_EQ(with.out, Inspect({"--case", kMlp}).out);
+}
+
+TEST_F(InspectTest, CalibrationItersChangeWhatIsSeen) {
+  const auto mean = [&](const char* iters) {
+    EXPECT_EQ(Inspect({"--case", kMlp, "--calibration-iters", iters, "--report-json", "report.json"}).exit_code, 0);
+    return ReadJson(Work("report.json")).at("metrics").at("mean_abs_diff").get<double>();
+  };
+  EXPECT_NE(mean("1"), mean("3"));
+  EXPECT_EQ(mean("0"), mean("3")) << "0: all that are built";
+}
+
+TEST_F(InspectTest, RecipesStandSideBySide) {
+  const ProgramResult result = Inspect({"--case", kMlp, "--compare", "w8a16,w4a16", "--export", "circle"});
+  ASSERT_EQ(result.exit_code, 0) << result.out << result.err;
+  EXPECT_THAT(result.out, AllOf(HasSubstr("w8a16 mean"), HasSubstr("w4a16 PEIR"), HasSubstr("2 of 2 cases passed")));
+  const auto size = [&](const std::string& recipe) {
+    return fs::file_size(Work("out/wrapper_smoke/" + recipe + "/gemma4_text_mlp.q.circle"));
+  };
+  EXPECT_GT(size("w8a16"), size("w4a16"));
+}
+
+TEST_F(InspectTest, MistakesOnTheCommandLineAreToldBeforeAnythingRuns) {
+  ExpectInspectRefused({}, HasSubstr("which case? --case NAME, --case all, or --list-cases"));
+  ExpectInspectRefused({"--case", "gemma4_text_mpl"}, HasSubstr("nearest: \"gemma4_text_mlp\""));
+  ExpectInspectRefused({"--case", kMlp, "--recipe", "w8a61"},
+                       HasSubstr("unknown recipe \"w8a61\"; nearest: \"w8a16\""));
+  ExpectInspectRefused({"--case", kMlp, "--recipe", "no/such.yaml"},
+                       AllOf(HasSubstr("no/such.yaml"), HasSubstr("No such file")));
+  ExpectInspectRefused({"--case", kMlp, "--recipe", Settings("pipeline: [")}, HasSubstr("settings.yaml"));
+  ExpectInspectRefused({"--case", kMlp, "--compare", "w8a16,w4a61"}, HasSubstr("nearest: \"w4a16\""));
+  ExpectInspectRefused({"--case", kMlp, "--compare", "w8a16,,w4a16"}, HasSubstr("a name is empty"));
+  ExpectInspectRefused({"--case", kMlp, "--compare", "w8a16", "--recipe", "w4a16"}, HasSubstr("leave --recipe out"));
+  ExpectInspectRefused({"--case", kMlp, "--config", "no/such.yaml"},
+                       AllOf(HasSubstr("no/such.yaml"), HasSubstr("No such file")));
+  ExpectInspectRefused({"--case", kMlp, "--config", Settings("debug: {wrapper_smok: {}}\n")},
+                       AllOf(HasSubstr("settings.yaml:1"), HasSubstr("nearest: \"wrapper_smoke\"")));
+  ExpectInspectRefused({"--case", kMlp, "--config", Settings("{")}, HasSubstr("settings.yaml"));
+  ExpectInspectRefused({"--case", kMlp, "--set", "debug.wrapper_smoke.gemma4.size_profil=tiny"},
+                       HasSubstr("nearest: \"size_profile\""));
+  ExpectInspectRefused({"--case", kMlp, "--set", "pipeline"}, HasSubstr("expected KEY=VALUE"));
+  ExpectInspectRefused({"--case", kMlp, "--set", "debug.wrapper_smoke.gemma4.static_runtime.max_seq=64"},
+                       AllOf(HasSubstr("has no effect on the profile tiny"), HasSubstr("e2b_static_runtime")));
+  ExpectInspectRefused({"--case", kMlp, "--profile", "e2b"}, AllOf(HasSubstr("--profile"), HasSubstr("e2b_dims")));
+  ExpectInspectRefused({"--case", kMlp, "--export", "onnx"}, AllOf(HasSubstr("--export"), HasSubstr("circle")));
+  ExpectInspectRefused({"--case", kMlp, "--calibration-iters", "many"}, HasSubstr("--calibration-iters"));
+  ExpectInspectRefused({"--case", kMlp, "--mode", "trac"}, HasSubstr("trace"));
+  ExpectInspectRefused({"--case", kMlp, "--rows", "3"}, HasSubstr("--rows has no effect in --mode wrapper-smoke"));
+  ExpectInspectRefused({"--case", kMlp, "--explain", "x"}, HasSubstr("it belongs to --mode trace"));
+}
+
+// ---- Tracing --------------------------------------------------------------------------------------------------------
+
+TEST_F(InspectTest, ATraceListsThePointsOfACase) {
+  const ProgramResult result = Inspect({"--mode", "trace", "--case", kMlp, "--rows", "4"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.out, AllOf(HasSubstr("error out %"), HasSubstr("mlp.up_proj.act_out"),
+                                EndsWith("4 of 6 points; --rows 6 lists all\n")));
+}
+
+TEST_F(InspectTest, APointIsExplainedByItsHistogram) {
+  const std::string point = "model.language_model.layers.0.mlp.down_proj.act_out";
+  const ProgramResult result = Inspect({"--mode", "trace", "--case", kMlp, "--explain", point, "--recipe", "w8a16"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.out, AllOf(StartsWith(point + ": 512 values in ["), HasSubstr("grid int16 ["),
+                                HasSubstr("grid low"), HasSubstr("grid high"), HasSubstr("█")));
+}
+
+TEST_F(InspectTest, ACheckpointIsTracedOnItsSamples) {
+  std::string lines;
+  for (const char* text : {"The first text.", "Another one.", "And the last, which is measured."})
+    lines += nlohmann::json{{"type", "text"}, {"text", text}}.dump() + "\n";
+  const std::string samples = Lines(lines);
+  const ProgramResult trace = Inspect({"--mode", "trace", "--model", kTiny, "--samples", samples, "--rows", "5"});
+  ASSERT_EQ(trace.exit_code, 0) << trace.err;
+  EXPECT_THAT(trace.out, AllOf(HasSubstr("model.language_model."), HasSubstr("5 of ")));
+  const ProgramResult fewer = Inspect({"--mode", "trace", "--model", kTiny, "--samples", samples, "--rows", "5",
+                                       "--calibration-iters", "1", "--recipe", "w4a16"});
+  ASSERT_EQ(fewer.exit_code, 0) << fewer.err;
+  EXPECT_NE(fewer.out, trace.out);
+  const ProgramResult tensors = Inspect(
+      {"--mode", "trace", "--model", model_, "--samples", samples_, "--explain", "model.language_model.norm.act_out"});
+  EXPECT_EQ(tensors.exit_code, 0) << tensors.err;
+  EXPECT_THAT(tensors.out, HasSubstr("model.language_model.norm.act_out: "));
+}
+
+TEST_F(InspectTest, MistakesInATraceAreTold) {
+  const auto refused = [&](std::vector<std::string> arguments, const Matcher<std::string>& message) {
+    arguments.insert(arguments.begin(), {"--mode", "trace"});
+    ExpectInspectRefused(arguments, message);
+  };
+  refused({}, HasSubstr("trace what? --case NAME, or --model DIR --samples FILE"));
+  refused({"--case", "all"}, HasSubstr("takes one case"));
+  refused({"--case", "gemma4_text_mpl"}, HasSubstr("nearest: \"gemma4_text_mlp\""));
+  refused({"--case", "gemma4_text_attention_k_eq_v_prefill", "--profile", "e2b_static_runtime"},
+          HasSubstr("has no profile e2b_static_runtime; choose tiny or e2b_dims"));
+  refused({"--case", kMlp, "--explain", "model.language_model.layers.0.mlp.up_proj.act_oot"},
+          AllOf(HasSubstr("nearest: \"model.language_model.layers.0.mlp.up_proj.act_out\""), HasSubstr("lists all")));
+  refused({"--case", kMlp, "--explain", "model.language_model.layers.0.mlp.up_proj.weight"},
+          HasSubstr("is a parameter's grid"));
+  refused({"--case", kMlp, "--rows", "0"}, HasSubstr("--rows"));
+  refused({"--case", kMlp, "--recipe", "w8a61"}, HasSubstr("nearest: \"w8a16\""));
+  for (const char* flag : {"--strict", "--no-plot"})
+    refused({"--case", kMlp, flag}, HasSubstr(std::string(flag) + " has no effect in --mode trace"));
+  refused({"--case", kMlp, "--report-json", "report.json"}, HasSubstr("--report-json has no effect"));
+  refused({"--case", kMlp, "--export", "circle"}, HasSubstr("--export has no effect"));
+  refused({"--case", kMlp, "--compare", "w8a16"}, HasSubstr("--compare has no effect"));
+
+  refused({"--model", model_}, HasSubstr("--model needs --samples FILE"));
+  refused({"--samples", samples_, "--case", kMlp}, HasSubstr("--samples needs --model DIR"));
+  refused({"--model", model_, "--samples", samples_, "--case", kMlp}, HasSubstr("exclude each other"));
+  refused({"--model", "no/such", "--samples", samples_}, AllOf(HasSubstr("no/such"), HasSubstr("No such file")));
+  refused({"--model", model_, "--samples", "no.safetensors"}, AllOf(HasSubstr("no.safetensors"), HasSubstr("No such")));
+  refused({"--model", kTiny, "--samples", "no.jsonl"}, AllOf(HasSubstr("no.jsonl"), HasSubstr("No such file")));
+  refused({"--model", kTiny, "--samples", Lines("{\"type\": \"text\", \"text\": \"one\"}\n")},
+          HasSubstr("1 sample; a trace calibrates on all but the last and needs at least 2"));
+  refused({"--model", kTiny, "--samples", Lines("{\"type\": ")}, HasSubstr("data.jsonl:1"));
+  fs::resize_file(samples_, 100);
+  refused({"--model", model_, "--samples", samples_}, HasSubstr(samples_));
+  fs::resize_file(model_ + "/model.safetensors", 300'000);
+  refused({"--model", model_, "--samples", samples_}, HasSubstr("the file is cut"));
+}
+
+// ---- Examples -------------------------------------------------------------------------------------------------------
+
+using ExampleTest = InspectTest;
+
+TEST_F(ExampleTest, EachNameLeavesItsFileInTheCurrentDirectory) {
+  for (const char* name :
+       {"model", "for_causal_lm", "for_conditional_generation", "vision_model", "vision_patch_embedder",
+        "vision_pooler", "multimodal_embedder", "text_scaled_word_embedding"}) {
+    const ProgramResult result = RunProgram({"example", name}, "cd '" + work_ + "'; ");
+    ASSERT_EQ(result.exit_code, 0) << result.err;
+    const std::string file = fmt::format("gemma4_{}.q.circle", name);
+    EXPECT_THAT(result.out,
+                AllOf(StartsWith("Preparing model for quantization...\n"), HasSubstr("Quantization Error"),
+                      HasSubstr("on a sample that was not calibrated on"), HasSubstr("Export output shape: ("),
+                      EndsWith(fmt::format("Circle model saved as '{}'\n", file))));
+    EXPECT_EQ(RunProgram({"show", Work(file)}).exit_code, 0);
+  }
+}
+
+TEST_F(ExampleTest, TheSeedDecidesTheFile) {
+  const auto hash = [&](const std::string& seed) {
+    const ProgramResult result =
+        RunProgram({"example", "gemma4_vision_pooler", "--output-dir", work_ + "/new/dir", "--seed", seed});
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    return Sha256File(Work("new/dir/gemma4_vision_pooler.q.circle"));
+  };
+  const std::string first = hash("123");
+  EXPECT_EQ(hash("123"), first);
+  EXPECT_NE(hash("124"), first);
+}
+
+TEST_F(ExampleTest, MistakesAreTold) {
+  ExpectRefused({"example", "gemma4_modl"}, AllOf(HasSubstr("nearest: \"model\""), HasSubstr("vision_pooler")));
+  ExpectRefused({"example", "model", "--output-dir", "/proc/circlet/out"},
+                HasSubstr("/proc/circlet/out: cannot be created: No such file"));
+  ExpectRefused({"example", "model", "--output-dir", work_ + "/dir"}, HasSubstr("File too large"),
+                "trap \"\" XFSZ; ulimit -f 8; ");
+  for (const std::vector<std::string>& arguments :
+       {std::vector<std::string>{"example"}, {"example", "model", "--seed", "x"}})
+    EXPECT_EQ(RunProgram(arguments).exit_code, 2) << testing::PrintToString(arguments);
 }
 
 // ---- The command line -----------------------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
 #include <fmt/core.h>
 
+#include <algorithm>
+#include <iterator>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "circlet/base/error.h"
-#include "circlet/io/json.h"
 #include "circlet/smoke/smoke.h"
 #include "circlet/smoke/trace.h"
 #include "cli/commands.h"
 
 namespace circlet {
 namespace {
+
+constexpr char kStaticProfile[] = "e2b_static_runtime";
 
 struct InspectOptions {
   std::string mode = "wrapper-smoke", config, case_name, profile, export_kind, output_dir, report_json, recipe, compare,
@@ -30,21 +32,29 @@ void ListCases() {
   }
 }
 
-// Assignments to debug.wrapper_smoke are the runner's, the others the recipe's.
+// Assignments to the settings of the runner; all others are the recipe's.
+bool OfRunner(const std::string& assignment) {
+  return assignment.starts_with("debug.") || assignment.starts_with("runtime.");
+}
+
 SmokeRun ReadRun(const InspectOptions& options) {
   SmokeRun run;
-  std::vector<std::string> of_config;
-  for (const std::string& assignment : options.set)
-    (assignment.starts_with("debug.") ? of_config : run.set).push_back(assignment);
-  SmokeOptions smoke;
-  if (!options.config.empty() || !of_config.empty()) {
-    const Recipe recipe = Recipe::Load(options.config.empty() ? "default" : options.config, of_config);
-    smoke = recipe.smoke;
-    if (!options.config.empty() && recipe.quantizes) run.recipe = options.config;
+  std::vector<std::string> of_runner;
+  for (const std::string& assignment : options.set) (OfRunner(assignment) ? of_runner : run.set).push_back(assignment);
+  const Recipe config =
+      options.config.empty() ? Recipe::Parse("{}", "settings", of_runner) : Recipe::Load(options.config, of_runner);
+  const SmokeOptions& smoke = config.smoke;
+  if (!options.recipe.empty()) {
+    run.recipe = options.recipe;
+  } else if (config.quantizes) {
+    run.recipe = options.config;
   }
-  if (!options.recipe.empty()) run.recipe = options.recipe;
-  run.size.profile = options.profile.empty() ? smoke.size_profile : options.profile;
-  run.size.counts = smoke.static_runtime;
+  run.size = {.profile = options.profile.empty() ? smoke.size_profile : options.profile,
+              .counts = smoke.static_runtime,
+              .seed = smoke.seed};
+  for (const std::string& assignment : of_runner)
+    if (assignment.starts_with("debug.wrapper_smoke.gemma4.static_runtime.") && run.size.profile != kStaticProfile)
+      Fail("--set {}: has no effect on the profile {}; add --profile {}", assignment, run.size.profile, kStaticProfile);
   run.calibration_iters = options.calibration_iters.value_or(smoke.calibration_iters);
   run.export_circle = options.export_kind.empty() ? smoke.export_circle : options.export_kind == "circle";
   run.output_dir = !options.output_dir.empty() ? options.output_dir
@@ -55,80 +65,118 @@ SmokeRun ReadRun(const InspectOptions& options) {
   return run;
 }
 
+// What --case names. A suite is of the cases that the profile has.
+std::vector<SmokeCase> CasesOf(const InspectOptions& options, const std::string& profile) {
+  if (options.case_name.empty()) Fail("inspect: which case? --case NAME, --case all, or --list-cases");
+  if (options.case_name != "all") return {FindSmokeCase(options.case_name)};
+  std::vector<SmokeCase> cases;
+  std::ranges::copy_if(SmokeCases(), std::back_inserter(cases),
+                       [&](const SmokeCase& known) { return known.Has(profile); });
+  return cases;
+}
+
+// Of --compare, or the one that all cases run in; "": each case its own.
+std::vector<std::string> RecipesOf(const InspectOptions& options, const SmokeRun& run) {
+  if (options.compare.empty()) return {run.recipe};
+  if (!options.recipe.empty()) Fail("inspect: --compare names the recipes; leave --recipe out");
+  std::vector<std::string> recipes;
+  std::istringstream names(options.compare);
+  for (std::string name; std::getline(names, name, ',');) {
+    if (name.empty()) Fail("inspect: --compare {}: a name is empty; write w8a16,w4a16", options.compare);
+    recipes.push_back(name);
+  }
+  return recipes;
+}
+
 int RunCases(const InspectOptions& options) {
   SmokeRun run = ReadRun(options);
-  std::vector<SmokeCase> cases;
-  if (options.case_name.empty()) Fail("inspect: which case? --case NAME, --case all, or --list-cases");
-  if (options.case_name == "all") {
-    cases = SmokeCases();
-    run.plot = false;
-  } else {
-    cases.push_back(FindSmokeCase(options.case_name));
-  }
-  std::vector<std::string> recipes{run.recipe};
-  if (!options.compare.empty()) {
-    recipes.clear();
-    std::istringstream names(options.compare);
-    for (std::string name; std::getline(names, name, ',');) recipes.push_back(name);
-    run.plot = false;
-  }
+  const std::vector<SmokeCase> cases = CasesOf(options, run.size.profile);
+  const std::vector<std::string> recipes = RecipesOf(options, run);
+  const bool single = options.case_name != "all" && recipes.size() == 1;
+  run.plot = run.plot && single;
+  // A misspelled recipe is told once, before anything runs.
+  for (const std::string& recipe : recipes) Recipe::Load(recipe.empty() ? cases.front().recipe : recipe, run.set);
+  if (options.case_name == "all")
+    for (const SmokeCase& known : SmokeCases())
+      if (!known.Has(run.size.profile)) fmt::print("{}: left out, has no profile {}\n", known.name, run.size.profile);
+  const std::filesystem::path output_dir = run.output_dir;
   std::vector<SmokeResult> results;
   for (const SmokeCase& test_case : cases)
     for (const std::string& recipe : recipes) {
       run.recipe = recipe;
+      // Files have the case's name, so each recipe of a comparison needs a directory.
+      if (recipes.size() > 1) run.output_dir = output_dir / std::filesystem::path(recipe).stem();
       results.push_back(RunSmoke(test_case, run));
     }
-  const bool single = results.size() == 1 && options.case_name != "all";
-  if (!options.report_json.empty()) {
-    nlohmann::json report = SmokeSuiteJson(results);
-    if (single) {
-      report = SmokeJson(results.front());
-      report["schema_version"] = 1;
-    }
-    WriteJson(options.report_json, report);
-    if (single) results.front().artifacts["report"] = options.report_json;
-  }
   if (single) {
     fmt::print("{}", SmokeText(results.front()));
   } else {
     if (!options.compare.empty()) fmt::print("{}\n", SmokeComparison(results));
     fmt::print("{}", SmokeTable(results));
   }
-  for (const SmokeResult& result : results)
-    if (!result.Passed()) return 1;
-  return 0;
+  if (!options.report_json.empty()) {
+    WriteSmokeReport(options.report_json, results);
+    fmt::print("report: {}\n", options.report_json);
+  }
+  return std::ranges::all_of(results, &SmokeResult::Passed) ? 0 : 1;
+}
+
+// The parts of a trace, and what they are quantized with unless told otherwise.
+struct Traced {
+  std::vector<SmokePart> parts;
+  std::string recipe;
+};
+
+Traced TracedCase(const InspectOptions& options, const SmokeRun& run) {
+  if (options.case_name.empty()) Fail("inspect: trace what? --case NAME, or --model DIR --samples FILE");
+  if (options.case_name == "all")
+    Fail("inspect: --mode trace takes one case; `circlet inspect --list-cases` lists all");
+  if (!options.samples.empty()) Fail("inspect: --samples needs --model DIR; a case draws its own");
+  const SmokeCase& known = FindSmokeCase(options.case_name);
+  known.RequireProfile(run.size.profile);
+  SmokeSize size = run.size;
+  size.padding_patches = false;
+  if (run.calibration_iters > 0) size.samples = run.calibration_iters;
+  return {known.build(size), known.recipe};
+}
+
+Traced TracedModel(const InspectOptions& options) {
+  if (!options.case_name.empty()) Fail("inspect: --case and --model exclude each other");
+  if (options.samples.empty()) Fail("inspect: --model needs --samples FILE (JSON lines or safetensors)");
+  std::vector<SmokePart> parts = ModelParts(options.model, options.samples);
+  // Every sample is a part of its own; the last is measured.
+  const int iters = options.calibration_iters.value_or(0);
+  if (iters > 0 && iters + 1 < static_cast<int>(parts.size())) parts.erase(parts.begin() + iters, parts.end() - 1);
+  return {std::move(parts), "default"};
 }
 
 int RunTrace(const InspectOptions& options) {
   const SmokeRun run = ReadRun(options);
-  std::vector<SmokePart> parts;
-  std::string recipe = run.recipe;
-  int iters = options.calibration_iters.value_or(0);
-  if (!options.model.empty()) {
-    if (options.samples.empty()) Fail("inspect: --model needs --samples FILE (JSON lines or safetensors)");
-    parts = ModelParts(options.model, options.samples);
-    if (recipe.empty()) recipe = "default";
-    // Every sample is a part of its own.
-    if (iters > 0 && iters + 1 < static_cast<int>(parts.size())) parts.erase(parts.begin() + iters, parts.end() - 1);
-  } else {
-    if (options.case_name.empty()) Fail("inspect: trace what? --case NAME, or --model DIR --samples FILE");
-    const SmokeCase& known = FindSmokeCase(options.case_name);
-    SmokeSize size = run.size;
-    if (run.calibration_iters > 0) size.samples = run.calibration_iters;
-    parts = known.build(size);
-    if (recipe.empty()) recipe = known.recipe;
-  }
-  const std::vector<TracePoint> points = Trace(std::move(parts), Recipe::Load(recipe, run.set), iters, options.explain);
+  Traced traced = options.model.empty() ? TracedCase(options, run) : TracedModel(options);
+  const Recipe recipe = Recipe::Load(run.recipe.empty() ? traced.recipe : run.recipe, run.set);
+  const std::vector<TracePoint> points = Trace(std::move(traced.parts), recipe, /*iters=*/0, options.explain);
   if (options.explain.empty()) {
     fmt::print("{}", TraceText(points, options.rows));
     return 0;
   }
-  for (const TracePoint& point : points) {
-    if (point.name != options.explain) continue;
-    fmt::print("{}", ExplainText(point));
-    return 0;
-  }
-  Fail("inspect: {} is a parameter's grid; `--explain` shows points that values pass", options.explain);
+  const auto explained = std::ranges::find(points, options.explain, &TracePoint::name);
+  if (explained == points.end())
+    Fail("inspect: {} is a parameter's grid; `--explain` shows points that values pass", options.explain);
+  fmt::print("{}", ExplainText(*explained));
+  return 0;
+}
+
+// An option that the mode does not read would be without effect.
+void RefuseOptionsOfOtherMode(const CLI::App& inspect, const std::string& mode) {
+  const auto refuse = [&](std::initializer_list<const char*> names, const char* other) {
+    for (const char* name : names)
+      if (inspect.count(name) > 0)
+        Fail("inspect: {} has no effect in --mode {}; it belongs to --mode {}", name, mode, other);
+  };
+  if (mode == "trace")
+    refuse({"--compare", "--export", "--output-dir", "--report-json", "--no-plot", "--strict"}, "wrapper-smoke");
+  else
+    refuse({"--model", "--samples", "--explain", "--rows"}, "trace");
 }
 
 }  // namespace
@@ -147,7 +195,7 @@ void AddInspect(CLI::App& app, std::function<int()>& command) {
   inspect->add_option("--case", options->case_name, "One case, or all");
   inspect->add_flag("--list-cases", options->list_cases, "Names, recipes and profiles of the cases");
   inspect->add_option("--profile", options->profile, "Size: tiny, e2b_dims, e2b_static_runtime")
-      ->check(CLI::IsMember({"tiny", "e2b_dims", "e2b_static_runtime"}));
+      ->check(CLI::IsMember({"tiny", "e2b_dims", kStaticProfile}));
   inspect->add_option("--recipe", options->recipe, "Built-in name or YAML file; default: the case's own");
   inspect->add_option("--compare", options->compare, "Recipes side by side: w8a16,w4a16");
   inspect->add_option("--set", options->set, "KEY=VALUE in the recipe, or debug.wrapper_smoke.KEY=VALUE (repeatable)");
@@ -161,12 +209,13 @@ void AddInspect(CLI::App& app, std::function<int()>& command) {
   inspect->add_option("--rows", options->rows, "trace: points listed")->check(CLI::PositiveNumber)->capture_default_str();
   inspect->add_flag("--no-plot", options->no_plot, "No scatter plot");
   inspect->add_flag("--strict", options->strict, "Warnings fail too");
-  inspect->callback([options, &command] {
-    command = [options] {
+  inspect->callback([inspect, options, &command] {
+    command = [inspect, options] {
       if (options->list_cases) {
         ListCases();
         return 0;
       }
+      RefuseOptionsOfOtherMode(*inspect, options->mode);
       return options->mode == "trace" ? RunTrace(*options) : RunCases(*options);
     };
   });

@@ -1,5 +1,7 @@
 #include <fmt/ranges.h>
 
+#include <algorithm>
+
 #include "circlet/base/error.h"
 #include "circlet/io/names.h"
 #include "smoke/parts.h"
@@ -20,6 +22,7 @@ SmokeCase MakeCase(std::string name, std::string recipe, PartBuilder parts,
           .build = [parts = std::move(parts), tiny = std::move(tiny)](const SmokeSize& size) {
             SmokeSizes sizes = SizesOf(size);
             if (tiny && size.profile == "tiny") tiny(sizes);
+            if (!size.padding_patches) DropPadding(sizes);
             return parts({std::move(sizes), size.samples, size.seed});
           }};
 }
@@ -77,6 +80,12 @@ std::vector<SmokeCase> MakeCases() {
 }
 
 }  // namespace
+
+bool SmokeCase::Has(std::string_view profile) const { return std::ranges::find(profiles, profile) != profiles.end(); }
+
+void SmokeCase::RequireProfile(std::string_view profile) const {
+  if (!Has(profile)) Fail("{} has no profile {}; choose {}", name, profile, fmt::join(profiles, " or "));
+}
 
 const std::vector<SmokeCase>& SmokeCases() {
   static const std::vector<SmokeCase> cases = MakeCases();

@@ -2,6 +2,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/circle/export.h"
+#include "circlet/io/file.h"
 #include "circlet/io/names.h"
 #include "circlet/report/terminal.h"
 #include "smoke/parts.h"
@@ -87,7 +88,7 @@ std::string RunExample(std::string_view name, const std::filesystem::path& outpu
   text += fmt::format("Export output shape: {}\n",
                       TupleText(part.graph.TypeOf(part.graph.Outputs().front().value).shape));
   text += "Converting to Circle format...\n";
-  std::filesystem::create_directories(output_dir);
+  CreateDirectories(output_dir);
   const std::filesystem::path path = output_dir / fmt::format("gemma4_{}.q.circle", example.name);
   circle::Write(model, path);
   return text + fmt::format("Circle model saved as '{}'\n", path.lexically_normal().string());

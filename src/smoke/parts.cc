@@ -22,7 +22,8 @@ SmokePart MakePart(const PartOptions& options, const std::function<void(const Bu
   return part;
 }
 
-std::vector<SmokePart> One(SmokePart part) {
+std::vector<SmokePart> One(SmokePart part, int64_t real = 0) {
+  part.real = real;
   std::vector<SmokePart> parts;
   parts.push_back(std::move(part));
   return parts;
@@ -89,6 +90,10 @@ WeightSource VisionStored(const PartOptions& options, WeightLaw law) {
   const VisionConfig& vision = *options.sizes.config.vision;
   const WeightSource stored = RandomWeights(options.sizes.config, law, options.seed);
   return VisionWeights(vision, stored, kDefault).For(options.sizes.positions);
+}
+
+PatchLayout PictureOf(const PartOptions& options) {
+  return LayoutOf(*options.sizes.config.vision, options.sizes.positions);
 }
 
 int64_t PatchesOf(const PartOptions& options) { return static_cast<int64_t>(options.sizes.positions.size()) / 2; }
@@ -161,9 +166,10 @@ std::vector<SmokePart> PatchEmbedderParts(const PartOptions& options) {
   const VisionConfig& vision = *options.sizes.config.vision;
   const int64_t patches = PatchesOf(options);
   return One(MakePart(
-      options, [&](const Builder& b) { BuildPatchEmbedder(b, vision, patches, kDefault); },
-      VisionStored(options, WeightLaw::kModule),
-      NormalInput(options, "pixel_values", {1, patches, vision.PatchValues()})));
+                 options, [&](const Builder& b) { BuildPatchEmbedder(b, vision, patches, kDefault); },
+                 VisionStored(options, WeightLaw::kModule),
+                 NormalInput(options, "pixel_values", {1, patches, vision.PatchValues()})),
+             PictureOf(options).valid);
 }
 
 std::vector<SmokePart> VisionAttentionParts(const PartOptions& options) {
@@ -186,19 +192,21 @@ std::vector<SmokePart> VisionEncoderParts(const PartOptions& options) {
   const SmokeSizes& sizes = options.sizes;
   const VisionConfig& vision = *sizes.config.vision;
   return One(MakePart(
-      options, [&](const Builder& b) { BuildVisionEncoder(b, vision, sizes.positions, kDefault); },
-      VisionStored(options, WeightLaw::kModule),
-      NormalInput(options, "hidden", {1, PatchesOf(options), vision.hidden_size})));
+                 options, [&](const Builder& b) { BuildVisionEncoder(b, vision, sizes.positions, kDefault); },
+                 VisionStored(options, WeightLaw::kModule),
+                 NormalInput(options, "hidden", {1, PatchesOf(options), vision.hidden_size})),
+             PictureOf(options).valid);
 }
 
 std::vector<SmokePart> VisionPoolerParts(const PartOptions& options) {
   const SmokeSizes& sizes = options.sizes;
   const VisionConfig& vision = *sizes.config.vision;
   return One(MakePart(
-      options,
-      [&](const Builder& b) { BuildVisionPooler(b, vision, sizes.positions, VisionUse::kExport, kDefault); },
-      VisionStored(options, WeightLaw::kModule),
-      NormalInput(options, "hidden", {1, PatchesOf(options), vision.hidden_size})));
+                 options,
+                 [&](const Builder& b) { BuildVisionPooler(b, vision, sizes.positions, VisionUse::kExport, kDefault); },
+                 VisionStored(options, WeightLaw::kModule),
+                 NormalInput(options, "hidden", {1, PatchesOf(options), vision.hidden_size})),
+             PictureOf(options).tokens);
 }
 
 std::vector<SmokePart> VisionModelParts(const PartOptions& options) {
@@ -213,7 +221,7 @@ std::vector<SmokePart> VisionModelParts(const PartOptions& options) {
 
 std::vector<SmokePart> EmbedderParts(const PartOptions& options) {
   const SmokeSizes& sizes = options.sizes;
-  const int64_t tokens = sizes.causal ? LayoutOf(*sizes.config.vision, sizes.positions).tokens : 16;
+  const int64_t tokens = sizes.causal ? PictureOf(options).tokens : 16;
   return One(MakePart(
       options, [&](const Builder& b) { BuildMultimodalEmbedder(b, sizes.config, tokens, kDefault); },
       ModuleWeights(options), NormalInput(options, "hidden", {tokens, sizes.config.vision->hidden_size})));
@@ -228,7 +236,7 @@ std::vector<SmokePart> WholeModelParts(const PartOptions& options, WholeModel wh
   if (what.logits) config.text.final_logit_softcapping = 30.0f;
   const SmokeSizes& sizes = whole.sizes;
   const ImageSlot slot{sizes.positions, sizes.start};
-  const int64_t tokens = LayoutOf(*config.vision, sizes.positions).tokens;
+  const int64_t tokens = PictureOf(whole).tokens;
   const WeightSource stored = VisionStored(whole, WeightLaw::kModel);
 
   const auto part = [&](const char* name, const ImageSlot* image) {

@@ -5,11 +5,14 @@
 #include <nlohmann/json.hpp>
 
 #include "circlet/io/file.h"
+#include "circlet/io/json.h"
 #include "circlet/report/terminal.h"
 #include "circlet/smoke/smoke.h"
 
 namespace circlet {
 namespace {
+
+constexpr int kSchemaVersion = 1;
 
 std::string Figure(const SmokeResult& result, double (ErrorMetrics::*read)() const) {
   if (!result.metrics) return "n/a";
@@ -121,7 +124,14 @@ nlohmann::json SmokeJson(const SmokeResult& result) {
 nlohmann::json SmokeSuiteJson(std::span<const SmokeResult> results) {
   nlohmann::json cases = nlohmann::json::array();
   for (const SmokeResult& result : results) cases.push_back(SmokeJson(result));
-  return {{"schema_version", 1}, {"cases", cases}};
+  return {{"schema_version", kSchemaVersion}, {"cases", cases}};
+}
+
+void WriteSmokeReport(const std::filesystem::path& path, std::span<const SmokeResult> results) {
+  nlohmann::json report = results.size() == 1 ? SmokeJson(results.front()) : SmokeSuiteJson(results);
+  report["schema_version"] = kSchemaVersion;
+  if (path.has_parent_path()) CreateDirectories(path.parent_path());
+  WriteJson(path, report);
 }
 
 }  // namespace circlet

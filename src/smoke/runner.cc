@@ -1,4 +1,4 @@
-#include <fmt/ranges.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
@@ -9,6 +9,7 @@
 #include "circlet/io/file.h"
 #include "circlet/report/terminal.h"
 #include "smoke/session.h"
+#include "smoke/sizes.h"
 
 namespace circlet {
 namespace {
@@ -16,22 +17,25 @@ namespace {
 // A bound that allows this many times the measured error says little about it.
 constexpr double kWidestBound = 3.0;
 
+// What padding patches compute is read by nothing, and a rounded mask changes it.
+std::span<const float> Real(const SmokePart& part, const Tensor& output) {
+  const std::span<const float> values = output.F32();
+  return part.real == 0 ? values : values.first(values.size() / output.GetShape()[1] * part.real);
+}
+
 class Runner {
  public:
   Runner(const SmokeCase& test_case, const SmokeRun& run, SmokeResult& result)
       : case_(test_case), run_(run), result_(result) {}
 
   void Run() {
-    if (std::ranges::find(case_.profiles, run_.size.profile) == case_.profiles.end()) {
-      Failed("UNAVAILABLE", fmt::format("{} has no profile {}; choose {}", case_.name, run_.size.profile,
-                                        fmt::join(case_.profiles, " or ")));
-      return;
-    }
     std::optional<SmokeSession> session;
-    if (!Try("CONFIG", [&] { session.emplace(MakeSession()); })) return;
-    if (!Try("CONFIG", [&] { Calibrate(*session); }) || !result_.failures.empty()) return;
-    if (!Try("SHAPE", [&] { Compare(*session); }) || !run_.export_circle) return;
-    Export(*session);
+    const bool compared = Try("UNAVAILABLE", [&] { case_.RequireProfile(run_.size.profile); }) &&
+                          Try("CONFIG", [&] { session.emplace(MakeSession()); }) &&
+                          Try("CONFIG", [&] { session->Observe(run_.calibration_iters); }) &&
+                          Try("SHAPE", [&] { RunFloat(*session); }) && result_.failures.empty() &&
+                          Try("CONFIG", [&] { session->Freeze(); }) && Try("SHAPE", [&] { Compare(*session); });
+    if (compared && run_.export_circle) Export(*session);
   }
 
  private:
@@ -48,10 +52,14 @@ class Runner {
     try {
       body();
       return true;
+    } catch (const Bug& bug) {
+      Failed(kind, fmt::format("this is a bug: {}", bug.what()));
+    } catch (const std::bad_alloc&) {
+      Failed(kind, "out of memory");
     } catch (const std::exception& error) {
       Failed(kind, error.what());
-      return false;
     }
+    return false;
   }
 
   SmokeSession MakeSession() {
@@ -67,8 +75,7 @@ class Runner {
   }
 
   // A float model that is not finite has no grids, so it is told before they are asked for.
-  void Calibrate(SmokeSession& session) {
-    session.Observe(run_.calibration_iters);
+  void RunFloat(SmokeSession& session) {
     for (const SmokePart& part : session.Parts()) {
       references_.push_back(session.RunFloat(part, part.evaluation));
       const Tensor& output = references_.back().at(part.graph.Outputs().front().name);
@@ -82,7 +89,6 @@ class Runner {
     }
     for (const std::string& point : session.NonFinite())
       Failed("NON-FINITE", fmt::format("{}: a calibration sample brought a NaN or an infinity", point));
-    if (result_.failures.empty()) session.Freeze();
   }
 
   void Compare(SmokeSession& session) {
@@ -95,9 +101,10 @@ class Runner {
       const Tensor &expected = references_[i].at(output), &got = simulated_.back().at(output);
       result_.float_shape = expected.GetShape();
       result_.quant_shape = got.GetShape();
-      metrics.Add(expected, got);
-      float_values.insert(float_values.end(), expected.F32().begin(), expected.F32().end());
-      quant_values.insert(quant_values.end(), got.F32().begin(), got.F32().end());
+      const std::span<const float> expected_values = Real(part, expected), values = Real(part, got);
+      metrics.Add(expected_values, values);
+      float_values.insert(float_values.end(), expected_values.begin(), expected_values.end());
+      quant_values.insert(quant_values.end(), values.begin(), values.end());
     }
     result_.metrics = metrics;
     if (metrics.nonfinite_quantized > 0)
@@ -114,8 +121,9 @@ class Runner {
   void CheckBounds(const ErrorMetrics& metrics) {
     result_.bounds =
         run_.bounds ? run_.bounds : BoundsOf(case_.name, run_.size.profile, result_.recipe);
-    const bool own_counts = run_.size.profile == "e2b_static_runtime" && !run_.size.counts.profile.empty();
-    const bool standard = run_.set.empty() && !own_counts && run_.calibration_iters == SmokeRun().calibration_iters;
+    const SmokeRun measured{.size = {.profile = run_.size.profile}};
+    const bool standard = run_.set.empty() && run_.calibration_iters == measured.calibration_iters &&
+                          run_.size.seed == measured.size.seed && CountsAreStandard(run_.size);
     if (!result_.bounds || (!run_.bounds && !standard)) {
       result_.bounds.reset();
       result_.messages.push_back(fmt::format("no bounds are known for {}, profile {}, recipe {}{}", case_.name,
@@ -146,7 +154,7 @@ class Runner {
     const Graph& graph = part.exported ? *part.exported : part.graph;
     const std::filesystem::path path = run_.output_dir / (case_.name + ".q.circle");
     const bool written = Try("EXPORT", [&] {
-      std::filesystem::create_directories(run_.output_dir);
+      CreateDirectories(run_.output_dir);
       const circle::Model model = circle::ToCircle(graph, CalibratedGrids(session.GetCalibration(), part.stored));
       result_.operators = static_cast<int64_t>(model.operators.size());
       result_.bytes = run_.write ? run_.write(model, path) : circle::Write(model, path);
@@ -159,7 +167,11 @@ class Runner {
 
   void Verify(const std::filesystem::path& path, const Graph& graph, const SmokePart& part) {
     const circle::Model file = circle::Read(path);
-    const SmokeValues computed = circle::RunModel(file, part.evaluation);
+    // By place: a clamp that is left out takes the input's name with it.
+    SmokeValues inputs;
+    for (size_t i = 0; i < graph.Inputs().size(); ++i)
+      inputs[file.tensors[file.inputs.at(i)].name] = part.evaluation.at(graph.At(graph.Inputs()[i]).name);
+    const SmokeValues computed = circle::RunModel(file, inputs);
     for (size_t i = 0; i < file.outputs.size(); ++i) {
       const circle::Tensor& tensor = file.tensors[file.outputs[i]];
       const std::string& name = graph.Outputs()[i].name;

@@ -1,8 +1,10 @@
 #include "smoke/sizes.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "circlet/base/error.h"
+#include "circlet/model/vision.h"
 #include "model/gemma4/vision_profile.h"
 
 namespace circlet {
@@ -122,6 +124,10 @@ void SetPicture(SmokeSizes& sizes, int patch_size, int pooling_kernel, int64_t g
   sizes.positions.insert(sizes.positions.end(), 2 * padding, int64_t{-1});
 }
 
+void DropPadding(SmokeSizes& sizes) {
+  sizes.positions.resize(2 * LayoutOf(*sizes.config.vision, sizes.positions).valid);
+}
+
 SmokeSizes SizesOf(const SmokeSize& size) {
   if (size.profile == "e2b_static_runtime") return StaticSizes(size.counts);
   if (size.profile == "e2b_dims") {
@@ -134,6 +140,14 @@ SmokeSizes SizesOf(const SmokeSize& size) {
   sizes.causal = false;
   SetPicture(sizes, 16, 3, 6, 6);
   return sizes;
+}
+
+bool CountsAreStandard(const SmokeSize& size) {
+  const SmokeSizes given = SizesOf(size), standard = SizesOf({.profile = size.profile});
+  const auto counts = [](const SmokeSizes& sizes) {
+    return std::tuple(sizes.length, sizes.start, sizes.config.vision->pooling_kernel_size, sizes.positions);
+  };
+  return counts(given) == counts(standard);
 }
 
 SmokeSizes ExampleSizes() {

@@ -20,11 +20,14 @@ struct SmokeSizes {
 };
 
 SmokeSizes SizesOf(const SmokeSize& size);
+// Whether the counts change nothing of what the profile is without them.
+bool CountsAreStandard(const SmokeSize& size);
 // Of the examples (ptq.md 10.4).
 SmokeSizes ExampleSizes();
 
 // Gives the tower other patches, and a picture of grid_height x grid_width of them followed by `padding`.
 void SetPicture(SmokeSizes& sizes, int patch_size, int pooling_kernel, int64_t grid_height, int64_t grid_width,
                 int64_t padding = 0);
+void DropPadding(SmokeSizes& sizes);
 
 }  // namespace circlet

@@ -135,10 +135,13 @@ SmokePart PartOf(const Gemma4Config& config, const ModelWeights& weights, const 
   if (!sample.pixel_values.Empty()) {
     const Shape& pixels = sample.pixel_values.GetShape();
     if (pixels[0] != 1) Fail("{}: {} images; a trace takes samples with one image or none", sample.source, pixels[0]);
+    // Padding patches change nothing that is read; measured with the others they would hide them.
     const std::span<const int64_t> positions = sample.image_position_ids.I64();
-    slot.emplace(ImageSlot{{positions.begin(), positions.end()}, 0});
-    image_tokens = {LayoutOf(*config.vision, slot->positions).tokens};
-    values["pixel_values"] = sample.pixel_values;
+    const PatchLayout layout = LayoutOf(*config.vision, positions);
+    slot.emplace(ImageSlot{{positions.begin(), positions.begin() + 2 * layout.valid}, 0});
+    image_tokens = {layout.tokens};
+    values["pixel_values"] = Tensor({DType::kF32, {1, layout.valid, pixels[2]}}, sample.pixel_values.Raw(),
+                                    std::make_shared<Tensor>(sample.pixel_values));
     part.stored = VisionWeights(*config.vision, stored, kDefault).For(slot->positions);
   }
   const std::vector<int64_t> places = CheckPlaceholders(config, ids, image_tokens);
@@ -160,8 +163,8 @@ std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe
   if (!explain.empty()) {
     const std::vector<std::string> names = session.PointNames();
     if (std::ranges::find(names, explain) == names.end())
-      Fail("inspect: no point \"{}\"{}; --mode trace without --explain lists all", explain,
-           NearestHint(explain, names));
+      Fail("inspect: no point \"{}\"{}; `--mode trace --rows {}` lists all", explain, NearestHint(explain, names),
+           names.size());
   }
   session.Observe(iters);
   session.Freeze();
@@ -217,7 +220,10 @@ std::string TraceText(const std::vector<TracePoint>& points, int rows) {
                point.grid ? fmt::format("{:.4g}", point.grid->scale[0]) : "-", point.grid ? Percent(point.used) : "-",
                point.grid ? Percent(point.clipped) : "-", Percent(point.error_in), Percent(point.error_out)});
   }
-  return table.ToString();
+  std::string text = table.ToString();
+  if (points.size() > static_cast<size_t>(rows))
+    text += fmt::format("{} of {} points; --rows {} lists all\n", rows, points.size(), points.size());
+  return text;
 }
 
 std::string ExplainText(const TracePoint& point) {

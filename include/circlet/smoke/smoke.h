@@ -34,14 +34,16 @@ struct SmokePart {
   WeightSource stored;            // float32
   std::vector<SmokeValues> calibration;
   SmokeValues evaluation;
+  int64_t real = 0;  // positions of axis 1 of the first output that are compared, the rest is padding; 0: all
 };
 
 // How large a case is built. Counts of e2b_static_runtime obey the rules of vision profiles (ptq.md 8.1).
 struct SmokeSize {
   std::string profile = "tiny";  // tiny, e2b_dims, e2b_static_runtime
   SmokeOptions::StaticRuntime counts;
-  int samples = 3;  // calibration samples of each part
-  uint64_t seed = 123;
+  bool padding_patches = true;  // behind the picture, as exported graphs have them
+  int samples = 3;              // calibration samples of each part
+  uint64_t seed = SmokeOptions().seed;
 };
 
 struct SmokeCase {
@@ -50,6 +52,10 @@ struct SmokeCase {
   std::string recipe;                 // what it is quantized with unless told otherwise
   // Throws Error for sizes that do not fit.
   std::function<std::vector<SmokePart>(const SmokeSize&)> build;
+
+  bool Has(std::string_view profile) const;
+  // Throws Error with the profiles that there are.
+  void RequireProfile(std::string_view profile) const;
 };
 
 // Every Gemma 4 case of ptq.md 11.2 but the draft model's, in its order.
@@ -108,6 +114,9 @@ std::string SmokeComparison(std::span<const SmokeResult> results);
 // docs/smoke.md. Figures that are not finite are null.
 nlohmann::json SmokeJson(const SmokeResult& result);
 nlohmann::json SmokeSuiteJson(std::span<const SmokeResult> results);
+
+// SmokeJson of the one result, or else SmokeSuiteJson, as a file; makes the directory that it goes to.
+void WriteSmokeReport(const std::filesystem::path& path, std::span<const SmokeResult> results);
 
 // One of the classical first tries (ptq.md 10.4): a tiny random model, 20 samples of each kind, error boxes on a sample
 // that was not calibrated on and on one that was, scatter plot, NAME.q.circle in `output_dir`. Gives what is to be
