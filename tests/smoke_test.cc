@@ -5,14 +5,17 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cmath>
+#include <algorithm>
 #include <limits>
+#include <new>
 #include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
 #include "circlet/circle/export.h"
 #include "circlet/graph/builder.h"
+#include "circlet/io/file.h"
 #include "circlet/smoke/trace.h"
+#include "temp_directory.h"
 
 namespace circlet {
 namespace {
@@ -48,14 +51,67 @@ std::vector<std::string> CaseNames() {
 INSTANTIATE_TEST_SUITE_P(AllCases, SmokeCaseTest, testing::ValuesIn(CaseNames()),
                          [](const auto& info) { return info.param; });
 
-TEST(SmokeTest, E2bWidthsRunInAttentionAndVision) {
-  for (const char* name : {"gemma4_text_attention_decode", "gemma4_vision_patch_embedder"}) {
+// The text layers, the embeddings and the whole models take seconds each at these widths; scripts/smoke_bounds.sh runs
+// all.
+TEST(SmokeTest, E2bWidthsKeepTheirBoundsAndTheirFilesComputeTheSimulation) {
+  for (const char* name : {"gemma4_text_attention_sliding_prefill", "gemma4_text_attention_decode",
+                           "gemma4_vision_patch_embedder", "gemma4_vision_attention", "gemma4_vision_encoder_layer",
+                           "gemma4_vision_encoder", "gemma4_vision_pooler", "gemma4_multimodal_embedder"}) {
     SmokeRun run = Exporting();
     run.size.profile = "e2b_dims";
+    run.strict = true;
     const SmokeResult result = RunSmoke(FindSmokeCase(name), run);
     EXPECT_THAT(result.failures, IsEmpty()) << SmokeText(result);
+    EXPECT_TRUE(result.bounds.has_value()) << name;
     EXPECT_GT(result.verified, 0);
   }
+}
+
+TEST(SmokeTest, EveryCaseHasBoundsInEachProfileAndRecipe) {
+  for (const SmokeCase& known : SmokeCases())
+    for (const std::string& profile : known.profiles)
+      for (const char* recipe : {"default", "w8a16", "w4a16", "w8a8", "smoke-u8", "mixed8"}) {
+        const std::optional<SmokeBounds> bounds = BoundsOf(known.name, profile, recipe);
+        ASSERT_TRUE(bounds.has_value()) << known.name << ", " << profile << ", " << recipe;
+        EXPECT_GT(bounds->min_mean, 0);
+      }
+}
+
+// 16 bits stand for a run that quantizes next to nothing: its error is far below that of 8.
+TEST(SmokeTest, ARunThatHardlyQuantizesIsBelowTheLowerBoundOfItsCase) {
+  for (const char* name : {"gemma4_text_mlp", "gemma4_vision_pooler", "gemma4_text_decoder_layer_sliding_prefill"}) {
+    SmokeRun run;
+    run.recipe = "default";
+    run.bounds = BoundsOf(name, "tiny", "smoke-u8");
+    const SmokeResult result = RunSmoke(FindSmokeCase(name), run);
+    EXPECT_THAT(result.failures, ElementsAre("ACCURACY")) << name;
+    EXPECT_THAT(result.messages.front(), HasSubstr("some points are not quantized"));
+  }
+}
+
+TEST(SmokeTest, BoundsAreForTheCountsAndSamplesThatTheyWereMeasuredWith) {
+  const SmokeCase& pooler = FindSmokeCase("gemma4_vision_pooler");
+  SmokeRun run;
+  run.size.profile = "e2b_static_runtime";
+  run.size.counts = {.profile = "e2b_66x36_264", .max_seq = 2048};
+  EXPECT_TRUE(RunSmoke(pooler, run).bounds.has_value()) << "the profile's own counts, spelled out";
+  run.size.counts.max_seq = 1024;
+  EXPECT_FALSE(RunSmoke(pooler, run).bounds.has_value());
+  run = {.size = {.seed = 5}};
+  EXPECT_FALSE(RunSmoke(pooler, run).bounds.has_value());
+  run = {.calibration_iters = 1};
+  const SmokeResult result = RunSmoke(pooler, run);
+  EXPECT_FALSE(result.bounds.has_value());
+  EXPECT_THAT(result.messages.front(), HasSubstr("no bounds are known for gemma4_vision_pooler"));
+}
+
+// Padding patches attend to what a rounded mask leaves of the mask, so they alone are off by half.
+TEST(SmokeTest, PaddingPatchesAreNotCompared) {
+  const SmokeCase& encoder = FindSmokeCase("gemma4_vision_encoder");
+  SmokeRun run{.recipe = "default"};
+  run.size.profile = "e2b_dims";
+  EXPECT_EQ(encoder.build(run.size)[0].real, 36);
+  EXPECT_LT(RunSmoke(encoder, run).metrics->MeanAbs(), 0.01);
 }
 
 // y = f(x) on a point, x [1,4].
@@ -103,14 +159,42 @@ TEST(SmokeTest, SampleOfAnotherShapeIsTold) {
     return parts;
   };
   const SmokeResult result = RunSmoke(damaged, {});
-  EXPECT_FALSE(result.Passed());
-  EXPECT_THAT(result.messages.front(), HasSubstr("[1,3]"));
+  EXPECT_THAT(result.failures, ElementsAre("SHAPE"));
+  EXPECT_THAT(result.messages.front(), HasSubstr("input \"x\" is float32[1,3], expected float32[1,4]"));
+}
+
+TEST(SmokeTest, EveryExceptionIsAResult) {
+  const auto failing = [](const std::function<void()>& body) {
+    SmokeCase test_case = SmallCase(Gelu{}, 0.5f);
+    test_case.build = [body](const SmokeSize&) -> std::vector<SmokePart> {
+      body();
+      return {};
+    };
+    const SmokeResult result = RunSmoke(test_case, {});
+    EXPECT_THAT(result.failures, ElementsAre("CONFIG"));
+    return result.messages.front();
+  };
+  EXPECT_EQ(failing([] { throw std::bad_alloc(); }), "CONFIG: out of memory");
+  EXPECT_THAT(failing([] { CIRCLET_CHECK(1 > 2, "one is small"); }), HasSubstr("CONFIG: this is a bug: "));
+  EXPECT_EQ(failing([] { throw std::runtime_error("else"); }), "CONFIG: else");
 }
 
 TEST(SmokeTest, NanInASampleNamesThePoint) {
   const SmokeResult result = RunSmoke(SmallCase(Gelu{}, std::numeric_limits<float>::quiet_NaN()), {});
   EXPECT_THAT(result.failures, ElementsAre("NON-FINITE"));
   EXPECT_THAT(result.messages.front(), HasSubstr("small.x: a calibration sample brought a NaN or an infinity"));
+}
+
+TEST(SmokeTest, InfinityInTheEvaluatedSampleIsNotFinite) {
+  SmokeCase damaged = SmallCase(Gelu{}, 0.5f);
+  damaged.build = [build = damaged.build](const SmokeSize& size) {
+    std::vector<SmokePart> parts = build(size);
+    parts[0].evaluation["x"].F32()[2] = std::numeric_limits<float>::infinity();
+    return parts;
+  };
+  const SmokeResult result = RunSmoke(damaged, {});
+  EXPECT_THAT(result.failures, ElementsAre("NON-FINITE"));
+  EXPECT_THAT(result.messages, ElementsAre("NON-FINITE: the float model gives 1 values that are not finite"));
 }
 
 TEST(SmokeTest, ImpossibleBoundIsAnAccuracyFailure) {
@@ -147,6 +231,26 @@ TEST(SmokeTest, BrokenOperatorInTheFileIsAVerifyFailure) {
   EXPECT_THAT(result.messages.back(), HasSubstr("values of y are not the simulation's"));
 }
 
+TEST(SmokeTest, FileThatDoesNotReadBackIsAVerifyFailure) {
+  SmokeRun run = Exporting();
+  run.write = [](const circle::Model& model, const std::filesystem::path& path) {
+    const int64_t bytes = circle::Write(model, path);
+    std::filesystem::resize_file(path, bytes / 2);
+    return bytes;
+  };
+  const SmokeResult result = RunSmoke(SmallCase(Gelu{}, 0.5f), run);
+  EXPECT_THAT(result.failures, ElementsAre("VERIFY"));
+  EXPECT_THAT(result.messages.back(), HasSubstr("small.q.circle"));
+}
+
+TEST(SmokeTest, OutputDirectoryThatCannotBeIsAnExportFailure) {
+  SmokeRun run = Exporting();
+  run.output_dir = "/proc/circlet/out";
+  const SmokeResult result = RunSmoke(SmallCase(Gelu{}, 0.5f), run);
+  EXPECT_THAT(result.failures, ElementsAre("EXPORT"));
+  EXPECT_THAT(result.messages.back(), HasSubstr("EXPORT: /proc/circlet/out: cannot be created: No such file"));
+}
+
 TEST(SmokeTest, UnknownCaseNamesTheNearest) {
   try {
     FindSmokeCase("gemma4_text_mpl");
@@ -177,6 +281,29 @@ TEST(SmokeTest, TraceFollowsTheErrorThroughThePoints) {
   EXPECT_EQ(points[1].error_in, points[0].error_out);
   EXPECT_EQ(points[1].values.size(), 4u);
   EXPECT_THAT(ExplainText(points[1]), HasSubstr("grid low"));
+}
+
+TEST(SmokeTest, TraceLeavesOutThePaddingPatchesOfACase) {
+  const SmokeCase& encoder = FindSmokeCase("gemma4_vision_encoder");
+  const std::string point = "model.vision_tower.encoder.layers.0.self_attn.attn_out";
+  SmokeSize size{.profile = "e2b_dims", .padding_patches = false};
+  const std::vector<TracePoint> points = Trace(encoder.build(size), Recipe::Load("default"), 0, point);
+  const auto traced = std::ranges::find(points, point, &TracePoint::name);
+  ASSERT_NE(traced, points.end());
+  EXPECT_EQ(traced->values.size(), 36u * 768);
+  EXPECT_LT(traced->error_out, 0.01) << "a rounded mask changes what padding patches compute by half";
+}
+
+TEST(SmokeTest, TraceLeavesOutThePaddingPatchesOfAPicture) {
+  const std::filesystem::path model = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+  const TempDirectory directory;
+  const std::string line = fmt::format(
+      R"({{"type": "chat", "messages": [{{"role": "user", "content": [{{"type": "image", "image": "{}"}}]}}]}})",
+      (model / "eval/images/calib_00.png").string());
+  WriteFile(directory.Path() / "samples.jsonl", line + "\n" + line + "\n");
+  const std::vector<SmokePart> parts = ModelParts(model, directory.Path() / "samples.jsonl");
+  ASSERT_EQ(parts.size(), 2u);
+  EXPECT_EQ(parts[1].evaluation.at("pixel_values").GetShape(), (Shape{1, 24 * 24, 768})) << "the budget is 630";
 }
 
 TEST(SmokeTest, TraceOfTheWholeModelTakesAPointThatStandsAtSeveralPlaces) {
