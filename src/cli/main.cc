@@ -1,5 +1,5 @@
 #include <fmt/core.h>
-
+#include <malloc.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -23,6 +23,13 @@ void WaitPassively(char** argv) {
   setenv("OMP_WAIT_POLICY", "passive", 1);
   setenv("GOMP_SPINCOUNT", "10000", 0);
   execv("/proc/self/exe", argv);  // on failure the run goes on as it is
+}
+
+// Left alone, glibc takes ever larger blocks from its heap, whose holes a streaming run never gives back.
+void ReturnLargeBlocks() {
+  constexpr int kLargeBytes = 4 << 20;
+  mallopt(M_MMAP_THRESHOLD, kLargeBytes);
+  mallopt(M_TRIM_THRESHOLD, kLargeBytes);
 }
 
 // A word that no option or command has names the nearest that there is; other faults are told as CLI11 tells them.
@@ -56,6 +63,7 @@ int TellFailure(circlet::Communicator* world, int exit_code, std::string_view te
 // Exit codes: 0 done, 1 a result below the wanted bound, 2 an error that the user can mend, 3 a bug.
 int main(int argc, char** argv) {
   WaitPassively(argv);
+  ReturnLargeBlocks();
   CLI::App app{"circlet: from a Gemma 4 checkpoint to calibrated, verified Circle files", "circlet"};
   app.set_version_flag("--version", CIRCLET_VERSION);
   app.require_subcommand(1);
