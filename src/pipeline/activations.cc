@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
-#include "circlet/io/json.h"
+#include "circlet/io/file.h"
 #include "io/system_error.h"
 
 namespace circlet {
@@ -74,7 +74,7 @@ class ActivationStore::File {
 
 void ActivationStore::Write(Entry& entry, Slot& slot, const Tensor& tensor) {
   if (entry.file == nullptr) {
-    fs::create_directories(directory_);
+    CreateDirectories(directory_);
     const int number = next_file_++;
     entry.file = std::make_shared<File>(directory_ / fmt::format("{}.values", number), number);
   }
@@ -200,7 +200,7 @@ void ActivationStore::Forget() {
 void ActivationStore::Restore(const nlohmann::json& state) {
   const std::lock_guard lock(mutex_);
   saved_ = true;
-  fs::create_directories(directory_);
+  CreateDirectories(directory_);
   next_file_ = state.at("next_file").get<int>();
   std::vector<std::string> known;
   for (const auto& [key, described] : state.at("keys").items()) {

@@ -36,13 +36,6 @@ struct ScatterPoint {
   float reference = 0, quantized = 0;
 };
 
-struct Plan {
-  Plan(Graph g, std::unique_ptr<PointReading> r, ExecutorOptions options)
-      : reading(std::move(r)), graph(std::move(g)), executor(graph, reading.get(), options) {}
-  std::unique_ptr<PointReading> reading;
-  Graph graph;
-  Executor executor;
-};
 enum class Reading { kFloat, kObserve, kRound };
 
 class Head {
@@ -98,21 +91,21 @@ class Head {
  private:
   // One thread's executors for one slice of the vocabulary.
   struct Worker {
-    std::map<std::tuple<int64_t, Reading, Compute>, std::unique_ptr<Plan>> plans;
+    std::map<std::tuple<int64_t, Reading, Compute>, std::unique_ptr<ReadyGraph>> plans;
     ObserverMap observers;
   };
-  Plan& PlanFor(Worker& worker, const Item& item, int64_t length, int64_t rows, Reading reading) const {
+  ReadyGraph& PlanFor(Worker& worker, const Item& item, int64_t length, int64_t rows, Reading reading) const {
     const ExecutorOptions options = s_.ComputeOf(item);
     auto& plan = worker.plans[{length, reading, options.compute}];
     if (plan != nullptr) return *plan;
     std::unique_ptr<PointReading> points;
     if (reading == Reading::kObserve) points = std::make_unique<ObserveReading>(c_.calibration, worker.observers);
     if (reading == Reading::kRound) points = std::make_unique<FakeQuantReading>(c_.calibration);
-    plan = std::make_unique<Plan>(Build(length, rows), std::move(points), options);
+    plan = std::make_unique<ReadyGraph>(Build(length, rows), std::move(points), options);
     return *plan;
   }
 
-  static Tensor Logits(Plan& plan, const Tensor& normed, const Tensor& weight) {
+  static Tensor Logits(ReadyGraph& plan, const Tensor& normed, const Tensor& weight) {
     return plan.executor.Run({{"last_hidden_state", normed}}, [&](const std::string&) { return weight; }).at("logits");
   }
 
@@ -133,11 +126,13 @@ class Head {
     });
   }
 
-  // body(begin, normed of positions [begin, ..)) for each slice of an item.
+  // body(begin, normed of positions [begin, ..)) for each slice of an item. Of a caption only what predicts the answer is
+  // read.
   template <typename Body>
   void ForPositions(const Item& item, Chain chain, const Body& body) const {
     const Tensor normed = c_.store.Get(item.id, chain, kNormedKey);
-    for (int64_t begin = 0; begin < item.length; begin += positions_)
+    const int64_t first = item.kind == ItemKind::kCaption ? std::max<int64_t>(0, c_.TextOf(item).answer - 1) : 0;
+    for (int64_t begin = first; begin < item.length; begin += positions_)
       body(begin, Positions(normed, begin, std::min(item.length, begin + positions_)));
   }
 
@@ -156,7 +151,7 @@ class Head {
           const bool observe = observes(item);
           if (item.kind == ItemKind::kControl) return MeasureControl(item, rows, worker, weight);
           ForPositions(item, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
-            Plan& plan = PlanFor(worker, item, normed.GetShape()[1], rows, observe ? Reading::kObserve : Reading::kFloat);
+            ReadyGraph& plan = PlanFor(worker, item, normed.GetShape()[1], rows, observe ? Reading::kObserve : Reading::kFloat);
             auto* reading = static_cast<ObserveReading*>(plan.reading.get());
             if (observe) reading->Begin(item.index, ObserveReading::Slice{begin, item.length, first, rows, vocab_});
             const Tensor logits = Logits(plan, normed, weight);
@@ -179,7 +174,7 @@ class Head {
     ForAll(wanted, begin_slice, [&](const Item& item, int64_t first, int64_t rows, Worker& worker) {
       if (item.kind == shown) return Measure(item, first, rows, worker, weight, rounded);
       ForPositions(item, Chain::kQuant, [&](int64_t begin, const Tensor& normed) {
-        Plan& plan = PlanFor(worker, item, normed.GetShape()[1], rows, Reading::kRound);
+        ReadyGraph& plan = PlanFor(worker, item, normed.GetShape()[1], rows, Reading::kRound);
         Follow(item, Logits(plan, normed, rounded), begin, first, quantized_tails_[item.id]);
       });
     });
@@ -190,7 +185,7 @@ class Head {
     const Tensor quantized = c_.store.Get(item.id, Chain::kQuant, kNormedKey);
     ForPositions(item, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
       const int64_t length = normed.GetShape()[1];
-      Plan& rounding = PlanFor(worker, item, length, rows, Reading::kRound);
+      ReadyGraph& rounding = PlanFor(worker, item, length, rows, Reading::kRound);
       const Tensor expected = Logits(PlanFor(worker, item, length, rows, Reading::kFloat), normed, weight);
       figures_[item.id].alone.Add(expected, Logits(rounding, normed, rounded));
       const Tensor found = Logits(rounding, Positions(quantized, begin, begin + length), rounded);

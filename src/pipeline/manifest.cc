@@ -61,7 +61,8 @@ OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
     if (kept_) {
       RemoveLeftovers(partial_);
     } else {
-      fs::remove_all(partial_);
+      std::error_code told_below;
+      fs::remove_all(partial_, told_below);
       PrepareOutputDirectory(partial_, false);
     }
     fs::create_directory(partial_ / kStateFolder);

@@ -144,7 +144,7 @@ class Run {
     if (!context_.images.empty()) vision_.emplace(context_);
     if (const Item* repeated = Repeated(context_.items)) result_.compute_change = ComputeChange{.sample = repeated->label};
     profile_ = ExportedProfile(context_);
-    constexpr int64_t kShareOfLimit = 64;
+    constexpr int64_t kShareOfLimit = 100;
     context_.head_slice_bytes = std::min(context_.head_slice_bytes, options_.memory_limit / kShareOfLimit);
     MakePhases();
     Estimate();
@@ -261,6 +261,9 @@ void Run::Estimate() {
 int64_t Run::NeededMemory() const {
   int64_t bytes = 0;
   for (const StageEstimate& estimate : estimates_) bytes = std::max(bytes, estimate.MemoryBytes());
+  // The graph from ids and pixels to the last hidden state runs once in one piece.
+  if (whole_ && vision_ && !options_.output.empty())
+    for (const Parameter& parameter : Parameters(config_)) bytes += 4 * parameter.shape.Elements();
   return OwnMemoryBytes() + bytes;
 }
 

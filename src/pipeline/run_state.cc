@@ -116,7 +116,7 @@ nlohmann::json IdentityOf(const QuantizeOptions& options, const Calibration& cal
 
 RunState::RunState(fs::path directory, nlohmann::json identity, double save_seconds, Communicator& world)
     : directory_(std::move(directory)), identity_(std::move(identity)), interval_(save_seconds), world_(world) {
-  fs::create_directories(directory_);
+  CreateDirectories(directory_);
 }
 
 std::vector<int> RunState::Numbers() const {

@@ -153,26 +153,19 @@ ItemKind MeasuredKind(const std::vector<Item>& items) {
 // One thread's executors of one step and one reading, by length, and what they observed.
 class StageRunner::StepRuns {
  public:
-  struct Plan {
-    Plan(Graph g, std::unique_ptr<PointReading> r, ExecutorOptions options)
-        : reading(std::move(r)), graph(std::move(g)), executor(graph, reading.get(), options) {}
-    std::unique_ptr<PointReading> reading;
-    Graph graph;
-    Executor executor;
-  };
   // `observers`: where the reading's observers are; null: it has none.
   template <typename MakeReading>
-  Plan& For(const Step& step, const Item& item, const ObserverMap* observers, ExecutorOptions options,
+  ReadyGraph& For(const Step& step, const Item& item, const ObserverMap* observers, ExecutorOptions options,
             const MakeReading& make) {
     auto& plan = plans_[{item.length, item.variant, observers, options.compute}];
-    if (plan == nullptr) plan = std::make_unique<Plan>(step.build(item), make(), options);
+    if (plan == nullptr) plan = std::make_unique<ReadyGraph>(step.build(item), make(), options);
     return *plan;
   }
 
   ObserverMap observers;
 
  private:
-  std::map<std::tuple<int64_t, std::string, const ObserverMap*, Compute>, std::unique_ptr<Plan>> plans_;
+  std::map<std::tuple<int64_t, std::string, const ObserverMap*, Compute>, std::unique_ptr<ReadyGraph>> plans_;
 };
 
 int64_t StageRunner::Work(const Stage& stage) const {
@@ -221,7 +214,7 @@ void StageRunner::Observe(const Step& step) {
   ForItems(static_cast<int64_t>(items.size()), side_by_side, [&](int64_t i, int w) {
     const Item& item = *items[i];
     ObserverMap* const observers = observers_of(item, w);
-    StepRuns::Plan& plan =
+    ReadyGraph& plan =
         workers[w].For(step, item, observers, c_.ComputeOf(item), [&]() -> std::unique_ptr<PointReading> {
           if (observers == nullptr) return nullptr;
           return std::make_unique<ObserveReading>(c_.calibration, *observers);
@@ -272,7 +265,7 @@ StageError StageRunner::Round(const Step& step) {
   const WeightSource weights = Shared(c_.calibration.RoundedWeights(step.stored));
   ForItems(static_cast<int64_t>(mine.size()), side_by_side, [&](int64_t m, int w) {
     const Item& item = c_.items[mine[m]];
-    StepRuns::Plan& plan =
+    ReadyGraph& plan =
         workers[w].For(step, item, nullptr, c_.ComputeOf(item), [&] { return std::make_unique<FakeQuantReading>(c_.calibration); });
     const auto compare = [&](const std::map<std::string, Tensor>& results, ErrorMetrics& metrics) {
       const Tensor& found = results.at(main.output);

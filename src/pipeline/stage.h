@@ -5,6 +5,7 @@
 
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -107,6 +108,15 @@ class StageRunner {
   void Keep(const Step& step, const Item& item, Chain chain, const std::map<std::string, Tensor>& results);
 
   StageContext c_;
+};
+
+// A graph with its reading, ready to run.
+struct ReadyGraph {
+  ReadyGraph(Graph g, std::unique_ptr<PointReading> r, ExecutorOptions options)
+      : reading(std::move(r)), graph(std::move(g)), executor(graph, reading.get(), options) {}
+  std::unique_ptr<PointReading> reading;  // null: float
+  Graph graph;
+  Executor executor;
 };
 
 // The item that a control item among `items` repeats; null: there is none.

@@ -90,10 +90,14 @@ struct VisionRun::State {
   // Parameters of the verification picture's units.
   WeightSource UnitWeights() const { return weights.For(VerifyImage().positions, TableGrid()); }
 
+  // `kept` is the key of what the stages one after the other computed for the unit's only output. In the reference's dialect
+  // a file may differ from them (VisionUse).
   void WriteWhole(UnitWriter& writer, std::string name, const std::function<void(const Builder&)>& build,
-                  std::map<std::string, std::string> keys, const Values& inputs) {
+                  std::map<std::string, std::string> keys, const Values& inputs, const std::string& kept) {
     UnitSpec spec{.name = std::move(name), .graph = Build(build), .keys = std::move(keys), .inputs = inputs};
-    spec.outputs = RunRounded(spec.graph, inputs);
+    CIRCLET_CHECK(spec.graph.Outputs().size() == 1, "{} has {} outputs", spec.name, spec.graph.Outputs().size());
+    spec.outputs = GetDialect().duplicate_points ? RunRounded(spec.graph, inputs)
+                                                 : Values{{spec.graph.Outputs()[0].name, Kept(kept)}};
     writer.Write(std::move(spec), UnitWeights());
   }
 };
@@ -216,7 +220,7 @@ void VisionRun::WritePrefillUnit(UnitWriter& writer) {
                [&](const Builder& b) {
                  BuildVisionPrefill(b, s.context.config, image.positions, VisionUse::kExport, s.GetDialect());
                },
-               {{"projected", "vision.projected"}}, {{"pixel_values", image.pixel_values}});
+               {{"projected", "vision.projected"}}, {{"pixel_values", image.pixel_values}}, "vision.projected");
 }
 
 void VisionRun::WritePartUnits(UnitWriter& writer) {
@@ -228,14 +232,15 @@ void VisionRun::WritePartUnits(UnitWriter& writer) {
                [&](const Builder& b) {
                  BuildVisionModel(b, s.config, image.positions, VisionUse::kExport, s.GetDialect());
                },
-               {{"last_hidden_state", "vision.last_hidden_state"}}, {{"pixel_values", image.pixel_values}});
+               {{"last_hidden_state", "vision.last_hidden_state"}}, {{"pixel_values", image.pixel_values}},
+               "vision.last_hidden_state");
   s.WriteWhole(writer, "vision_encoder",
                [&](const Builder& b) { BuildVisionEncoder(b, s.config, image.positions, s.GetDialect()); }, {},
-               {{"hidden", s.Kept(HiddenKey(0))}});
+               {{"hidden", s.Kept(HiddenKey(0))}}, HiddenKey(s.config.num_layers));
   s.WriteWhole(writer, "multimodal_embedder",
                [&](const Builder& b) { BuildMultimodalEmbedder(b, s.context.config, tokens, s.GetDialect()); },
                {{"hidden", "vision.last_hidden_state"}, {"projected", "vision.projected"}},
-               {{"hidden", s.Kept("vision.last_hidden_state")}});
+               {{"hidden", s.Kept("vision.last_hidden_state")}}, "vision.projected");
 }
 
 void VisionRun::WriteFusionUnit(UnitWriter& writer) {
@@ -269,6 +274,7 @@ void VisionRun::WriteFullUnit(UnitWriter& writer) {
                 }),
                 .inputs = {{"ids", Tensor::Of<int64_t>({1, s.context.max_seq_len}, verify->ids)},
                            {"pixel_values", image.pixel_values}}};
+  // Not the stages' values: this graph's mask keeps all positions, also those behind the sample's end.
   spec.outputs = s.RunRounded(spec.graph, spec.inputs);
   writer.Write(std::move(spec), s.UnitWeights());
 }
