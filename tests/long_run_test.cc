@@ -199,6 +199,21 @@ TEST_F(LongRunTest, AnUnfinishedRunIsNotThrownAwayUnasked) {
   EXPECT_EQ(Hashes(Out()), Hashes(Reference()));
 }
 
+// A limit on the size of files stands for a full disk: the largest one does not fit.
+TEST_F(LongRunTest, AFullDiskKeepsWhatWasSaved) {
+  const std::string reference = Reference();
+  uintmax_t largest = 0;
+  for (const auto& entry : fs::directory_iterator(reference)) largest = std::max(largest, entry.file_size());
+  const ProgramResult full =
+      RunProgram(Arguments(Out()), fmt::format("trap \"\" XFSZ; ulimit -f {}; ", largest / 1024 - 1));
+  EXPECT_EQ(full.exit_code, 2);
+  EXPECT_THAT(full.err, HasSubstr("File too large"));
+  EXPECT_FALSE(fs::exists(Out()));
+  const ProgramResult resumed = RunProgram(Arguments(Out(), {"--resume"}));
+  ASSERT_EQ(resumed.exit_code, 0) << resumed.err;
+  EXPECT_EQ(Hashes(Out()), Hashes(reference));
+}
+
 TEST_F(LongRunTest, AFolderOfTheUserIsNotTakenForAnUnfinishedRun) {
   fs::create_directory(Out() + ".partial");
   WriteFile(Out() + ".partial/notes.txt", "mine");
@@ -253,7 +268,7 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
   ASSERT_EQ(all.exit_code, 0) << all.err;
   EXPECT_THAT(all.out, Not(HasSubstr("memory limit")));
   // Less than the activations, and so little that the head runs in slices of the vocabulary.
-  const ProgramResult little = run("little", "75MB");
+  const ProgramResult little = run("little", "75MiB");
   ASSERT_EQ(little.exit_code, 0) << little.err;
   EXPECT_THAT(little.err, AllOf(HasSubstr("pass the memory limit"), HasSubstr("goes to files")));
   EXPECT_THAT(little.out, HasSubstr("activations past the memory limit went to files: "));
@@ -268,7 +283,7 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
               report("little")["perplexity"]["quantized"].get<double>(), 1e-9);
   EXPECT_EQ(report("all")["output"]["error"]["max_abs_diff"], report("little")["output"]["error"]["max_abs_diff"]);
 
-  const ProgramResult refused = run("refused", "20MB");
+  const ProgramResult refused = run("refused", "20MiB");
   EXPECT_EQ(refused.exit_code, 2);
   EXPECT_THAT(refused.err, AllOf(HasSubstr("--memory-limit 20.0 MiB"), HasSubstr("the largest stage alone takes")));
 }
@@ -276,7 +291,7 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
 TEST(MemoryLimit, EvaluateSpillsToo) {
   const TempDirectory scratch;
   const ProgramResult result =
-      RunProgram({"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--memory-limit", "60MB"},
+      RunProgram({"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--memory-limit", "75MiB"},
                  "export TMPDIR=" + scratch.Path().string() + "; ");
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.out, HasSubstr("went to files"));

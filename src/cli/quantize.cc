@@ -39,7 +39,7 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.add_flag("--timings", options.timings, "Also measure the run's matrix products alone");
   command.add_option("--memory-limit", options.memory_limit,
                      "Memory that the run may take, mapped checkpoint pages apart (\"3GB\"); activations past it go to files")
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false))
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
       ->default_str("3GB");
 }
 

@@ -13,7 +13,7 @@
 namespace circlet {
 namespace fs = std::filesystem;
 
-// Append-only; gone with its last owner.
+// Append-only; gone with its last owner unless it was told to stay.
 class ActivationStore::File {
  public:
   File(fs::path path, int number) : path_(std::move(path)), number_(number) {
@@ -22,13 +22,14 @@ class ActivationStore::File {
   }
   ~File() {
     close(descriptor_);
-    unlink(path_.c_str());
+    if (!stays_) unlink(path_.c_str());
   }
   File(const File&) = delete;
   File& operator=(const File&) = delete;
 
   int Number() const { return number_; }
   int64_t Size() const { return size_; }
+  void Stay() { stays_ = true; }
   void Sync() const {
     if (fdatasync(descriptor_) != 0) FailErrno(path_, "written");
   }
@@ -70,7 +71,15 @@ class ActivationStore::File {
   int number_;
   int descriptor_ = -1;
   int64_t size_ = 0;
+  bool stays_ = false;
 };
+
+ActivationStore::~ActivationStore() {
+  if (!saved_) return;
+  for (const std::shared_ptr<File>& file : dropped_) file->Stay();
+  for (const auto& [key, entry] : entries_)
+    if (entry.file) entry.file->Stay();
+}
 
 void ActivationStore::Write(Entry& entry, Slot& slot, const Tensor& tensor) {
   if (entry.file == nullptr) {

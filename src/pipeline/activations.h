@@ -23,6 +23,9 @@ enum class Chain { kFloat, kQuant };
 // called from several threads.
 class ActivationStore {
  public:
+  // Files go with the store, unless Save() has promised them to another process.
+  ~ActivationStore();
+
   // Tensors past `memory_bytes` go to files in `directory`, which is made when it is needed. Without it everything stays in
   // memory.
   void UseFiles(std::filesystem::path directory, int64_t memory_bytes) {

@@ -173,6 +173,7 @@ class Run {
   void WriteVisionUnits();
   void Estimate();
   int64_t NeededMemory() const;
+  int64_t ActivationBudget() const;
   int64_t NeededDisk() const;
   StageContext ContextOf(const std::vector<Item>& items);
   std::function<PointSpec(const std::string&)> SpecsOfPoints() const;
@@ -267,9 +268,14 @@ int64_t Run::NeededMemory() const {
   return OwnMemoryBytes() + bytes;
 }
 
+// What a stage leaves of the limit. A tenth is for what is not counted: grids, plans, values that are compared, and the
+// allocator's holes.
+int64_t Run::ActivationBudget() const { return options_.memory_limit / 10 * 9 - NeededMemory(); }
+
 int64_t Run::NeededDisk() const {
-  const int64_t activations = std::max<int64_t>(0, ActivationBytes(context_) - std::max<int64_t>(0, options_.memory_limit - NeededMemory()));
-  return options_.output.empty() ? activations : OutputBytes(context_, whole_) + ActivationBytes(context_);
+  const int64_t activations = ActivationBytes(context_);
+  if (!options_.output.empty()) return OutputBytes(context_, whole_) + activations;
+  return std::max<int64_t>(0, activations - std::max<int64_t>(0, ActivationBudget()));
 }
 
 std::string Run::DryRun() const {
@@ -287,9 +293,9 @@ std::string Run::DryRun() const {
                       flops / 1e12, rate / 1e9, flops / rate);
   text += fmt::format("memory: {} for the largest stage, {} of activations, limit {}: {}\n", HumanBytes(memory),
                       HumanBytes(activations), HumanBytes(options_.memory_limit),
-                      memory > options_.memory_limit                ? "too little, raise --memory-limit"
-                      : memory + activations > options_.memory_limit ? "the rest goes to files"
-                                                                     : "enough");
+                      ActivationBudget() < 0             ? "too little, raise --memory-limit"
+                      : activations > ActivationBudget() ? "what does not fit goes to files"
+                                                         : "enough");
   if (options_.output.empty()) return text;
   const int64_t files = OutputBytes(context_, whole_);
   RequireFreeSpace(NearestDirectory(options_.output), files + activations);
@@ -354,10 +360,10 @@ QuantizeResult Run::Compute() {
     scratch.emplace();
     RequireFreeSpace(scratch->Path(), NeededDisk());
   }
-  const int64_t budget = options_.memory_limit - NeededMemory();
+  const int64_t budget = ActivationBudget();
   if (budget < 0)
-    Fail("--memory-limit {}: the largest stage alone takes {}; give at least that, or shorter samples",
-         HumanBytes(options_.memory_limit), HumanBytes(NeededMemory()));
+    Fail("--memory-limit {}: the largest stage alone takes {} with a tenth to spare; give at least that, or shorter samples",
+         HumanBytes(options_.memory_limit), HumanBytes(NeededMemory() / 9 * 10));
   store_.UseFiles(writes ? state->ValuesDirectory() : scratch->Path(), budget);
   std::optional<RunParts> parts;
   if (writes) {

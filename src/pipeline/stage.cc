@@ -199,7 +199,8 @@ void StageRunner::Observe(const Step& step) {
     if (InFloat(item) && item.rank == c_.world.Rank()) items.push_back(&item);
   if (items.empty()) return;
   const Graph graph = step.build(**std::ranges::max_element(items, {}, &Item::length));
-  const bool side_by_side = SideBySide(graph) && !OrderMatters(c_.calibration, graph);
+  const bool ordered = OrderMatters(c_.calibration, graph);
+  const bool side_by_side = SideBySide(graph) && !ordered;
   std::vector<StepRuns> workers(Threads());
   const WeightSource float_weights = Shared(CachedFloat(step.stored));
   const WeightSource stored = Shared(step.stored);  // linears take bf16 as it is
@@ -209,7 +210,7 @@ void StageRunner::Observe(const Step& step) {
     if (c_.calibration.Frozen()) return nullptr;
     if (item.kind == ItemKind::kControl) return &of_control;
     if (!Observed(item)) return nullptr;
-    return &item == repeated ? &of_repeated : &workers[worker].observers;
+    return &item == repeated && !ordered ? &of_repeated : &workers[worker].observers;
   };
   ForItems(static_cast<int64_t>(items.size()), side_by_side, [&](int64_t i, int w) {
     const Item& item = *items[i];
@@ -228,7 +229,6 @@ void StageRunner::Observe(const Step& step) {
     c_.advance();
   });
   if (c_.change != nullptr) CompareRanges(of_control, of_repeated);
-  // In the order of the samples, as far as that matters: the repeated one is the first of its kind.
   c_.calibration.Absorb(std::move(of_repeated));
   for (StepRuns& worker : workers) c_.calibration.Absorb(std::move(worker.observers));
 }

@@ -43,7 +43,7 @@ struct QuantizeOptions {
 
   // Bytes that the process may take for itself, pages of mapped files apart; activations past it go to files. Below what
   // a stage needs it is an Error.
-  int64_t memory_limit = int64_t{3} << 30;
+  int64_t memory_limit = 3'000'000'000;
   bool resume = false;       // go on with an unfinished run in `output`
   double save_every = 2;     // seconds between saved states; 0: after every stage
   // Precision of the matrix products of calibration and measurement. The verification sample is always float32, so that the
