@@ -199,6 +199,27 @@ TEST_F(LongRunTest, AnUnfinishedRunIsNotThrownAwayUnasked) {
   EXPECT_EQ(Hashes(Out()), Hashes(Reference()));
 }
 
+TEST_F(LongRunTest, OtherDialectsAndFrozenGridsGoOnToo) {
+  const std::string frozen = directory_.Path() / "frozen.json";
+  fs::copy(Reference() + "/qparams.json", frozen);
+  for (const std::vector<std::string>& more : {std::vector<std::string>{"--dialect", "tico"}, {"--qparams", frozen}}) {
+    ASSERT_NO_FATAL_FAILURE(KillBehind(8, more));
+    std::vector<std::string> resume = more;
+    resume.push_back("--resume");
+    const ProgramResult result = RunProgram(Arguments(Out(), resume));
+    ASSERT_EQ(result.exit_code, 0) << result.err;
+    fs::remove_all(Out("reference"));
+    EXPECT_EQ(Hashes(Out()), Hashes(Reference(more))) << more[0];
+    fs::remove_all(Out());
+  }
+}
+
+TEST_F(LongRunTest, SavedStagesCannotBeGoneOnWith) {
+  const ProgramResult result = RunProgram(Arguments(Out(), {"--resume", "--save-stages"}));
+  EXPECT_EQ(result.exit_code, 2);
+  EXPECT_THAT(result.err, HasSubstr("--save-stages"));
+}
+
 // A limit on the size of files stands for a full disk: the largest one does not fit.
 TEST_F(LongRunTest, AFullDiskKeepsWhatWasSaved) {
   const std::string reference = Reference();
@@ -268,7 +289,7 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
   ASSERT_EQ(all.exit_code, 0) << all.err;
   EXPECT_THAT(all.out, Not(HasSubstr("memory limit")));
   // Less than the activations, and so little that the head runs in slices of the vocabulary.
-  const ProgramResult little = run("little", "75MiB");
+  const ProgramResult little = run("little", "90MiB");
   ASSERT_EQ(little.exit_code, 0) << little.err;
   EXPECT_THAT(little.err, AllOf(HasSubstr("pass the memory limit"), HasSubstr("goes to files")));
   EXPECT_THAT(little.out, HasSubstr("activations past the memory limit went to files: "));

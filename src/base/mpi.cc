@@ -22,7 +22,8 @@ void Must(int code, const char* call) {
 class MpiWorld final : public Communicator {
  public:
   MpiWorld() {
-    Must(MPI_Init(nullptr, nullptr), "MPI_Init");
+    int provided = 0;  // only the main thread calls MPI
+    Must(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided), "MPI_Init_thread");
     // The default ends the process with texts of its own.
     Must(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
     Must(MPI_Comm_rank(MPI_COMM_WORLD, &rank_), "MPI_Comm_rank");

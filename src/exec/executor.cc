@@ -34,15 +34,6 @@ bool IsFloat(DType type) {
   return type == DType::kF32 || type == DType::kBF16 || type == DType::kF16 || type == DType::kF64;
 }
 
-Tensor ToBF16(const Tensor& tensor) {
-  if (tensor.GetDType() == DType::kBF16) return tensor;
-  const Tensor wide = ToF32(tensor), result = Tensor::Uninitialized({DType::kBF16, tensor.GetShape()});
-  uint16_t* to = reinterpret_cast<uint16_t*>(result.Raw());
-  ParallelFor(wide.Elements(), 1 << 16,
-              [&](int64_t begin, int64_t end) { simd::F32ToBF16(wide.F32().data() + begin, end - begin, to + begin); });
-  return result;
-}
-
 // Scratch memory of the calling thread, shared by all its executors: a run's results are copied out of it, so nothing in it
 // outlives the run. It grows to the largest plan.
 std::byte* Scratch(int64_t bytes) {
@@ -145,6 +136,15 @@ struct Executor::Plan {
     }
   }
 };
+
+Tensor ToBF16(const Tensor& tensor) {
+  if (tensor.GetDType() == DType::kBF16) return tensor;
+  const Tensor wide = ToF32(tensor), result = Tensor::Uninitialized({DType::kBF16, tensor.GetShape()});
+  uint16_t* to = reinterpret_cast<uint16_t*>(result.Raw());
+  ParallelFor(wide.Elements(), 1 << 16,
+              [&](int64_t begin, int64_t end) { simd::F32ToBF16(wide.F32().data() + begin, end - begin, to + begin); });
+  return result;
+}
 
 Executor::Executor(const Graph& graph, PointReading* reading, ExecutorOptions options)
     : plan_(std::make_unique<Plan>()) {

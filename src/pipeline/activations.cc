@@ -30,9 +30,12 @@ class ActivationStore::File {
   int Number() const { return number_; }
   int64_t Size() const { return size_; }
   void Stay() { stays_ = true; }
-  void Sync() const {
-    if (fdatasync(descriptor_) != 0) FailErrno(path_, "written");
+  // Brings all of it to the disk: a saved state counts on it from now on.
+  void Promise() {
+    if (synced_ != size_ && fdatasync(descriptor_) != 0) FailErrno(path_, "written");
+    synced_ = size_;
   }
+  bool Promised() const { return synced_ >= 0; }
   void Cut(int64_t size) {
     if (const off_t found = lseek(descriptor_, 0, SEEK_END); found < size)
       Fail("{}: has {} bytes of {}; start again with --force", path_.string(), found, size);
@@ -71,14 +74,14 @@ class ActivationStore::File {
   int number_;
   int descriptor_ = -1;
   int64_t size_ = 0;
+  int64_t synced_ = -1;
   bool stays_ = false;
 };
 
 ActivationStore::~ActivationStore() {
-  if (!saved_) return;
   for (const std::shared_ptr<File>& file : dropped_) file->Stay();
   for (const auto& [key, entry] : entries_)
-    if (entry.file) entry.file->Stay();
+    if (entry.file && entry.file->Promised()) entry.file->Stay();
 }
 
 void ActivationStore::Write(Entry& entry, Slot& slot, const Tensor& tensor) {
@@ -88,7 +91,6 @@ void ActivationStore::Write(Entry& entry, Slot& slot, const Tensor& tensor) {
     entry.file = std::make_shared<File>(directory_ / fmt::format("{}.values", number), number);
   }
   slot.offset = entry.file->Append({tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
-  file_bytes_ += tensor.Bytes();
 }
 
 // Late readers' tensors leave memory, until `bytes` fit.
@@ -157,14 +159,13 @@ void ActivationStore::Drop(const std::string& key, int kept) {
   std::map<std::pair<int, Chain>, Tensor> stay;
   for (auto& [owner, slot] : entry.slots) {
     if (!slot.memory.Empty()) memory_bytes_ -= slot.type.Bytes();
-    if (slot.offset >= 0) file_bytes_ -= slot.type.Bytes();
     if (owner.first != kept) continue;
     Tensor& tensor = stay[owner] = slot.memory;
     if (!tensor.Empty()) continue;
     tensor = Tensor::Uninitialized(slot.type);
     entry.file->Read(slot.offset, {tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
   }
-  if (entry.file && saved_) dropped_.push_back(entry.file);
+  if (entry.file && entry.file->Promised()) dropped_.push_back(entry.file);
   entries_.erase(it);
   for (const auto& [owner, tensor] : stay) {
     Entry& again = entries_[key];
@@ -176,23 +177,18 @@ void ActivationStore::Drop(const std::string& key, int kept) {
 
 nlohmann::json ActivationStore::Save() {
   const std::lock_guard lock(mutex_);
-  saved_ = true;
   nlohmann::json keys = nlohmann::json::object();
   for (auto& [key, entry] : entries_) {
     nlohmann::json slots = nlohmann::json::array();
-    bool grown = false;
     for (auto& [owner, slot] : entry.slots) {
-      if (slot.offset < 0) {
-        Write(entry, slot, slot.memory);
-        grown = true;
-      }
+      if (slot.offset < 0) Write(entry, slot, slot.memory);
       slots.push_back({{"item", owner.first},
                        {"chain", static_cast<int>(owner.second)},
                        {"dtype", Name(slot.type.dtype)},
                        {"shape", slot.type.shape.Sizes()},
                        {"offset", slot.offset}});
     }
-    if (grown) entry.file->Sync();
+    entry.file->Promise();
     keys[key] = {{"file", entry.file->Number()},
                  {"bytes", entry.file->Size()},
                  {"late", entry.read == Read::kLate},
@@ -208,7 +204,6 @@ void ActivationStore::Forget() {
 
 void ActivationStore::Restore(const nlohmann::json& state) {
   const std::lock_guard lock(mutex_);
-  saved_ = true;
   CreateDirectories(directory_);
   next_file_ = state.at("next_file").get<int>();
   std::vector<std::string> known;
@@ -217,14 +212,18 @@ void ActivationStore::Restore(const nlohmann::json& state) {
     const int number = described.at("file").get<int>();
     known.push_back(fmt::format("{}.values", number));
     entry.file = std::make_shared<File>(directory_ / known.back(), number);
-    entry.file->Cut(described.at("bytes").get<int64_t>());
+    const auto size = described.at("bytes").get<int64_t>();
+    entry.file->Cut(size);
+    entry.file->Promise();
     entry.read = described.at("late").get<bool>() ? Read::kLate : Read::kSoon;
     for (const nlohmann::json& slot : described.at("slots")) {
       const std::pair owner{slot.at("item").get<int>(), static_cast<Chain>(slot.at("chain").get<int>())};
       entry.slots[owner] = {.type = {DTypeFromName(slot.at("dtype").get<std::string>()),
                                      Shape(slot.at("shape").get<std::vector<int64_t>>())},
                             .offset = slot.at("offset").get<int64_t>()};
-      file_bytes_ += entry.slots[owner].type.Bytes();
+      const Slot& restored = entry.slots[owner];
+      if (restored.offset < 0 || restored.offset > size - restored.type.Bytes())
+        Fail("{}: item {} lies outside the {} bytes of its file; start again with --force", key, owner.first, size);
     }
   }
   for (const auto& file : fs::directory_iterator(directory_))

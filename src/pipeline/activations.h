@@ -44,8 +44,6 @@ class ActivationStore {
   // Forgets `key` of every item but `kept`.
   void Drop(const std::string& key, int kept = -1);
 
-  int64_t MemoryBytes() const { return memory_bytes_; }
-  int64_t FileBytes() const { return file_bytes_; }     // in files now
   int64_t SpilledBytes() const { return spilled_bytes_; }  // that did not fit in memory, over the whole run
 
   // Brings everything to the disk and says where it lies, for Restore in another process; call it between stages. From now
@@ -77,9 +75,8 @@ class ActivationStore {
   mutable std::mutex mutex_;
   std::map<std::string, Entry> entries_;
   std::vector<std::shared_ptr<File>> dropped_;
-  int64_t memory_bytes_ = 0, file_bytes_ = 0, spilled_bytes_ = 0;
+  int64_t memory_bytes_ = 0, spilled_bytes_ = 0;
   int next_file_ = 0;
-  bool saved_ = false;
 };
 
 }  // namespace circlet

@@ -29,7 +29,8 @@ int64_t WeightBytes(const Graph& graph) {
 int64_t WorkingBytes(const Graph& graph) {
   int64_t bytes = Executor(graph, nullptr).PlannedBytes();
   for (const ValueId input : graph.Inputs()) bytes += graph.TypeOf(input).Bytes();
-  for (const Graph::Output& output : graph.Outputs()) bytes += graph.TypeOf(output.value).Bytes();
+  // Results beside the arena, and what they are compared with.
+  for (const Graph::Output& output : graph.Outputs()) bytes += 2 * graph.TypeOf(output.value).Bytes();
   return bytes;
 }
 
@@ -94,8 +95,9 @@ StageEstimate EstimateHead(const RunContext& context) {
     longest = std::max(longest, item.length);
   }
   // A slice of the head in float32 and rounded; the float logits of a slice, and the others' beside them.
-  estimate.weight_bytes = 2 * std::min(context.head_slice_bytes, 4 * vocab * width);
-  estimate.working_bytes = 5 * std::min(context.head_slice_bytes, 4 * vocab * longest) + 4 * 4 * longest * width;
+  const HeadSlices slices = SlicesOf(context);
+  estimate.weight_bytes = 2 * 4 * slices.rows * width;
+  estimate.working_bytes = 4 * (5 * slices.rows * std::min(slices.positions, longest) + 4 * longest * width);
   return estimate;
 }
 

@@ -38,19 +38,26 @@ struct ScatterPoint {
 
 enum class Reading { kFloat, kObserve, kRound };
 
+Graph LogitsGraph(const RunContext& context, int64_t length, int64_t rows) {
+  Graph graph;
+  BuildLogits(Builder(graph), context.config.text, length, rows, context.GetDialect());
+  return graph;
+}
+
+bool Observes(const RunContext& context, const Item& item) {
+  return item.kind == ItemKind::kCalibration && !context.calibration.Frozen();
+}
+bool Follows(const Item& item) { return item.kind == ItemKind::kWindow || item.kind == ItemKind::kCaption; }
+bool ReadInFloat(const RunContext& context, const Item& item) {
+  return Observes(context, item) || Follows(item) || item.kind == ItemKind::kControl;
+}
+bool ReadRoundedToo(const Item& item, ItemKind measured) { return item.kind == measured || Follows(item); }
+
 class Head {
  public:
   Head(const RunContext& context, const StageContext& stage)
       : c_(context), s_(stage), stored_(context.weights.Stored(kHeadWeight)), vocab_(context.config.text.vocab_size) {
-    const int64_t width = c_.config.text.hidden_size;
-    int64_t longest = 1;
-    for (const Item& item : c_.items) longest = std::max(longest, item.length);
-    // EMA takes a sample in one piece, after the one before it.
-    const bool ordered = OrderMatters(c_.calibration, Build(1, vocab_));
-    constexpr int64_t kSmallHidden = int64_t{1} << 20, kSmallLogits = int64_t{4} << 20;
-    side_by_side_ = !ordered && longest * width * 4 <= kSmallHidden;
-    rows_ = ordered ? vocab_ : std::clamp<int64_t>(c_.head_slice_bytes / (4 * width) / 64 * 64, 1, vocab_);
-    positions_ = ordered ? longest : std::max<int64_t>(1, (side_by_side_ ? kSmallLogits : c_.head_slice_bytes) / (4 * rows_));
+    slices_ = SlicesOf(context);
   }
 
   HeadResult Run() {
@@ -59,8 +66,7 @@ class Head {
     float_tails_.resize(c_.items.size());
     quantized_tails_.resize(c_.items.size());
     for (const Item& item : c_.items) {
-      if (item.kind == ItemKind::kWindow || item.kind == ItemKind::kCaption)
-        float_tails_[item.id] = quantized_tails_[item.id] = Tails(item.length);
+      if (Follows(item)) float_tails_[item.id] = quantized_tails_[item.id] = Tails(item.length);
     }
     ReadFloat();
     ShareObservers(c_.calibration, s_.world);
@@ -73,20 +79,18 @@ class Head {
   template <typename Body>
   void ForVocabulary(const Body& body) const {
     const int64_t row_bytes = stored_.Bytes() / vocab_;
-    for (int64_t first = 0; first < vocab_; first += rows_) {
-      const int64_t rows = std::min(rows_, vocab_ - first);
+    for (int64_t first = 0; first < vocab_; first += slices_.rows) {
+      const int64_t rows = std::min(slices_.rows, vocab_ - first);
       body(first, Tensor({stored_.GetDType(), {rows, stored_.GetShape()[1]}}, stored_.Raw() + first * row_bytes,
                          std::make_shared<Tensor>(stored_)));
     }
   }
 
+  // A weight in the form that products take, converted once for all lengths.
+  Tensor Operand(const Tensor& rows) const { return s_.compute == Compute::kBf16 ? ToBF16(rows) : ToF32(rows); }
   Tensor Rounded(const Tensor& rows, int64_t first) const { return c_.calibration.RoundedRows(kHeadWeight, rows, first); }
 
-  Graph Build(int64_t length, int64_t rows) const {
-    Graph graph;
-    BuildLogits(Builder(graph), c_.config.text, length, rows, c_.GetDialect());
-    return graph;
-  }
+  Graph Build(int64_t length, int64_t rows) const { return LogitsGraph(c_, length, rows); }
 
  private:
   // One thread's executors for one slice of the vocabulary.
@@ -118,9 +122,9 @@ class Head {
     ForVocabulary([&](int64_t first, const Tensor& rows) {
       begin(first, rows);
       std::vector<Worker> workers(Threads());
-      ForItems(static_cast<int64_t>(items.size()), side_by_side_, [&](int64_t i, int w) {
+      ForItems(static_cast<int64_t>(items.size()), slices_.side_by_side, [&](int64_t i, int w) {
         body(*items[i], first, rows.GetShape()[0], workers[w]);
-        if (first + rows_ >= vocab_) s_.advance();
+        s_.advance();
       });
       for (Worker& worker : workers) c_.calibration.Absorb(std::move(worker.observers));
     });
@@ -132,29 +136,27 @@ class Head {
   void ForPositions(const Item& item, Chain chain, const Body& body) const {
     const Tensor normed = c_.store.Get(item.id, chain, kNormedKey);
     const int64_t first = item.kind == ItemKind::kCaption ? std::max<int64_t>(0, c_.TextOf(item).answer - 1) : 0;
-    for (int64_t begin = first; begin < item.length; begin += positions_)
-      body(begin, Positions(normed, begin, std::min(item.length, begin + positions_)));
+    for (int64_t begin = first; begin < item.length; begin += slices_.positions)
+      body(begin, Positions(normed, begin, std::min(item.length, begin + slices_.positions)));
   }
 
   void ReadFloat() {
-    Tensor weight;
-    const auto observes = [&](const Item& item) {
-      return item.kind == ItemKind::kCalibration && !c_.calibration.Frozen();
-    };
-    const auto wanted = [&](const Item& item) {
-      return observes(item) || item.kind == ItemKind::kWindow || item.kind == ItemKind::kCaption ||
-             item.kind == ItemKind::kControl;
-    };
+    Tensor weight, operand;
+    const auto wanted = [&](const Item& item) { return ReadInFloat(c_, item); };
     ForAll(
-        wanted, [&](int64_t, const Tensor& rows) { weight = ToF32(rows); },
+        wanted,
+        [&](int64_t, const Tensor& rows) {
+          weight = ToF32(rows);
+          operand = Operand(rows);
+        },
         [&](const Item& item, int64_t first, int64_t rows, Worker& worker) {
-          const bool observe = observes(item);
-          if (item.kind == ItemKind::kControl) return MeasureControl(item, rows, worker, weight);
+          const bool observe = Observes(c_, item);
+          if (item.kind == ItemKind::kControl) return MeasureControl(item, rows, worker, weight, operand);
           ForPositions(item, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
             ReadyGraph& plan = PlanFor(worker, item, normed.GetShape()[1], rows, observe ? Reading::kObserve : Reading::kFloat);
             auto* reading = static_cast<ObserveReading*>(plan.reading.get());
             if (observe) reading->Begin(item.index, ObserveReading::Slice{begin, item.length, first, rows, vocab_});
-            const Tensor logits = Logits(plan, normed, weight);
+            const Tensor logits = Logits(plan, normed, operand);
             if (observe) reading->End();
             Follow(item, logits, begin, first, float_tails_[item.id]);
           });
@@ -164,12 +166,10 @@ class Head {
   void ReadRounded() {
     const ItemKind shown = MeasuredKind(c_.items);
     Tensor weight, rounded;
-    const auto wanted = [&](const Item& item) {
-      return item.kind == shown || item.kind == ItemKind::kWindow || item.kind == ItemKind::kCaption;
-    };
+    const auto wanted = [&](const Item& item) { return ReadRoundedToo(item, shown); };
     const auto begin_slice = [&](int64_t first, const Tensor& rows) {
-      weight = ToF32(rows);
-      rounded = Rounded(rows, first);
+      weight = Operand(rows);
+      rounded = Operand(Rounded(rows, first));
     };
     ForAll(wanted, begin_slice, [&](const Item& item, int64_t first, int64_t rows, Worker& worker) {
       if (item.kind == shown) return Measure(item, first, rows, worker, weight, rounded);
@@ -197,14 +197,14 @@ class Head {
   }
 
   // What products in bf16 change in the float model.
-  void MeasureControl(const Item& control, int64_t rows, Worker& worker, const Tensor& weight) {
+  void MeasureControl(const Item& control, int64_t rows, Worker& worker, const Tensor& weight, const Tensor& operand) {
     const Item& repeated = c_.items[control.control_of];
     const Tensor other = c_.store.Get(repeated.id, Chain::kFloat, kNormedKey);
     ForPositions(control, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
       const int64_t length = normed.GetShape()[1];
       const Tensor exact = Logits(PlanFor(worker, control, length, rows, Reading::kFloat), normed, weight);
       s_.change->logits.Add(exact, Logits(PlanFor(worker, repeated, length, rows, Reading::kFloat),
-                                          Positions(other, begin, begin + length), weight));
+                                          Positions(other, begin, begin + length), operand));
     });
   }
 
@@ -315,8 +315,7 @@ class Head {
   const StageContext& s_;
   const Tensor& stored_;
   const int64_t vocab_;
-  int64_t rows_ = 0, positions_ = 0;  // of a slice
-  bool side_by_side_ = false;
+  HeadSlices slices_;
   std::vector<Figures> figures_;  // by item id, like the following
   std::vector<std::vector<ScatterPoint>> scatter_;
   std::vector<Tails> float_tails_, quantized_tails_;
@@ -347,10 +346,25 @@ Tensor RoundedLogits(const RunContext& context, const Tensor& normed) {
   return logits;
 }
 
-int64_t HeadWork(const StageContext& stage) {
-  return 2 * std::ranges::count_if(stage.items, [&](const Item& item) {
-           return item.rank == stage.world.Rank() && item.kind != ItemKind::kVerify;
-         });
+int64_t HeadWork(const RunContext& context) {
+  const ItemKind measured = MeasuredKind(context.items);
+  int64_t work = 0;
+  for (const Item& item : context.items)
+    if (item.rank == context.world.Rank()) work += ReadInFloat(context, item) + ReadRoundedToo(item, measured);
+  const int64_t rows = SlicesOf(context).rows;
+  return work * ((context.config.text.vocab_size + rows - 1) / rows);
+}
+
+HeadSlices SlicesOf(const RunContext& context) {
+  const int64_t width = context.config.text.hidden_size, vocab = context.config.text.vocab_size;
+  int64_t longest = 1;
+  for (const Item& item : context.items) longest = std::max(longest, item.length);
+  if (OrderMatters(context.calibration, LogitsGraph(context, 1, vocab))) return {vocab, longest, false};
+  constexpr int64_t kSmallHidden = int64_t{1} << 20, kSmallLogits = int64_t{4} << 20;
+  const bool side_by_side = longest * width * 4 <= kSmallHidden;
+  const int64_t rows = std::clamp<int64_t>(context.head_slice_bytes / (4 * width) / 64 * 64, 1, vocab);
+  const int64_t logit_bytes = side_by_side ? kSmallLogits : context.head_slice_bytes;
+  return {rows, std::max<int64_t>(1, logit_bytes / (4 * rows)), side_by_side};
 }
 
 }  // namespace circlet

@@ -23,10 +23,18 @@ struct HeadResult {
 // Key of the final norm's output in the store.
 inline constexpr char kNormedKey[] = "last_hidden_state";
 
+// How the head is cut: rows of the vocabulary and positions at a time. An average over samples (EMA) takes each sample in
+// one piece, whatever that needs.
+struct HeadSlices {
+  int64_t rows = 0, positions = 0;
+  bool side_by_side = false;
+};
+HeadSlices SlicesOf(const RunContext& context);
+
 // Observes the calibration samples' logits, freezes their grids, and measures. `stage.items` are `context`'s.
 HeadResult RunHead(const RunContext& context, const StageContext& stage);
-// Items times readings that it will count.
-int64_t HeadWork(const StageContext& stage);
+// Items times readings times slices of the vocabulary that it will count.
+int64_t HeadWork(const RunContext& context);
 
 // Fake-quantized logits [1,S,V] of the final norm's output.
 Tensor RoundedLogits(const RunContext& context, const Tensor& normed);

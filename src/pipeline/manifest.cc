@@ -50,10 +50,14 @@ OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
   inputs_ = InputEntries(options);
   if (world_.Rank() == 0) {
     // Killed between its rename and its last step.
-    if (fs::exists(final_ / kManifestFile)) fs::remove_all(final_ / kStateFolder);
+    std::error_code ignored;
+    if (fs::exists(final_ / kManifestFile) && fs::is_directory(final_ / kStateFolder / "rank.0"))
+      fs::remove_all(final_ / kStateFolder, ignored);
     // With `force` an earlier result stays until this run has succeeded.
     if (fs::exists(final_) && !(force_ && fs::is_directory(final_))) PrepareOutputDirectory(final_, false);
-    if (fs::exists(partial_) && !fs::is_directory(partial_ / kStateFolder))
+    // A run that was killed at its very start leaves the folder empty.
+    if (fs::exists(partial_) && !fs::is_directory(partial_ / kStateFolder / "rank.0") &&
+        !(fs::is_directory(partial_) && fs::is_empty(partial_)))
       Fail("{}: is in the way and no unfinished run of circlet; move it away, or choose another output", partial_.string());
     kept_ = options.resume && HoldsState(partial_);
     if (!kept_ && !force_ && HoldsState(partial_))
@@ -61,11 +65,10 @@ OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
     if (kept_) {
       RemoveLeftovers(partial_);
     } else {
-      std::error_code told_below;
-      fs::remove_all(partial_, told_below);
+      fs::remove_all(partial_, ignored);
       PrepareOutputDirectory(partial_, false);
     }
-    fs::create_directory(partial_ / kStateFolder);
+    CreateDirectories(StateDirectory());
   }
   world_.Barrier();
 }
@@ -73,6 +76,13 @@ OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
 OutputRun::~OutputRun() {
   std::error_code ignored;
   if (!kept_ && world_.Rank() == 0) fs::remove_all(partial_, ignored);
+}
+
+int64_t OutputRun::Bytes() const {
+  int64_t bytes = 0;
+  for (const auto& entry : fs::recursive_directory_iterator(partial_))
+    if (entry.is_regular_file()) bytes += static_cast<int64_t>(entry.file_size());
+  return bytes;
 }
 
 fs::path OutputRun::StateDirectory() const { return partial_ / kStateFolder / fmt::format("rank.{}", world_.Rank()); }

@@ -23,6 +23,8 @@ class OutputRun {
   const std::filesystem::path& Directory() const { return partial_; }
   // This process's own folder for what the run saves and spills; gone when the run is finished.
   std::filesystem::path StateDirectory() const;
+  // What an unfinished run has written already.
+  int64_t Bytes() const;
   // From now on the unfinished run outlives this object.
   void Keep() { kept_ = true; }
   // Checkpoint and data by content: [{file, bytes, sha256}].

@@ -180,6 +180,7 @@ class Run {
   void TellStart(int64_t budget) const;
   void Prefetch(const Phase& phase) const;
   void RunPhase(const Phase& phase);
+  void ShareChange();
   void FillResult();
 
   QuantizeResult result_;
@@ -223,17 +224,20 @@ void Run::MakePhases() {
     if (ple) text_.WritePleUnits(*units_);
     if (vision_) WriteVisionUnits();
   };
+  const auto drop_pictures = [this] {
+    if (vision_) vision_->DropAll();
+  };
   add(context_.items, text_.Tables());
   if (ple) {
     add(context_.items, text_.Embeddings());
-    add(context_.items, text_.PerLayerInputs(), write_inputs);
+    add(context_.items, text_.PerLayerInputs(), write_inputs, drop_pictures);
   } else {
-    add(context_.items, text_.Embeddings(), write_inputs);
+    add(context_.items, text_.Embeddings(), write_inputs, drop_pictures);
   }
   for (int i = 0; i < config_.text.NumLayers(); ++i)
     add(context_.items, text_.Layer(i), [this, i] { text_.WriteLayerUnits(*units_, i); },
         [this, i] { text_.DropAfterLayer(i); });
-  add(context_.items, text_.Norm());
+  add(context_.items, text_.Norm(), {}, [this] { text_.DropAfterNorm(); });
   add(context_.items, std::nullopt, [this] {
     text_.WriteHeadUnit(*units_);
     if (whole_) text_.WriteModelUnit(*units_);
@@ -336,7 +340,7 @@ void Run::RunPhase(const Phase& phase) {
         for (const Step& step : phase.stage->steps)
           ForWeights(step, *phase.items, [&](const std::string& name) { weights_.Release(name); });
     } else {
-      progress_->Begin(phase.name, HeadWork(stage));
+      progress_->Begin(phase.name, HeadWork(context_));
       head_ = Within(phase.name, [&] { return RunHead(context_, stage); });
     }
   });
@@ -348,22 +352,22 @@ void Run::RunPhase(const Phase& phase) {
 QuantizeResult Run::Compute() {
   const auto begin = std::chrono::steady_clock::now();
   const bool writes = !options_.output.empty();
+  const int64_t budget = ActivationBudget();
+  if (budget < 0)
+    Fail("--memory-limit {}: the largest stage alone takes {} with a tenth to spare; give at least that, or shorter samples",
+         HumanBytes(options_.memory_limit), HumanBytes(NeededMemory() / 9 * 10));
+  if (options_.resume && options_.save_stages) Fail("--save-stages: values of finished stages are not saved; leave out --resume");
   std::optional<OutputRun> output;
   std::optional<ScratchDirectory> scratch;
   std::optional<RunState> state;
   if (writes) {
     output.emplace(options_, world_);
-    RequireFreeSpace(output->Directory(), NeededDisk());
-    state.emplace(output->StateDirectory(), IdentityOf(options_, calibration_, output->Inputs(), world_.Size()),
-                  options_.save_every, world_);
+    RequireFreeSpace(output->Directory(), std::max<int64_t>(0, NeededDisk() - output->Bytes()));
+    state.emplace(output->StateDirectory(), IdentityOf(options_, context_, output->Inputs()), options_.save_every, world_);
   } else {
     scratch.emplace();
     RequireFreeSpace(scratch->Path(), NeededDisk());
   }
-  const int64_t budget = ActivationBudget();
-  if (budget < 0)
-    Fail("--memory-limit {}: the largest stage alone takes {} with a tenth to spare; give at least that, or shorter samples",
-         HumanBytes(options_.memory_limit), HumanBytes(NeededMemory() / 9 * 10));
   store_.UseFiles(writes ? state->ValuesDirectory() : scratch->Path(), budget);
   std::optional<RunParts> parts;
   if (writes) {
@@ -386,7 +390,9 @@ QuantizeResult Run::Compute() {
   }
   progress_->End();
   tallying.reset();
+  if (result_.compute_change) ShareChange();
   FillResult();
+  world_.Barrier();
   if (output && world_.Rank() == 0) {
     clock_.Time("export", [&] {
       units_->WriteCodes();
@@ -415,7 +421,17 @@ void Run::TellStart(int64_t budget) const {
 std::function<PointSpec(const std::string&)> Run::SpecsOfPoints() const {
   std::map<std::string, PointSpec> specs;
   for (const Point& point : points_) specs[point.name] = recipe_.SpecFor(point, calibration_.GetDialect());
-  return [specs = std::move(specs)](const std::string& point) { return specs.at(point); };
+  return [specs = std::move(specs)](const std::string& point) {
+    const auto it = specs.find(point);
+    if (it == specs.end()) Fail("{}: is no point of this run; start again with --force", point);
+    return it->second;
+  };
+}
+
+// One process has it.
+void Run::ShareChange() {
+  const std::vector<std::string> all = world_.AllGather(SaveChange(*result_.compute_change).dump());
+  result_.compute_change = RestoreChange(nlohmann::json::parse(all[Repeated(context_.items)->rank]));
 }
 
 void Run::FillResult() {

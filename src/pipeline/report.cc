@@ -67,11 +67,12 @@ std::string ReportText(const QuantizeResult& result) {
   }
   if (result.compute_change) {
     const ComputeChange& change = *result.compute_change;
-    text += fmt::format(
-        "products in bf16; {} in float32 beside it: ranges of {} points move by {:.4f} % on average, at most {:.3f} % ({}); "
-        "float logits differ by PEIR {:.4f} %, mean |diff| {:.6f}\n",
-        change.sample, change.points, 100 * change.mean_range_change, 100 * change.max_range_change, change.max_point,
-        100 * change.logits.Peir(), change.logits.MeanAbs());
+    text += fmt::format("products in bf16; {} in float32 beside it: ", change.sample);
+    if (change.points > 0)
+      text += fmt::format("ranges of {} points move by {:.4f} % on average, at most {:.3f} % ({}); ", change.points,
+                          100 * change.mean_range_change, 100 * change.max_range_change, change.max_point);
+    text += fmt::format("float logits differ by PEIR {:.4f} %, mean |diff| {:.6f}\n", 100 * change.logits.Peir(),
+                        change.logits.MeanAbs());
   }
   if (result.products)
     text += fmt::format("matrix products: {:.2f} TFLOP, {:.1f} s alone in oneDNN; the run took {:.1f} s, {:.2f} times that\n",

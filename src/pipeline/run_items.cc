@@ -373,7 +373,7 @@ void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& 
     }
     if (best != nullptr) chosen = *best;
   }
-  if (!chosen && asked && !context.images.empty())
+  if (!chosen && asked && !context.images.empty() && !data.calibration.empty())
     chosen = PatternSample(*asked, context.config,
                            WithoutPlaceholders(context.config, data.calibration.front().input_ids), "pattern");
   if (!chosen) return;

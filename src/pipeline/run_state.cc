@@ -52,21 +52,23 @@ HeadResult RestoreHead(const nlohmann::json& json) {
   return head;
 }
 
-nlohmann::json SaveChange(const ComputeChange& change) {
-  return {{"sample", change.sample},
-          {"points", change.points},
-          {"changes", {std::bit_cast<uint64_t>(change.mean_range_change), std::bit_cast<uint64_t>(change.max_range_change)}},
-          {"max_point", change.max_point},
-          {"logits", std::bit_cast<MetricBits>(change.logits)}};
-}
-
-ComputeChange RestoreChange(const nlohmann::json& json) {
-  return {.sample = json.at("sample"),
-          .points = json.at("points"),
-          .mean_range_change = std::bit_cast<double>(json.at("changes").at(0).get<uint64_t>()),
-          .max_range_change = std::bit_cast<double>(json.at("changes").at(1).get<uint64_t>()),
-          .max_point = json.at("max_point"),
-          .logits = std::bit_cast<ErrorMetrics>(json.at("logits").get<MetricBits>())};
+// Of all sequences, and of the pictures of this process.
+std::string HashOf(const RunContext& context) {
+  std::string all;
+  const auto add = [&](const auto& values) {
+    all += Sha256(std::as_bytes(std::span(values.data(), values.size())));
+  };
+  for (const TextItem& text : context.texts) {
+    all += text.item.label;
+    add(text.ids);
+    add(text.keep);
+    add(text.places);
+  }
+  for (const ImageItem& image : context.images) {
+    add(image.positions);
+    if (!image.pixel_values.Empty()) add(image.pixel_values.F32());
+  }
+  return Sha256(std::as_bytes(std::span(all)));
 }
 
 // "data: calib.jsonl" for the first member that differs.
@@ -88,15 +90,32 @@ std::string FirstChange(const nlohmann::json& before, const nlohmann::json& now,
 
 }  // namespace
 
-nlohmann::json IdentityOf(const QuantizeOptions& options, const Calibration& calibration, const nlohmann::json& inputs,
-                          int processes) {
+nlohmann::json SaveChange(const ComputeChange& change) {
+  return {{"sample", change.sample},
+          {"points", change.points},
+          {"changes", {std::bit_cast<uint64_t>(change.mean_range_change), std::bit_cast<uint64_t>(change.max_range_change)}},
+          {"max_point", change.max_point},
+          {"logits", std::bit_cast<MetricBits>(change.logits)}};
+}
+
+ComputeChange RestoreChange(const nlohmann::json& json) {
+  return {.sample = json.at("sample"),
+          .points = json.at("points"),
+          .mean_range_change = std::bit_cast<double>(json.at("changes").at(0).get<uint64_t>()),
+          .max_range_change = std::bit_cast<double>(json.at("changes").at(1).get<uint64_t>()),
+          .max_point = json.at("max_point"),
+          .logits = std::bit_cast<ErrorMetrics>(json.at("logits").get<MetricBits>())};
+}
+
+nlohmann::json IdentityOf(const QuantizeOptions& options, const RunContext& context, const nlohmann::json& inputs) {
   nlohmann::json files = nlohmann::json::object();
   for (const nlohmann::json& input : inputs) files[input.at("file").get<std::string>()] = input.at("sha256");
   return {{"circlet version", CIRCLET_VERSION},
           {"instruction set", simd::InstructionSet()},
           {"file", files},
-          {"recipe", calibration.GetRecipe().EffectiveYaml()},
-          {"number of processes", processes},
+          {"recipe", context.calibration.GetRecipe().EffectiveYaml()},
+          {"number of processes", context.world.Size()},
+          {"samples or the pictures that they name", HashOf(context)},
           {"option",
            {{"--dialect", options.dialect},
             {"--random-samples", options.random_samples},
@@ -137,7 +156,10 @@ int RunState::Load(RunParts& parts, const std::function<PointSpec(const std::str
   std::vector<int> common = mine;
   for (const std::vector<int>& others : AllGather<int>(world_, mine))
     std::erase_if(common, [&](int number) { return std::ranges::find(others, number) == others.end(); });
-  if (common.empty()) return 0;
+  if (common.empty()) {
+    for (const int number : mine) fs::remove(StatePath(number));
+    return 0;
+  }
   const int done = *std::ranges::max_element(common);
   const fs::path path = StatePath(done);
   try {
@@ -145,13 +167,14 @@ int RunState::Load(RunParts& parts, const std::function<PointSpec(const std::str
     if (state.at("identity") != identity_)
       Fail("cannot go on with the unfinished run: {}; put it back, or start again with --force",
            FirstChange(state.at("identity"), identity_, ""));
+    // Frozen grids come from their file, whose hash is part of the identity.
     params_files_ = state.at("params").get<std::vector<std::string>>();
     for (const std::string& file : params_files_) {
       const nlohmann::json json = ReadJson(directory_ / file, int64_t{1} << 32);
       const ParameterStore saved = ParseParameters(json.dump(), (directory_ / file).string());
       ParameterStore ordered;
       for (const auto& name : json.at("order")) {
-        PointParams params = *saved.Find(name.get<std::string>());
+        PointParams params = saved.Get(name.get<std::string>());
         params.spec = specs(params.spec.point);
         ordered.Set(std::move(params));
       }
@@ -191,7 +214,7 @@ void RunState::SaveNewParams(int done, const ParameterStore& params) {
 void RunState::Save(int done, RunParts& parts) {
   const auto now = std::chrono::steady_clock::now();
   if (now - last_save_ < interval_ && world_.Size() == 1) return;
-  SaveNewParams(done, parts.calibration.Params());
+  if (!parts.calibration.Frozen()) SaveNewParams(done, parts.calibration.Params());
   nlohmann::json errors = nlohmann::json::array(), observers = nlohmann::json::object();
   for (const StageError& error : parts.errors) errors.push_back(SaveError(error));
   for (const auto& [name, observer] : parts.calibration.Observers()) observers[name] = observer->State();

@@ -20,8 +20,8 @@
 namespace circlet {
 
 // What must be the same for a run to go on: the program, what it reads, and everything that its outputs depend on.
-nlohmann::json IdentityOf(const QuantizeOptions& options, const Calibration& calibration, const nlohmann::json& inputs,
-                          int processes);
+// `inputs` are files by content; samples are taken as they were read, so that what their files name counts too.
+nlohmann::json IdentityOf(const QuantizeOptions& options, const RunContext& context, const nlohmann::json& inputs);
 
 // Everything that a phase changes.
 struct RunParts {
@@ -33,6 +33,10 @@ struct RunParts {
   std::optional<ComputeChange>& change;
   std::map<std::string, double>& seconds;
 };
+
+// For other processes too.
+nlohmann::json SaveChange(const ComputeChange& change);
+ComputeChange RestoreChange(const nlohmann::json& json);
 
 class RunState {
  public:

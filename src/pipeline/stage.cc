@@ -157,8 +157,15 @@ class StageRunner::StepRuns {
   template <typename MakeReading>
   ReadyGraph& For(const Step& step, const Item& item, const ObserverMap* observers, ExecutorOptions options,
             const MakeReading& make) {
-    auto& plan = plans_[{item.length, item.variant, observers, options.compute}];
-    if (plan == nullptr) plan = std::make_unique<ReadyGraph>(step.build(item), make(), options);
+    const std::tuple key{item.length, item.variant, observers, options.compute};
+    auto& plan = plans_[key];
+    if (plan != nullptr) return *plan;
+    // Each executor in bf16 has its own copy of the rounded weights.
+    if (options.compute == Compute::kBf16) {
+      plans_.clear();
+      return *(plans_[key] = std::make_unique<ReadyGraph>(step.build(item), make(), options));
+    }
+    plan = std::make_unique<ReadyGraph>(step.build(item), make(), options);
     return *plan;
   }
 
@@ -199,7 +206,10 @@ void StageRunner::Observe(const Step& step) {
     if (InFloat(item) && item.rank == c_.world.Rank()) items.push_back(&item);
   if (items.empty()) return;
   const Graph graph = step.build(**std::ranges::max_element(items, {}, &Item::length));
-  const bool ordered = OrderMatters(c_.calibration, graph);
+  std::set<std::string> variants;
+  bool ordered = false;
+  for (const Item* item : items)
+    if (variants.insert(item->variant).second) ordered |= OrderMatters(c_.calibration, step.build(*item));
   const bool side_by_side = SideBySide(graph) && !ordered;
   std::vector<StepRuns> workers(Threads());
   const WeightSource float_weights = Shared(CachedFloat(step.stored));
@@ -208,7 +218,7 @@ void StageRunner::Observe(const Step& step) {
   ObserverMap of_control, of_repeated;
   const auto observers_of = [&](const Item& item, int worker) -> ObserverMap* {
     if (c_.calibration.Frozen()) return nullptr;
-    if (item.kind == ItemKind::kControl) return &of_control;
+    if (item.kind == ItemKind::kControl) return item.control_of == repeated->id ? &of_control : nullptr;
     if (!Observed(item)) return nullptr;
     return &item == repeated && !ordered ? &of_repeated : &workers[worker].observers;
   };

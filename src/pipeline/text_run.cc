@@ -530,7 +530,7 @@ std::vector<Point> TextRun::Points() {
   };
   collect(s.TablesGraph(kLength));
   collect(s.Build([&](const Builder& b) { BuildTokenEmbedding(b, config, kLength, config.vocab_size, s.GetDialect()); }));
-  collect(s.Build([&](const Builder& b) { BuildMergedEmbedding(b, config, kLength, false, s.GetDialect()); }));
+  collect(s.Build([&](const Builder& b) { BuildMergedEmbedding(b, config, kLength, !s.context.images.empty(), s.GetDialect()); }));
   if (config.HasPle()) {
     collect(s.Build([&](const Builder& b) {
       BuildPleEmbedding(b, config, kLength, config.ple_vocab_size, s.GetDialect());

@@ -128,6 +128,10 @@ void UnitWriter::Restore(const nlohmann::json& state) {
   for (const nlohmann::json& json : state.at("units")) {
     const std::string name = json.at("name");
     Unit unit{.file = {.name = name, .file = name + kUnitSuffix, .bytes = json.at("bytes"), .operators = json.at("operators")}};
+    std::error_code missing;
+    if (std::filesystem::file_size(directory_ / unit.file.file, missing) != static_cast<uintmax_t>(unit.file.bytes))
+      Fail("{}: is not the file of {} that the unfinished run wrote; start again with --force",
+           (directory_ / unit.file.file).string(), HumanBytes(unit.file.bytes));
     for (const nlohmann::json& end : json.at("inputs")) unit.inputs.push_back(RestoreEnd(end));
     for (const nlohmann::json& end : json.at("outputs")) unit.outputs.push_back(RestoreEnd(end));
     units_.push_back(std::move(unit));

@@ -167,6 +167,12 @@ void VisionRun::DropAfter(size_t stage) {
   s.context.store.Drop(HiddenKey(static_cast<int>(stage) - 2), kept);
 }
 
+void VisionRun::DropAll() {
+  State& s = *state_;
+  for (int i = 0; i <= s.config.num_layers; ++i) s.context.store.Drop(HiddenKey(i));
+  for (const char* key : {"vision.pooled", "vision.projected", "vision.last_hidden_state"}) s.context.store.Drop(key);
+}
+
 void VisionRun::WriteSplitUnits(UnitWriter& writer) {
   State& s = *state_;
   if (s.Verify() == nullptr) return;

@@ -19,6 +19,8 @@ class VisionRun {
   // DropAfter with the stage's index.
   std::vector<Stage> Stages();
   void DropAfter(size_t stage);
+  // Behind the embeddings and the units, which were the last to read features and boundaries.
+  void DropAll();
 
   // Units of the verification picture's layout: split by layer; pixels to projected tokens in one; encoder, model and
   // embedder as parts.

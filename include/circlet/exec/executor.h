@@ -29,6 +29,9 @@ struct ExecutorOptions {
   Compute compute = Compute::kFloat32;
 };
 
+// A float tensor rounded to bf16, or as it is when it is bf16 already: a weight for several executors with Compute::kBf16.
+Tensor ToBF16(const Tensor& tensor);
+
 // Runs one graph many times. Memory is planned once: buffers of dead values are reused, views share bytes, in-place
 // operators overwrite; nothing is allocated per operator at run time. Several threads may run executors at the same
 // time, one each, in a SingleThreadScope.
