@@ -38,7 +38,8 @@ class Running {
     argv.push_back(nullptr);
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
-    for (const int descriptor : {1, 2}) posix_spawn_file_actions_addopen(&actions, descriptor, "/dev/null", O_WRONLY, 0);
+    for (const int descriptor : {1, 2})
+      posix_spawn_file_actions_addopen(&actions, descriptor, "/dev/null", O_WRONLY, 0);
     CIRCLET_CHECK(posix_spawn(&pid_, CIRCLET_BINARY, &actions, nullptr, argv.data(), environ) == 0, "cannot start");
     posix_spawn_file_actions_destroy(&actions);
   }
@@ -70,7 +71,7 @@ class LongRunTest : public testing::Test {
   }
 
   std::vector<std::string> Arguments(const std::string& out, const std::vector<std::string>& more = {}) const {
-    std::vector<std::string> arguments{"quantize", model_, "--samples", samples_, "--recipe", "w8a16",
+    std::vector<std::string> arguments{"quantize", model_, "--samples", samples_,       "--recipe", "w8a16",
                                        "--output", out,    "--quiet",   "--save-every", "0"};
     arguments.insert(arguments.end(), more.begin(), more.end());
     return arguments;
@@ -111,7 +112,8 @@ class LongRunTest : public testing::Test {
   const std::string samples_ = directory_.Path() / "inputs.safetensors";
 };
 
-// ---- Resume -----------------------------------------------------------------------------------------------------------
+// ---- Resume
+// -----------------------------------------------------------------------------------------------------------
 
 class KilledBehind : public LongRunTest, public testing::WithParamInterface<int> {};
 
@@ -160,7 +162,8 @@ TEST_F(LongRunTest, WhatChangedSinceIsNamedAndNothingIsLost) {
   const auto expect_named = [&](const std::vector<std::string>& arguments, const std::string& what) {
     const ProgramResult result = RunProgram(arguments);
     EXPECT_EQ(result.exit_code, 2);
-    EXPECT_THAT(result.err, AllOf(HasSubstr("cannot go on with the unfinished run"), HasSubstr(what), HasSubstr("--force")));
+    EXPECT_THAT(result.err,
+                AllOf(HasSubstr("cannot go on with the unfinished run"), HasSubstr(what), HasSubstr("--force")));
     EXPECT_TRUE(fs::exists(Out() + ".partial/unfinished"));
   };
   std::vector<std::string> other_recipe = Arguments(Out(), {"--resume"});
@@ -276,7 +279,8 @@ TEST_F(LongRunTest, ADamagedStateIsAnError) {
   expect_refused("is damaged");
 }
 
-// ---- Memory -----------------------------------------------------------------------------------------------------------
+// ---- Memory
+// -----------------------------------------------------------------------------------------------------------
 
 TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
   const TempDirectory directory;
@@ -295,7 +299,8 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
   EXPECT_THAT(little.out, HasSubstr("activations past the memory limit went to files: "));
   for (const auto& entry : fs::directory_iterator(directory.Path() / "all")) {
     const std::string name = entry.path().filename();
-    // Sums over slices of the vocabulary are taken in another order: perplexity and mean errors differ in the last digits.
+    // Sums over slices of the vocabulary are taken in another order: perplexity and mean errors differ in the last
+    // digits.
     if (name == "timings.json" || name == "report.json" || name == "manifest.json") continue;
     EXPECT_EQ(Sha256File(entry.path()), Sha256File(directory.Path() / "little" / name)) << name;
   }
@@ -319,22 +324,23 @@ TEST(MemoryLimit, EvaluateSpillsToo) {
   EXPECT_TRUE(fs::is_empty(scratch.Path()));
 }
 
-// ---- bf16 -------------------------------------------------------------------------------------------------------------
+// ---- bf16
+// -------------------------------------------------------------------------------------------------------------
 
 TEST(ComputeBf16, SaysWhatItChangesAndFilesStayExact) {
   if (!Bf16Supported()) GTEST_SKIP() << "the processor has no AVX-512 BF16";
   const TempDirectory directory;
   const std::string out = directory.Path() / "out";
   const ProgramResult result =
-      RunProgram({"quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--recipe", "w8a16", "--output", out,
-                  "--compute", "bf16", "--timings", "--quiet"});
+      RunProgram({"quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--recipe", "w8a16",
+                  "--output", out, "--compute", "bf16", "--timings", "--quiet"});
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.out, AllOf(HasSubstr("products in bf16"), HasSubstr("alone in oneDNN")));
   const nlohmann::json change = ReadJson(fs::path(out) / "report.json").at("compute");
   EXPECT_EQ(change.at("products"), "bf16");
   EXPECT_GT(change.at("points").get<int>(), 500);
-  // A product's relative error is of the order of 2^-9 for each factor; measured here: 0.05 % on average, 0.9 % at most, and
-  // 0.33 % of the logits' range. Nothing at all would mean that float32 was compared with itself.
+  // A product's relative error is of the order of 2^-9 for each factor; measured here: 0.05 % on average, 0.9 % at
+  // most, and 0.33 % of the logits' range. Nothing at all would mean that float32 was compared with itself.
   EXPECT_GT(change.at("mean_range_change").get<double>(), 0.0001);
   EXPECT_LT(change.at("mean_range_change").get<double>(), 0.0015);
   EXPECT_LT(change.at("max_range_change").get<double>(), 0.03);
@@ -345,16 +351,17 @@ TEST(ComputeBf16, SaysWhatItChangesAndFilesStayExact) {
   EXPECT_THAT(verify.out, HasSubstr("to the last code"));
 }
 
-// ---- Dry run ----------------------------------------------------------------------------------------------------------
+// ---- Dry run
+// ----------------------------------------------------------------------------------------------------------
 
 TEST(DryRun, SaysWhatIsNeededAndWritesNothing) {
   const TempDirectory directory;
   const std::string out = directory.Path() / "deep/out";
-  const ProgramResult result = RunProgram({"quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--output",
-                                           out, "--dry-run"});
+  const ProgramResult result =
+      RunProgram({"quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--output", out, "--dry-run"});
   ASSERT_EQ(result.exit_code, 0) << result.err;
-  EXPECT_THAT(result.out, AllOf(HasSubstr("vision.layers.3"), HasSubstr("layers.9"), HasSubstr("logits"), HasSubstr("GFLOP"),
-                                HasSubstr("time: "), HasSubstr("memory: "), HasSubstr("disk: ")));
+  EXPECT_THAT(result.out, AllOf(HasSubstr("vision.layers.3"), HasSubstr("layers.9"), HasSubstr("logits"),
+                                HasSubstr("GFLOP"), HasSubstr("time: "), HasSubstr("memory: "), HasSubstr("disk: ")));
   EXPECT_TRUE(fs::is_empty(directory.Path()));
 }
 
@@ -364,8 +371,8 @@ TEST(DryRun, RefusesADiskThatIsTooSmallAndSoDoesTheRun) {
   fs::create_directory(disk);
   if (mount("tmpfs", disk.c_str(), "tmpfs", 0, "size=1m") != 0) GTEST_SKIP() << "mounting a small disk takes root";
   for (const char* flag : {"--dry-run", "--quiet"}) {
-    const ProgramResult result = RunProgram({"quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl",
-                                             "--output", disk / "out", flag});
+    const ProgramResult result = RunProgram(
+        {"quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--output", disk / "out", flag});
     EXPECT_EQ(result.exit_code, 2);
     EXPECT_THAT(result.err, AllOf(HasSubstr("1.0 MiB are free"), HasSubstr("are needed")));
     EXPECT_TRUE(fs::is_empty(disk));
@@ -373,7 +380,8 @@ TEST(DryRun, RefusesADiskThatIsTooSmallAndSoDoesTheRun) {
   umount(disk.c_str());
 }
 
-// ---- Many processes ---------------------------------------------------------------------------------------------------
+// ---- Many processes
+// ---------------------------------------------------------------------------------------------------
 
 class ManyProcesses : public LongRunTest {
  protected:
@@ -381,8 +389,9 @@ class ManyProcesses : public LongRunTest {
     if (std::system("command -v mpirun >/dev/null") != 0) GTEST_SKIP() << "mpirun is not installed";
   }
   static ProgramResult RunShared(int processes, const std::vector<std::string>& arguments) {
-    return RunProgram(arguments, fmt::format("export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; "
-                                             "export OMPI_MCA_rmaps_base_oversubscribe=1; set -- ; "),
+    return RunProgram(arguments,
+                      fmt::format("export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; "
+                                  "export OMPI_MCA_rmaps_base_oversubscribe=1; set -- ; "),
                       fmt::format("mpirun' -q --bind-to none -n {} '" CIRCLET_BINARY, processes));
   }
 };
@@ -397,7 +406,8 @@ TEST_F(ManyProcesses, GiveTheBytesOfOne) {
 }
 
 TEST_F(ManyProcesses, MergePercentilesExactly) {
-  const std::vector<std::string> percentile{"--set", "pipeline.0.activation={dtype: int16, observer: percentile, percentile: 99.5}"};
+  const std::vector<std::string> percentile{
+      "--set", "pipeline.0.activation={dtype: int16, observer: percentile, percentile: 99.5}"};
   const std::map<std::string, std::string> expected = Hashes(Reference(percentile));
   const ProgramResult result = RunShared(2, Arguments(Out(), percentile));
   ASSERT_EQ(result.exit_code, 0) << result.err;
@@ -405,9 +415,11 @@ TEST_F(ManyProcesses, MergePercentilesExactly) {
 }
 
 TEST_F(ManyProcesses, CannotMergeMovingAveragesAndSaySo) {
-  const ProgramResult result = RunShared(2, Arguments(Out(), {"--set", "pipeline.0.activation={dtype: int16, observer: ema}"}));
+  const ProgramResult result =
+      RunShared(2, Arguments(Out(), {"--set", "pipeline.0.activation={dtype: int16, observer: ema}"}));
   EXPECT_EQ(result.exit_code, 2);
-  EXPECT_THAT(result.err, AllOf(HasSubstr("EMA observer depends on the order of the samples"), HasSubstr("run one process")));
+  EXPECT_THAT(result.err,
+              AllOf(HasSubstr("EMA observer depends on the order of the samples"), HasSubstr("run one process")));
   EXPECT_EQ(result.err.find("circlet: "), result.err.rfind("circlet: ")) << result.err;
   EXPECT_FALSE(fs::exists(Out()));
 }

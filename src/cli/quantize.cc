@@ -1,3 +1,5 @@
+#include "circlet/pipeline/quantize.h"
+
 #include <fmt/core.h>
 
 #include <memory>
@@ -5,7 +7,6 @@
 #include "circlet/base/communicator.h"
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
-#include "circlet/pipeline/quantize.h"
 #include "cli/commands.h"
 
 namespace circlet {
@@ -32,13 +33,16 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.add_option("--eval-captions", options.eval_captions, "Pictures with questions and captions, JSON lines");
   command.add_flag("--text-only", options.text_only, "Leave samples with pictures out");
   static const std::map<std::string, Compute> kComputes{{"float32", Compute::kFloat32}, {"bf16", Compute::kBf16}};
-  command.add_option("--compute", options.compute,
-                     "Precision of the matrix products that calibrate and measure: float32, or bf16 on a processor with "
-                     "AVX-512 BF16")
+  command
+      .add_option("--compute", options.compute,
+                  "Precision of the matrix products that calibrate and measure: float32, or bf16 on a processor with "
+                  "AVX-512 BF16")
       ->transform(CLI::CheckedTransformer(kComputes).description("{float32,bf16}"));
   command.add_flag("--timings", options.timings, "Also measure the run's matrix products alone");
-  command.add_option("--memory-limit", options.memory_limit,
-                     "Memory that the run may take, mapped checkpoint pages apart (\"3GB\"); activations past it go to files")
+  command
+      .add_option(
+          "--memory-limit", options.memory_limit,
+          "Memory that the run may take, mapped checkpoint pages apart (\"3GB\"); activations past it go to files")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
       ->default_str("3GB");
 }
@@ -71,7 +75,8 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
                        "Layout of the vision units: e2b_66x36_264, e2b_57x42_266, or a JSON file; default: the most "
                        "frequent of the samples");
   quantize->add_flag("--resume", options->resume, "Go on with an unfinished run in the output directory");
-  quantize->add_option("--save-every", options->save_every, "Seconds between saved states of the run; 0: after every stage")
+  quantize
+      ->add_option("--save-every", options->save_every, "Seconds between saved states of the run; 0: after every stage")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   struct Switches {

@@ -46,16 +46,14 @@ class ActivationStore::File {
   int64_t Append(std::span<const std::byte> bytes) {
     const int64_t offset = size_;
     size_ += static_cast<int64_t>(bytes.size());
-    Transfer(offset, bytes.size(), "written", [&](size_t done, off_t at) {
-      return pwrite(descriptor_, bytes.data() + done, bytes.size() - done, at);
-    });
+    Transfer(offset, bytes.size(), "written",
+             [&](size_t done, off_t at) { return pwrite(descriptor_, bytes.data() + done, bytes.size() - done, at); });
     return offset;
   }
 
   void Read(int64_t offset, std::span<std::byte> bytes) const {
-    Transfer(offset, bytes.size(), "read", [&](size_t done, off_t at) {
-      return pread(descriptor_, bytes.data() + done, bytes.size() - done, at);
-    });
+    Transfer(offset, bytes.size(), "read",
+             [&](size_t done, off_t at) { return pread(descriptor_, bytes.data() + done, bytes.size() - done, at); });
   }
 
  private:

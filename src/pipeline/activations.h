@@ -19,15 +19,15 @@ namespace circlet {
 // first stage on.
 enum class Chain { kFloat, kQuant };
 
-// Tensors by key, item and chain. One file for each key, so that a key's disk goes when the key does. All functions may be
-// called from several threads.
+// Tensors by key, item and chain. One file for each key, so that a key's disk goes when the key does. All functions may
+// be called from several threads.
 class ActivationStore {
  public:
   // Files go with the store, unless Save() has promised them to another process.
   ~ActivationStore();
 
-  // Tensors past `memory_bytes` go to files in `directory`, which is made when it is needed. Without it everything stays in
-  // memory.
+  // Tensors past `memory_bytes` go to files in `directory`, which is made when it is needed. Without it everything
+  // stays in memory.
   void UseFiles(std::filesystem::path directory, int64_t memory_bytes) {
     directory_ = std::move(directory);
     budget_ = memory_bytes;
@@ -46,8 +46,8 @@ class ActivationStore {
 
   int64_t SpilledBytes() const { return spilled_bytes_; }  // that did not fit in memory, over the whole run
 
-  // Brings everything to the disk and says where it lies, for Restore in another process; call it between stages. From now
-  // on files of dropped keys stay until Forget(), so that an older state remains whole until the next one is safe.
+  // Brings everything to the disk and says where it lies, for Restore in another process; call it between stages. From
+  // now on files of dropped keys stay until Forget(), so that an older state remains whole until the next one is safe.
   nlohmann::json Save();
   void Forget();
   // Takes the files of an earlier process and removes those that `state` does not know.
@@ -57,7 +57,7 @@ class ActivationStore {
   class File;
   struct Slot {
     TensorType type;
-    Tensor memory;  // empty: in the file only
+    Tensor memory;        // empty: in the file only
     int64_t offset = -1;  // in the file; -1: in memory only
   };
   struct Entry {

@@ -38,7 +38,8 @@ int64_t WorkingBytes(const Graph& graph) {
 int64_t ChainPositions(const std::vector<Item>& items, int rank) {
   int64_t positions = 0;
   for (const Item& item : items)
-    if (item.rank == rank) positions += item.length * (item.kind == ItemKind::kVerify || item.kind == ItemKind::kControl ? 1 : 2);
+    if (item.rank == rank)
+      positions += item.length * (item.kind == ItemKind::kVerify || item.kind == ItemKind::kControl ? 1 : 2);
   return positions;
 }
 
@@ -120,7 +121,8 @@ int64_t OutputBytes(const RunContext& context, bool whole_model) {
   const TextConfig& text = context.config.text;
   int64_t bits = 0;
   for (Parameter parameter : Parameters(context.config)) {
-    const PointSpec spec = recipe.SpecFor(Point{.name = parameter.name, .role = PointRole::kWeight}, context.GetDialect());
+    const PointSpec spec =
+        recipe.SpecFor(Point{.name = parameter.name, .role = PointRole::kWeight}, context.GetDialect());
     const int64_t own = parameter.shape.Elements() * (spec.kind == QuantKind::kAffine ? BitWidth(spec.dtype) : 32);
     const auto named = [&](const char* part) { return parameter.name.find(part) != std::string::npos; };
     const bool in_layer = named("language_model.layers.");
@@ -129,13 +131,15 @@ int64_t OutputBytes(const RunContext& context, bool whole_model) {
     bits += own * ((in_layer && recipe.export_options.prefill_decode) || is_head ? 2 : 1) + (whole_model ? own : 0);
   }
   const int64_t layers = text.NumLayers(), ple = text.HasPle() ? layers * text.ple_dim : 0;
-  const int64_t codes = context.VerifyText() == nullptr ? 0 : 2 * context.max_seq_len * (text.hidden_size * (layers + 3) + 3 * ple);
+  const int64_t codes =
+      context.VerifyText() == nullptr ? 0 : 2 * context.max_seq_len * (text.hidden_size * (layers + 3) + 3 * ple);
   return bits / 8 + codes;
 }
 
 double MeasuredFlops() {
   constexpr int64_t kRows = 1024, kWidth = 1536, kColumns = 2048;
-  const Tensor x({DType::kF32, {kRows, kWidth}}), w({DType::kF32, {kColumns, kWidth}}), y({DType::kF32, {kRows, kColumns}});
+  const Tensor x({DType::kF32, {kRows, kWidth}}), w({DType::kF32, {kColumns, kWidth}}),
+      y({DType::kF32, {kRows, kColumns}});
   double fastest = 1e30;
   for (int run = 0; run < 4; ++run) {
     const auto begin = std::chrono::steady_clock::now();

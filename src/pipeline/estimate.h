@@ -1,7 +1,7 @@
 #pragma once
 
-// What a run will need, from its graphs alone: for --dry-run, for the budget of the activations, and for the check of the
-// disk before anything is computed.
+// What a run will need, from its graphs alone: for --dry-run, for the budget of the activations, and for the check of
+// the disk before anything is computed.
 
 #include <cstdint>
 #include <string>

@@ -88,7 +88,9 @@ class Head {
 
   // A weight in the form that products take, converted once for all lengths.
   Tensor Operand(const Tensor& rows) const { return s_.compute == Compute::kBf16 ? ToBF16(rows) : ToF32(rows); }
-  Tensor Rounded(const Tensor& rows, int64_t first) const { return c_.calibration.RoundedRows(kHeadWeight, rows, first); }
+  Tensor Rounded(const Tensor& rows, int64_t first) const {
+    return c_.calibration.RoundedRows(kHeadWeight, rows, first);
+  }
 
   Graph Build(int64_t length, int64_t rows) const { return LogitsGraph(c_, length, rows); }
 
@@ -130,8 +132,8 @@ class Head {
     });
   }
 
-  // body(begin, normed of positions [begin, ..)) for each slice of an item. Of a caption only what predicts the answer is
-  // read.
+  // body(begin, normed of positions [begin, ..)) for each slice of an item. Of a caption only what predicts the answer
+  // is read.
   template <typename Body>
   void ForPositions(const Item& item, Chain chain, const Body& body) const {
     const Tensor normed = c_.store.Get(item.id, chain, kNormedKey);
@@ -153,7 +155,8 @@ class Head {
           const bool observe = Observes(c_, item);
           if (item.kind == ItemKind::kControl) return MeasureControl(item, rows, worker, weight, operand);
           ForPositions(item, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
-            ReadyGraph& plan = PlanFor(worker, item, normed.GetShape()[1], rows, observe ? Reading::kObserve : Reading::kFloat);
+            ReadyGraph& plan =
+                PlanFor(worker, item, normed.GetShape()[1], rows, observe ? Reading::kObserve : Reading::kFloat);
             auto* reading = static_cast<ObserveReading*>(plan.reading.get());
             if (observe) reading->Begin(item.index, ObserveReading::Slice{begin, item.length, first, rows, vocab_});
             const Tensor logits = Logits(plan, normed, operand);
@@ -181,7 +184,8 @@ class Head {
   }
 
   // Float logits against those of the rounded head on float inputs, and of the chain that is rounded from the start.
-  void Measure(const Item& item, int64_t first, int64_t rows, Worker& worker, const Tensor& weight, const Tensor& rounded) {
+  void Measure(const Item& item, int64_t first, int64_t rows, Worker& worker, const Tensor& weight,
+               const Tensor& rounded) {
     const Tensor quantized = c_.store.Get(item.id, Chain::kQuant, kNormedKey);
     ForPositions(item, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
       const int64_t length = normed.GetShape()[1];
@@ -329,17 +333,17 @@ HeadResult RunHead(const RunContext& context, const StageContext& stage) { retur
 Tensor RoundedLogits(const RunContext& context, const Tensor& normed) {
   const int64_t length = normed.GetShape()[1], vocab = context.config.text.vocab_size;
   Tensor logits = Tensor::Uninitialized({DType::kF32, {1, length, vocab}});
-  const StageContext alone{context.calibration, context.store, context.items, nullptr, World(), Compute::kFloat32, nullptr, [] {}};
+  const StageContext alone{context.calibration, context.store, context.items, nullptr, World(),
+                           Compute::kFloat32,   nullptr,       [] {}};
   const Head head(context, alone);
   head.ForVocabulary([&](int64_t first, const Tensor& stored) {
     const int64_t rows = stored.GetShape()[0];
     FakeQuantReading reading(context.calibration);
     const Graph graph = head.Build(length, rows);
     Executor executor(graph, &reading);
-    const Tensor part = executor
-                            .Run({{"last_hidden_state", normed}},
-                                 [&](const std::string&) { return head.Rounded(stored, first); })
-                            .at("logits");
+    const Tensor part =
+        executor.Run({{"last_hidden_state", normed}}, [&](const std::string&) { return head.Rounded(stored, first); })
+            .at("logits");
     for (int64_t row = 0; row < length; ++row)
       std::memcpy(logits.F32().data() + row * vocab + first, part.F32().data() + row * rows, rows * sizeof(float));
   });

@@ -1,7 +1,7 @@
 #pragma once
 
-// The last stage: logits of every position, in slices of the vocabulary and of the sequence. A slice of the head's weight
-// lives at a time; logits never stand in memory whole.
+// The last stage: logits of every position, in slices of the vocabulary and of the sequence. A slice of the head's
+// weight lives at a time; logits never stand in memory whole.
 
 #include <utility>
 #include <vector>
@@ -13,9 +13,9 @@ namespace circlet {
 
 struct HeadResult {
   StageError error;
-  Shape shape;                                    // of the last measured sample's logits
-  std::vector<std::pair<float, float>> scatter;   // float, quantized
-  double float_nll = 0, quantized_nll = 0;        // sums over all windows
+  Shape shape;                                   // of the last measured sample's logits
+  std::vector<std::pair<float, float>> scatter;  // float, quantized
+  double float_nll = 0, quantized_nll = 0;       // sums over all windows
   int64_t window_tokens = 0;
   int64_t captions = 0, float_exact = 0, quantized_exact = 0;
 };
@@ -23,8 +23,8 @@ struct HeadResult {
 // Key of the final norm's output in the store.
 inline constexpr char kNormedKey[] = "last_hidden_state";
 
-// How the head is cut: rows of the vocabulary and positions at a time. An average over samples (EMA) takes each sample in
-// one piece, whatever that needs.
+// How the head is cut: rows of the vocabulary and positions at a time. An average over samples (EMA) takes each sample
+// in one piece, whatever that needs.
 struct HeadSlices {
   int64_t rows = 0, positions = 0;
   bool side_by_side = false;

@@ -46,7 +46,10 @@ nlohmann::json InputEntries(const QuantizeOptions& options) {
 }  // namespace
 
 OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
-    : final_(WithoutSlash(options.output)), partial_(final_.string() + ".partial"), world_(world), force_(options.force) {
+    : final_(WithoutSlash(options.output)),
+      partial_(final_.string() + ".partial"),
+      world_(world),
+      force_(options.force) {
   inputs_ = InputEntries(options);
   if (world_.Rank() == 0) {
     // Killed between its rename and its last step.
@@ -58,7 +61,8 @@ OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
     // A run that was killed at its very start leaves the folder empty.
     if (fs::exists(partial_) && !fs::is_directory(partial_ / kStateFolder / "rank.0") &&
         !(fs::is_directory(partial_) && fs::is_empty(partial_)))
-      Fail("{}: is in the way and no unfinished run of circlet; move it away, or choose another output", partial_.string());
+      Fail("{}: is in the way and no unfinished run of circlet; move it away, or choose another output",
+           partial_.string());
     kept_ = options.resume && HoldsState(partial_);
     if (!kept_ && !force_ && HoldsState(partial_))
       Fail("{}: holds an unfinished run; --resume goes on with it, --force starts again", partial_.string());

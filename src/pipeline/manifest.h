@@ -10,13 +10,13 @@
 
 namespace circlet {
 
-// The output directory of a run. Everything is written to "NAME.partial" beside it, which takes the final name when all is
-// there; a failed run leaves neither, unless it saved a state to go on from.
+// The output directory of a run. Everything is written to "NAME.partial" beside it, which takes the final name when all
+// is there; a failed run leaves neither, unless it saved a state to go on from.
 class OutputRun {
  public:
-  // Throws Error when the directory exists and is not ours to replace, cannot be written, or when an unfinished run lies
-  // in "NAME.partial" and neither `resume` nor `force` says what to do with it. In a run of several processes the others
-  // use what the first has prepared.
+  // Throws Error when the directory exists and is not ours to replace, cannot be written, or when an unfinished run
+  // lies in "NAME.partial" and neither `resume` nor `force` says what to do with it. In a run of several processes the
+  // others use what the first has prepared.
   OutputRun(const QuantizeOptions& options, Communicator& world);
   ~OutputRun();
 

@@ -40,9 +40,7 @@ class Clock {
       Clock& clock;
       std::string phase;
       std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
-      ~Stop() {
-        clock.seconds_[phase] += SecondsSince(begin);
-      }
+      ~Stop() { clock.seconds_[phase] += SecondsSince(begin); }
     } stop{*this, phase};
     return body();
   }
@@ -56,7 +54,8 @@ class ScratchDirectory {
  public:
   ScratchDirectory() {
     std::string name = (std::filesystem::temp_directory_path() / "circlet-XXXXXX").string();
-    if (mkdtemp(name.data()) == nullptr) Fail("{}: cannot be made for activations; set TMPDIR to a place with room", name);
+    if (mkdtemp(name.data()) == nullptr)
+      Fail("{}: cannot be made for activations; set TMPDIR to a place with room", name);
     path_ = name;
   }
   ~ScratchDirectory() {
@@ -98,8 +97,11 @@ void CheckExportable(const Calibration& calibration, const std::vector<Point>& p
 void CheckShareable(const Calibration& calibration, const std::vector<Point>& points) {
   for (const Point& point : points)
     if (calibration.OrderMatters(point))
-      Fail("{}: its EMA observer depends on the order of the samples and cannot be shared between processes; run one process, "
-           "or choose minmax or percentile", point.name);
+      Fail(
+          "{}: its EMA observer depends on the order of the samples and cannot be shared between processes; run one "
+          "process, "
+          "or choose minmax or percentile",
+          point.name);
 }
 
 // Calls body(name) with each parameter that a step reads.
@@ -142,7 +144,8 @@ class Run {
       if (options_.save_stages) Fail("--save-stages: takes one process; run without mpirun");
     }
     if (!context_.images.empty()) vision_.emplace(context_);
-    if (const Item* repeated = Repeated(context_.items)) result_.compute_change = ComputeChange{.sample = repeated->label};
+    if (const Item* repeated = Repeated(context_.items))
+      result_.compute_change = ComputeChange{.sample = repeated->label};
     profile_ = ExportedProfile(context_);
     constexpr int64_t kShareOfLimit = 100;
     context_.head_slice_bytes = std::min(context_.head_slice_bytes, options_.memory_limit / kShareOfLimit);
@@ -158,9 +161,9 @@ class Run {
   struct Phase {
     std::string name;
     const std::vector<Item>* items = nullptr;
-    std::optional<Stage> stage;         // none: the head
-    std::function<void()> write;        // files; may be empty
-    std::function<void()> drop;         // may be empty
+    std::optional<Stage> stage;   // none: the head
+    std::function<void()> write;  // files; may be empty
+    std::function<void()> drop;   // may be empty
   };
 
   static Gemma4Config ReadModelConfig(const std::filesystem::path& model) {
@@ -235,7 +238,8 @@ void Run::MakePhases() {
     add(context_.items, text_.Embeddings(), write_inputs, drop_pictures);
   }
   for (int i = 0; i < config_.text.NumLayers(); ++i)
-    add(context_.items, text_.Layer(i), [this, i] { text_.WriteLayerUnits(*units_, i); },
+    add(
+        context_.items, text_.Layer(i), [this, i] { text_.WriteLayerUnits(*units_, i); },
         [this, i] { text_.DropAfterLayer(i); });
   add(context_.items, text_.Norm(), {}, [this] { text_.DropAfterNorm(); });
   add(context_.items, std::nullopt, [this] {
@@ -354,16 +358,20 @@ QuantizeResult Run::Compute() {
   const bool writes = !options_.output.empty();
   const int64_t budget = ActivationBudget();
   if (budget < 0)
-    Fail("--memory-limit {}: the largest stage alone takes {} with a tenth to spare; give at least that, or shorter samples",
-         HumanBytes(options_.memory_limit), HumanBytes(NeededMemory() / 9 * 10));
-  if (options_.resume && options_.save_stages) Fail("--save-stages: values of finished stages are not saved; leave out --resume");
+    Fail(
+        "--memory-limit {}: the largest stage alone takes {} with a tenth to spare; give at least that, or shorter "
+        "samples",
+        HumanBytes(options_.memory_limit), HumanBytes(NeededMemory() / 9 * 10));
+  if (options_.resume && options_.save_stages)
+    Fail("--save-stages: values of finished stages are not saved; leave out --resume");
   std::optional<OutputRun> output;
   std::optional<ScratchDirectory> scratch;
   std::optional<RunState> state;
   if (writes) {
     output.emplace(options_, world_);
     RequireFreeSpace(output->Directory(), std::max<int64_t>(0, NeededDisk() - output->Bytes()));
-    state.emplace(output->StateDirectory(), IdentityOf(options_, context_, output->Inputs()), options_.save_every, world_);
+    state.emplace(output->StateDirectory(), IdentityOf(options_, context_, output->Inputs()), options_.save_every,
+                  world_);
   } else {
     scratch.emplace();
     RequireFreeSpace(scratch->Path(), NeededDisk());
@@ -372,7 +380,8 @@ QuantizeResult Run::Compute() {
   std::optional<RunParts> parts;
   if (writes) {
     units_.emplace(output->Directory(), calibration_, store_);
-    parts.emplace(RunParts{calibration_, store_, *units_, result_.stages, head_, result_.compute_change, result_.seconds});
+    parts.emplace(
+        RunParts{calibration_, store_, *units_, result_.stages, head_, result_.compute_change, result_.seconds});
     result_.resumed_phases = state->Load(*parts, SpecsOfPoints());
   }
   result_.phases = static_cast<int>(phases_.size());
@@ -448,10 +457,10 @@ void Run::FillResult() {
                                     std::exp(head_->quantized_nll / head_->window_tokens)};
   if (head_->captions > 0) result_.captions = Captions{head_->captions, head_->float_exact, head_->quantized_exact};
   if (profile_)
-    result_.vision_profile = fmt::format(
-        "{}x{} patches, {} soft tokens from position {} ({})", profile_->patch_grid_height, profile_->patch_grid_width,
-        profile_->num_visual_tokens, profile_->visual_start_idx,
-        options_.vision_profile.empty() ? "the most frequent of the calibration samples" : profile_->name);
+    result_.vision_profile =
+        fmt::format("{}x{} patches, {} soft tokens from position {} ({})", profile_->patch_grid_height,
+                    profile_->patch_grid_width, profile_->num_visual_tokens, profile_->visual_start_idx,
+                    options_.vision_profile.empty() ? "the most frequent of the calibration samples" : profile_->name);
   result_.pictures = static_cast<int64_t>(context_.images.size());
   result_.model = options_.model.filename().empty() ? options_.model.parent_path().filename().string()
                                                     : options_.model.filename().string();

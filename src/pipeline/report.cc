@@ -75,9 +75,10 @@ std::string ReportText(const QuantizeResult& result) {
                         change.logits.MeanAbs());
   }
   if (result.products)
-    text += fmt::format("matrix products: {:.2f} TFLOP, {:.1f} s alone in oneDNN; the run took {:.1f} s, {:.2f} times that\n",
-                        result.products->flops / 1e12, result.products->alone_seconds, result.products->run_seconds,
-                        result.products->run_seconds / result.products->alone_seconds);
+    text += fmt::format(
+        "matrix products: {:.2f} TFLOP, {:.1f} s alone in oneDNN; the run took {:.1f} s, {:.2f} times that\n",
+        result.products->flops / 1e12, result.products->alone_seconds, result.products->run_seconds,
+        result.products->run_seconds / result.products->alone_seconds);
   if (result.spilled_bytes > 0)
     text += fmt::format("activations past the memory limit went to files: {}\n", HumanBytes(result.spilled_bytes));
   return text;

@@ -88,7 +88,8 @@ class ItemMaker {
   // A control sample runs where the one that it repeats does.
   void SetControl(Item& item, int repeated) const {
     item.control_of = repeated;
-    item.rank = repeated >= RunContext::kFirstImage ? context_.ImageOf(repeated).item.rank : context_.texts[repeated].item.rank;
+    item.rank =
+        repeated >= RunContext::kFirstImage ? context_.ImageOf(repeated).item.rank : context_.texts[repeated].item.rank;
   }
 
   int AddImage(const Item& text, const Sample& sample, int64_t image, const std::string& label) {
@@ -209,7 +210,8 @@ VisionProfile RandomProfile(const VisionConfig& vision) {
 
 // A sample of a layout that none of the data has: a text sample's ids around the picture's slot, and a pattern for the
 // picture. It only tries the machinery.
-Sample PatternSample(const VisionProfile& profile, const Gemma4Config& config, std::vector<int64_t> ids, std::string source) {
+Sample PatternSample(const VisionProfile& profile, const Gemma4Config& config, std::vector<int64_t> ids,
+                     std::string source) {
   Sample sample{.source = std::move(source)};
   ids.resize(std::max<int64_t>(static_cast<int64_t>(ids.size()), profile.VisualEnd()), config.text.bos_token_id);
   std::fill(ids.begin() + profile.visual_start_idx, ids.begin() + profile.VisualEnd(), config.image_token_id);
@@ -237,7 +239,8 @@ void AddRandomSamples(const QuantizeOptions& options, const Gemma4Config& config
   std::vector<Sample> prompts = RandomSamples(options.random_images, profile.VisualEnd() + kTextBehind, kSeed + 1,
                                               config.text.vocab_size, forbidden);
   for (Sample& prompt : prompts)
-    data.calibration.push_back(PatternSample(profile, config, std::move(prompt.input_ids), prompt.source + " with a picture"));
+    data.calibration.push_back(
+        PatternSample(profile, config, std::move(prompt.input_ids), prompt.source + " with a picture"));
 }
 
 }  // namespace
@@ -334,7 +337,8 @@ void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& 
   }
 
   if (options.compute == Compute::kBf16 && !data.calibration.empty()) {
-    const auto pictured = std::ranges::find_if(data.calibration, [](const Sample& s) { return !s.pixel_values.Empty(); });
+    const auto pictured =
+        std::ranges::find_if(data.calibration, [](const Sample& s) { return !s.pixel_values.Empty(); });
     const int index = pictured == data.calibration.end() ? 0 : static_cast<int>(pictured - data.calibration.begin());
     const Sample& sample = data.calibration[index];
     maker.Add(ItemKind::kControl, index, "control", sample.input_ids,

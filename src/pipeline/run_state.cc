@@ -23,9 +23,7 @@ nlohmann::json SaveError(const StageError& error) {
 }
 
 StageError RestoreError(const nlohmann::json& json) {
-  const auto metrics = [&](const char* which) {
-    return std::bit_cast<ErrorMetrics>(json.at(which).get<MetricBits>());
-  };
+  const auto metrics = [&](const char* which) { return std::bit_cast<ErrorMetrics>(json.at(which).get<MetricBits>()); };
   return {.stage = json.at("stage"), .alone = metrics("alone"), .accumulated = metrics("accumulated")};
 }
 
@@ -40,7 +38,8 @@ nlohmann::json SaveHead(const HeadResult& head) {
 }
 
 HeadResult RestoreHead(const nlohmann::json& json) {
-  HeadResult head{.error = RestoreError(json.at("error")), .shape = Shape(json.at("shape").get<std::vector<int64_t>>())};
+  HeadResult head{.error = RestoreError(json.at("error")),
+                  .shape = Shape(json.at("shape").get<std::vector<int64_t>>())};
   for (const auto& pair : json.at("scatter"))
     head.scatter.emplace_back(std::bit_cast<float>(pair.at(0).get<uint32_t>()),
                               std::bit_cast<float>(pair.at(1).get<uint32_t>()));
@@ -55,9 +54,7 @@ HeadResult RestoreHead(const nlohmann::json& json) {
 // Of all sequences, and of the pictures of this process.
 std::string HashOf(const RunContext& context) {
   std::string all;
-  const auto add = [&](const auto& values) {
-    all += Sha256(std::as_bytes(std::span(values.data(), values.size())));
-  };
+  const auto add = [&](const auto& values) { all += Sha256(std::as_bytes(std::span(values.data(), values.size()))); };
   for (const TextItem& text : context.texts) {
     all += text.item.label;
     add(text.ids);
@@ -93,7 +90,8 @@ std::string FirstChange(const nlohmann::json& before, const nlohmann::json& now,
 nlohmann::json SaveChange(const ComputeChange& change) {
   return {{"sample", change.sample},
           {"points", change.points},
-          {"changes", {std::bit_cast<uint64_t>(change.mean_range_change), std::bit_cast<uint64_t>(change.max_range_change)}},
+          {"changes",
+           {std::bit_cast<uint64_t>(change.mean_range_change), std::bit_cast<uint64_t>(change.max_range_change)}},
           {"max_point", change.max_point},
           {"logits", std::bit_cast<MetricBits>(change.logits)}};
 }
@@ -144,7 +142,8 @@ std::vector<int> RunState::Numbers() const {
     int number = 0;
     char rest = 0;
     const std::string name = entry.path().filename();
-    if (std::sscanf(name.c_str(), "state.%d.jso%c", &number, &rest) == 2 && rest == 'n' && name == StatePath(number).filename())
+    if (std::sscanf(name.c_str(), "state.%d.jso%c", &number, &rest) == 2 && rest == 'n' &&
+        name == StatePath(number).filename())
       numbers.push_back(number);
   }
   return numbers;

@@ -46,8 +46,8 @@ class RunState {
   // Where activations go.
   std::filesystem::path ValuesDirectory() const { return directory_ / "values"; }
 
-  // The number of finished phases, and `parts` as they were then; 0 when nothing was saved. Throws Error naming what has
-  // changed since, and for a damaged state. `specs` gives the specification of each point.
+  // The number of finished phases, and `parts` as they were then; 0 when nothing was saved. Throws Error naming what
+  // has changed since, and for a damaged state. `specs` gives the specification of each point.
   int Load(RunParts& parts, const std::function<PointSpec(const std::string& point)>& specs);
 
   // Behind phase number `done`. All processes call it.

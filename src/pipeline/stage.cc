@@ -61,7 +61,8 @@ Tensor LayerSlice(const Tensor& tensor, int64_t layer) {
   const int64_t length = tensor.GetShape()[1], layers = tensor.GetShape()[2], width = tensor.GetShape()[3];
   Tensor slice = Tensor::Uninitialized({DType::kF32, {1, length, width}});
   for (int64_t s = 0; s < length; ++s)
-    std::memcpy(slice.F32().data() + s * width, tensor.F32().data() + (s * layers + layer) * width, width * sizeof(float));
+    std::memcpy(slice.F32().data() + s * width, tensor.F32().data() + (s * layers + layer) * width,
+                width * sizeof(float));
   return slice;
 }
 
@@ -91,7 +92,8 @@ void ShareObservers(Calibration& calibration, Communicator& world) {
   }
 }
 
-std::vector<ErrorMetrics> ShareMetrics(std::vector<ErrorMetrics> mine, const std::vector<Item>& items, Communicator& world) {
+std::vector<ErrorMetrics> ShareMetrics(std::vector<ErrorMetrics> mine, const std::vector<Item>& items,
+                                       Communicator& world) {
   const auto all = AllGather<ErrorMetrics>(world, mine);
   for (size_t i = 0; i < items.size(); ++i) mine[i] = all[items[i].rank][i];
   return mine;
@@ -156,7 +158,7 @@ class StageRunner::StepRuns {
   // `observers`: where the reading's observers are; null: it has none.
   template <typename MakeReading>
   ReadyGraph& For(const Step& step, const Item& item, const ObserverMap* observers, ExecutorOptions options,
-            const MakeReading& make) {
+                  const MakeReading& make) {
     const std::tuple key{item.length, item.variant, observers, options.compute};
     auto& plan = plans_[key];
     if (plan != nullptr) return *plan;
@@ -251,7 +253,8 @@ void StageRunner::CompareRanges(const ObserverMap& control, const ObserverMap& r
     if (it == repeated.end() || exact->Samples() == 0 || it->second->Samples() == 0) continue;
     const double width = std::max<double>(double{exact->Max()} - exact->Min(), std::numeric_limits<float>::min());
     const double moved = std::max(std::abs(double{it->second->Min()} - exact->Min()),
-                                  std::abs(double{it->second->Max()} - exact->Max())) / width;
+                                  std::abs(double{it->second->Max()} - exact->Max())) /
+                         width;
     sum += moved;
     ++change.points;
     if (moved <= change.max_range_change) continue;
@@ -275,13 +278,12 @@ StageError StageRunner::Round(const Step& step) {
   const WeightSource weights = Shared(c_.calibration.RoundedWeights(step.stored));
   ForItems(static_cast<int64_t>(mine.size()), side_by_side, [&](int64_t m, int w) {
     const Item& item = c_.items[mine[m]];
-    ReadyGraph& plan =
-        workers[w].For(step, item, nullptr, c_.ComputeOf(item), [&] { return std::make_unique<FakeQuantReading>(c_.calibration); });
+    ReadyGraph& plan = workers[w].For(step, item, nullptr, c_.ComputeOf(item),
+                                      [&] { return std::make_unique<FakeQuantReading>(c_.calibration); });
     const auto compare = [&](const std::map<std::string, Tensor>& results, ErrorMetrics& metrics) {
       const Tensor& found = results.at(main.output);
-      const Tensor expected = main.by_layer
-                                  ? JoinLayers(c_.store, item, Chain::kFloat, main.key, found.GetShape()[2])
-                                  : c_.store.Get(item.id, Chain::kFloat, main.key);
+      const Tensor expected = main.by_layer ? JoinLayers(c_.store, item, Chain::kFloat, main.key, found.GetShape()[2])
+                                            : c_.store.Get(item.id, Chain::kFloat, main.key);
       metrics.Add(RealPart(item, expected), RealPart(item, found));
     };
     const bool compared = item.kind == measured && compares;

@@ -145,6 +145,7 @@ Tensor JoinLayers(const ActivationStore& store, const Item& item, Chain chain, c
 // All processes take in what the others observed.
 void ShareObservers(Calibration& calibration, Communicator& world);
 // Each process has the figures of its items in `mine`, by position in `items`; the figures of all in all processes.
-std::vector<ErrorMetrics> ShareMetrics(std::vector<ErrorMetrics> mine, const std::vector<Item>& items, Communicator& world);
+std::vector<ErrorMetrics> ShareMetrics(std::vector<ErrorMetrics> mine, const std::vector<Item>& items,
+                                       Communicator& world);
 
 }  // namespace circlet

@@ -194,7 +194,9 @@ struct TextRun::State {
   }
 
   Tensor Kept(const std::string& key) const { return context.store.Get(VerifyId(), Chain::kQuant, key); }
-  Tensor KeptPle() const { return JoinLayers(context.store, Verify()->item, Chain::kQuant, "ple", Config().NumLayers()); }
+  Tensor KeptPle() const {
+    return JoinLayers(context.store, Verify()->item, Chain::kQuant, "ple", Config().NumLayers());
+  }
 };
 
 TextRun::TextRun(RunContext& context) : state_(std::make_unique<State>(context)) {}
@@ -260,14 +262,15 @@ Stage TextRun::PerLayerInputs() {
               .stored = s.context.Stored(),
               .own = s.TableRows(),
             .fresh = true};
-  Step projection{.name = "per_layer_inputs",
-                  .build = [&s](const Item& item) {
-                    return s.Build([&](const Builder& b) { BuildPleProjection(b, s.Config(), item.length, s.GetDialect()); });
-                  },
-                  .inputs = {{"inputs_embeds", s.FromStore(HiddenKey(0))},
-                             {"per_layer_token_inputs", s.FromStore("ple.tokens")}},
-                        .outputs = {{"per_layer_inputs", "ple", "ple.inputs", /*by_layer=*/true}},
-                  .stored = s.context.Stored()};
+  Step projection{
+      .name = "per_layer_inputs",
+      .build =
+          [&s](const Item& item) {
+            return s.Build([&](const Builder& b) { BuildPleProjection(b, s.Config(), item.length, s.GetDialect()); });
+          },
+      .inputs = {{"inputs_embeds", s.FromStore(HiddenKey(0))}, {"per_layer_token_inputs", s.FromStore("ple.tokens")}},
+      .outputs = {{"per_layer_inputs", "ple", "ple.inputs", /*by_layer=*/true}},
+      .stored = s.context.Stored()};
   return {"per_layer_inputs", {std::move(tokens), std::move(projection)}};
 }
 
@@ -289,8 +292,7 @@ Stage TextRun::Layer(int index) {
                         {"attn_out", "", name + ".attn_out"},
                         {"mlp_out", "", name + ".mlp_out"}},
             .stored = s.context.Stored()};
-  if (s.Config().HasPle())
-    step.inputs.emplace_back("per_layer_input", s.FromStore(fmt::format("ple.{}", index)));
+  if (s.Config().HasPle()) step.inputs.emplace_back("per_layer_input", s.FromStore(fmt::format("ple.{}", index)));
   if (layer.kv_shared) {
     step.inputs.emplace_back("shared_key", s.FromStore(KvKey(layer.kv_source, "key")));
     step.inputs.emplace_back("shared_value", s.FromStore(KvKey(layer.kv_source, "value")));
@@ -325,9 +327,10 @@ void TextRun::DropAfterLayer(int index) {
 Stage TextRun::Norm() {
   State& s = *state_;
   Step step{.name = "norm",
-            .build = [&s](const Item& item) {
-              return s.Build([&](const Builder& b) { BuildFinalNorm(b, s.Config(), item.length, s.GetDialect()); });
-            },
+            .build =
+                [&s](const Item& item) {
+                  return s.Build([&](const Builder& b) { BuildFinalNorm(b, s.Config(), item.length, s.GetDialect()); });
+                },
             .inputs = {{"hidden", s.FromStore(HiddenKey(s.Config().NumLayers()))}},
             .outputs = {{"last_hidden_state", kNormedKey, "last_hidden_state"}},
             .stored = s.context.Stored()};
@@ -530,7 +533,8 @@ std::vector<Point> TextRun::Points() {
   };
   collect(s.TablesGraph(kLength));
   collect(s.Build([&](const Builder& b) { BuildTokenEmbedding(b, config, kLength, config.vocab_size, s.GetDialect()); }));
-  collect(s.Build([&](const Builder& b) { BuildMergedEmbedding(b, config, kLength, !s.context.images.empty(), s.GetDialect()); }));
+  collect(s.Build(
+      [&](const Builder& b) { BuildMergedEmbedding(b, config, kLength, !s.context.images.empty(), s.GetDialect()); }));
   if (config.HasPle()) {
     collect(s.Build([&](const Builder& b) {
       BuildPleEmbedding(b, config, kLength, config.ple_vocab_size, s.GetDialect());

@@ -20,7 +20,8 @@ UnitEnd EndOf(const circle::Tensor& tensor, const std::string& name, const std::
 void UnitWriter::Remember(const std::string& unit, bool input, size_t index, const circle::Tensor& tensor,
                           const Tensor& values) {
   const std::string name = fmt::format("{}.{}.{}", unit, input ? "in" : "out", index);
-  const Tensor codes = tensor.qparams ? QuantizeWeight(values, *tensor.qparams, Rounding::kHalfAwayDivide).codes : values;
+  const Tensor codes =
+      tensor.qparams ? QuantizeWeight(values, *tensor.qparams, Rounding::kHalfAwayDivide).codes : values;
   const std::string hash = codes.Type().ToString() + Sha256({codes.Raw(), static_cast<size_t>(codes.Bytes())});
   const auto [it, is_new] = first_with_.try_emplace(hash, name);
   if (!is_new) {
@@ -127,7 +128,9 @@ nlohmann::json UnitWriter::Save() const {
 void UnitWriter::Restore(const nlohmann::json& state) {
   for (const nlohmann::json& json : state.at("units")) {
     const std::string name = json.at("name");
-    Unit unit{.file = {.name = name, .file = name + kUnitSuffix, .bytes = json.at("bytes"), .operators = json.at("operators")}};
+    Unit unit{
+        .file = {
+            .name = name, .file = name + kUnitSuffix, .bytes = json.at("bytes"), .operators = json.at("operators")}};
     std::error_code missing;
     if (std::filesystem::file_size(directory_ / unit.file.file, missing) != static_cast<uintmax_t>(unit.file.bytes))
       Fail("{}: is not the file of {} that the unfinished run wrote; start again with --force",

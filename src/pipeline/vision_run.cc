@@ -90,8 +90,8 @@ struct VisionRun::State {
   // Parameters of the verification picture's units.
   WeightSource UnitWeights() const { return weights.For(VerifyImage().positions, TableGrid()); }
 
-  // `kept` is the key of what the stages one after the other computed for the unit's only output. In the reference's dialect
-  // a file may differ from them (VisionUse).
+  // `kept` is the key of what the stages one after the other computed for the unit's only output. In the reference's
+  // dialect a file may differ from them (VisionUse).
   void WriteWhole(UnitWriter& writer, std::string name, const std::function<void(const Builder&)>& build,
                   std::map<std::string, std::string> keys, const Values& inputs, const std::string& kept) {
     UnitSpec spec{.name = std::move(name), .graph = Build(build), .keys = std::move(keys), .inputs = inputs};
@@ -222,11 +222,12 @@ void VisionRun::WritePrefillUnit(UnitWriter& writer) {
   State& s = *state_;
   if (s.Verify() == nullptr) return;
   const ImageItem& image = s.VerifyImage();
-  s.WriteWhole(writer, "vision_prefill",
-               [&](const Builder& b) {
-                 BuildVisionPrefill(b, s.context.config, image.positions, VisionUse::kExport, s.GetDialect());
-               },
-               {{"projected", "vision.projected"}}, {{"pixel_values", image.pixel_values}}, "vision.projected");
+  s.WriteWhole(
+      writer, "vision_prefill",
+      [&](const Builder& b) {
+        BuildVisionPrefill(b, s.context.config, image.positions, VisionUse::kExport, s.GetDialect());
+      },
+      {{"projected", "vision.projected"}}, {{"pixel_values", image.pixel_values}}, "vision.projected");
 }
 
 void VisionRun::WritePartUnits(UnitWriter& writer) {
@@ -234,19 +235,20 @@ void VisionRun::WritePartUnits(UnitWriter& writer) {
   if (s.Verify() == nullptr) return;
   const ImageItem& image = s.VerifyImage();
   const int64_t tokens = LayoutOf(s.config, image.positions).tokens;
-  s.WriteWhole(writer, "vision_model",
-               [&](const Builder& b) {
-                 BuildVisionModel(b, s.config, image.positions, VisionUse::kExport, s.GetDialect());
-               },
-               {{"last_hidden_state", "vision.last_hidden_state"}}, {{"pixel_values", image.pixel_values}},
-               "vision.last_hidden_state");
-  s.WriteWhole(writer, "vision_encoder",
-               [&](const Builder& b) { BuildVisionEncoder(b, s.config, image.positions, s.GetDialect()); }, {},
-               {{"hidden", s.Kept(HiddenKey(0))}}, HiddenKey(s.config.num_layers));
-  s.WriteWhole(writer, "multimodal_embedder",
-               [&](const Builder& b) { BuildMultimodalEmbedder(b, s.context.config, tokens, s.GetDialect()); },
-               {{"hidden", "vision.last_hidden_state"}, {"projected", "vision.projected"}},
-               {{"hidden", s.Kept("vision.last_hidden_state")}}, "vision.projected");
+  s.WriteWhole(
+      writer, "vision_model",
+      [&](const Builder& b) { BuildVisionModel(b, s.config, image.positions, VisionUse::kExport, s.GetDialect()); },
+      {{"last_hidden_state", "vision.last_hidden_state"}}, {{"pixel_values", image.pixel_values}},
+      "vision.last_hidden_state");
+  s.WriteWhole(
+      writer, "vision_encoder",
+      [&](const Builder& b) { BuildVisionEncoder(b, s.config, image.positions, s.GetDialect()); }, {},
+      {{"hidden", s.Kept(HiddenKey(0))}}, HiddenKey(s.config.num_layers));
+  s.WriteWhole(
+      writer, "multimodal_embedder",
+      [&](const Builder& b) { BuildMultimodalEmbedder(b, s.context.config, tokens, s.GetDialect()); },
+      {{"hidden", "vision.last_hidden_state"}, {"projected", "vision.projected"}},
+      {{"hidden", s.Kept("vision.last_hidden_state")}}, "vision.projected");
 }
 
 void VisionRun::WriteFusionUnit(UnitWriter& writer) {

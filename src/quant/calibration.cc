@@ -104,7 +104,9 @@ Tensor Calibration::RoundedRows(const std::string& name, const Tensor& rows, int
 class ObserveReading::Visitor final : public PointVisitor {
  public:
   Visitor(const ObserveReading& reading, Observer& observer, const TensorType& type)
-      : reading_(reading), observer_(observer), elements_(type.shape.Elements()),
+      : reading_(reading),
+        observer_(observer),
+        elements_(type.shape.Elements()),
         width_(type.shape.Rank() == 0 ? 1 : type.shape[-1]) {}
   void Visit(std::span<float> values, int64_t first) override {
     if (!reading_.slice_) return observer_.Visit(values, first);

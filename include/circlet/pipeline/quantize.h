@@ -41,15 +41,15 @@ struct QuantizeOptions {
   bool text_only = false;                // leave samples with pictures out
   std::string vision_profile;            // named profile or JSON file; default: the most frequent of the samples
 
-  // Bytes that the process may take for itself, pages of mapped files apart; activations past it go to files. Below what
-  // a stage needs it is an Error.
+  // Bytes that the process may take for itself, pages of mapped files apart; activations past it go to files. Below
+  // what a stage needs it is an Error.
   int64_t memory_limit = 3'000'000'000;
-  bool resume = false;       // go on with an unfinished run in `output`
-  double save_every = 2;     // seconds between saved states; 0: after every stage
-  // Precision of the matrix products of calibration and measurement. The verification sample is always float32, so that the
-  // files are held to codes that do not depend on this.
+  bool resume = false;    // go on with an unfinished run in `output`
+  double save_every = 2;  // seconds between saved states; 0: after every stage
+  // Precision of the matrix products of calibration and measurement. The verification sample is always float32, so that
+  // the files are held to codes that do not depend on this.
   Compute compute = Compute::kFloat32;
-  bool timings = false;      // measure the run's matrix products alone, for result.products
+  bool timings = false;  // measure the run's matrix products alone, for result.products
 
   std::FILE* progress = nullptr;  // where progress goes; null = nowhere
 };
@@ -81,14 +81,15 @@ struct Captions {
   int64_t quantized_exact = 0;
 };
 
-// What bf16 products change: one calibration sample, with a picture if there is one, runs in float32 beside the bf16 run.
+// What bf16 products change: one calibration sample, with a picture if there is one, runs in float32 beside the bf16
+// run.
 struct ComputeChange {
   std::string sample;
-  int64_t points = 0;             // observed in both
-  double mean_range_change = 0;   // of the larger move of a range's ends, in parts of the float32 range
+  int64_t points = 0;            // observed in both
+  double mean_range_change = 0;  // of the larger move of a range's ends, in parts of the float32 range
   double max_range_change = 0;
-  std::string max_point;          // where
-  ErrorMetrics logits;            // bf16 against float32, both without quantization
+  std::string max_point;  // where
+  ErrorMetrics logits;    // bf16 against float32, both without quantization
 };
 
 // The run's matrix products, and how long they take alone in oneDNN on the same machine.

@@ -44,8 +44,8 @@ class Calibration final {
   // Takes the grids of finished stages from an earlier process.
   void Resume(const ParameterStore& params);
 
-  // The observer of a point among `observers`, made on first mention; null when the point takes no statistics or is frozen
-  // already.
+  // The observer of a point among `observers`, made on first mention; null when the point takes no statistics or is
+  // frozen already.
   Observer* ObserverOf(const Point& point, ObserverMap& observers) const;
   // Whether statistics of the point depend on the order of the samples (EMA).
   bool OrderMatters(const Point& point) const;
@@ -94,7 +94,8 @@ class ObserveReading final : public PointReading {
   bool Writes() const override { return false; }
 
   // A piece of a sample: positions from `position` of `length` and, of tensors that are `columns` wide, columns from
-  // `column` of `width`. Elements count as if the whole had run at once; what is not that wide is the same in every piece.
+  // `column` of `width`. Elements count as if the whole had run at once; what is not that wide is the same in every
+  // piece.
   struct Slice {
     int64_t position = 0, length = 0;
     int64_t column = 0, columns = 0, width = 0;
