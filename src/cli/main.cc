@@ -27,7 +27,7 @@ void WaitPassively(char** argv) {
 
 // Left alone, glibc takes ever larger blocks from its heap, whose holes a streaming run never gives back.
 void ReturnLargeBlocks() {
-  constexpr int kLargeBytes = 4 << 20;
+  constexpr int kLargeBytes = 1 << 20;
   mallopt(M_MMAP_THRESHOLD, kLargeBytes);
   mallopt(M_TRIM_THRESHOLD, kLargeBytes);
 }
