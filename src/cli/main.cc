@@ -25,9 +25,9 @@ void WaitPassively(char** argv) {
   execv("/proc/self/exe", argv);  // on failure the run goes on as it is
 }
 
-// Left alone, glibc takes ever larger blocks from its heap, whose holes a streaming run never gives back.
+// Left alone, glibc takes ever larger blocks from its heaps, whose holes a streaming run never gives back.
 void ReturnLargeBlocks() {
-  constexpr int kLargeBytes = 1 << 20;
+  constexpr int kLargeBytes = 256 << 10;
   mallopt(M_MMAP_THRESHOLD, kLargeBytes);
   mallopt(M_TRIM_THRESHOLD, kLargeBytes);
 }
