@@ -20,7 +20,7 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.add_option("--samples", options.samples, "Calibration (calib.N.*) and evaluation (eval.N.*) samples, safetensors");
   command.add_option("--random-samples", options.random_samples, "NxLENGTH samples of random ids, to try the machinery");
   command.add_option("--random-images", options.random_images, "As many of them with a picture each beside those")
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::Range(0, 256));
   command.add_option("--recipe", options.recipe, "default, w8a16, w4a16, w8a8, mixed8, smoke-u8, or a YAML file")
       ->capture_default_str();
   command.add_option("--set", options.set, "KEY=VALUE in the recipe (repeatable)");
@@ -77,7 +77,7 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
   quantize->add_flag("--resume", options->resume, "Go on with an unfinished run in the output directory");
   quantize
       ->add_option("--save-every", options->save_every, "Seconds between saved states of the run; 0: after every stage")
-      ->check(CLI::NonNegativeNumber)
+      ->check(CLI::Range(0, 86400))
       ->capture_default_str();
   struct Switches {
     bool quiet = false, dry_run = false;

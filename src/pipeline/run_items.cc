@@ -24,6 +24,10 @@ RandomShape ParseRandom(const std::string& text) {
   if (std::sscanf(text.c_str(), "%ld%c%ld%c", &count, &x, &length, &rest) != 3 || x != 'x' || count < 1 || length < 1 ||
       count > 1'000'000 || length > kLongestSequence)
     Fail("--random-samples {}: expected NxLENGTH, e.g. 8x2048", text);
+  constexpr int64_t kMostTokens = int64_t{1} << 28;  // they stand in memory
+  if (int64_t{count} * length > kMostTokens)
+    Fail("--random-samples {}: {} tokens, at most {}; take fewer or shorter samples", text, int64_t{count} * length,
+         kMostTokens);
   return {count, length};
 }
 
