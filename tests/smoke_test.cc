@@ -151,14 +151,19 @@ TEST(SmokeTest, CountsThatDoNotFitAreAConfigFailure) {
   EXPECT_THAT(result.messages.front(), HasSubstr("max_soft_tokens is 300; choose 70, 140, 280, 560 or 1120"));
 }
 
-TEST(SmokeTest, SampleOfAnotherShapeIsTold) {
+// A small case whose evaluated sample is changed.
+SmokeResult RunDamaged(const std::function<void(SmokeValues& evaluation)>& change) {
   SmokeCase damaged = SmallCase(Gelu{}, 0.5f);
-  damaged.build = [build = damaged.build](const SmokeSize& size) {
+  damaged.build = [build = damaged.build, change](const SmokeSize& size) {
     std::vector<SmokePart> parts = build(size);
-    parts[0].evaluation["x"] = Tensor(TensorType{DType::kF32, {1, 3}});
+    change(parts[0].evaluation);
     return parts;
   };
-  const SmokeResult result = RunSmoke(damaged, {});
+  return RunSmoke(damaged, {});
+}
+
+TEST(SmokeTest, SampleOfAnotherShapeIsTold) {
+  const SmokeResult result = RunDamaged([](SmokeValues& evaluation) { evaluation["x"] = Tensor(TensorType{DType::kF32, {1, 3}}); });
   EXPECT_THAT(result.failures, ElementsAre("SHAPE"));
   EXPECT_THAT(result.messages.front(), HasSubstr("input \"x\" is float32[1,3], expected float32[1,4]"));
 }
@@ -186,13 +191,7 @@ TEST(SmokeTest, NanInASampleNamesThePoint) {
 }
 
 TEST(SmokeTest, InfinityInTheEvaluatedSampleIsNotFinite) {
-  SmokeCase damaged = SmallCase(Gelu{}, 0.5f);
-  damaged.build = [build = damaged.build](const SmokeSize& size) {
-    std::vector<SmokePart> parts = build(size);
-    parts[0].evaluation["x"].F32()[2] = std::numeric_limits<float>::infinity();
-    return parts;
-  };
-  const SmokeResult result = RunSmoke(damaged, {});
+  const SmokeResult result = RunDamaged([](SmokeValues& evaluation) { evaluation["x"].F32()[2] = std::numeric_limits<float>::infinity(); });
   EXPECT_THAT(result.failures, ElementsAre("NON-FINITE"));
   EXPECT_THAT(result.messages, ElementsAre("NON-FINITE: the float model gives 1 values that are not finite"));
 }

@@ -104,6 +104,12 @@ Draw NormalInput(const PartOptions& options, const char* name, const Shape& shap
   };
 }
 
+// A module of the vision tower that reads hidden patches of its picture.
+SmokePart HiddenPatchesPart(const PartOptions& options, const std::function<void(const Builder&)>& build) {
+  return MakePart(options, build, VisionStored(options, WeightLaw::kModule),
+                  NormalInput(options, "hidden", {1, PatchesOf(options), options.sizes.config.vision->hidden_size}));
+}
+
 Draw VisionLayerDraw(const PartOptions& options) {
   return [&options](const std::string& sample) {
     const VisionConfig& vision = *options.sizes.config.vision;
@@ -189,24 +195,17 @@ std::vector<SmokePart> VisionLayerParts(const PartOptions& options) {
 }
 
 std::vector<SmokePart> VisionEncoderParts(const PartOptions& options) {
-  const SmokeSizes& sizes = options.sizes;
-  const VisionConfig& vision = *sizes.config.vision;
-  return One(MakePart(
-                 options, [&](const Builder& b) { BuildVisionEncoder(b, vision, sizes.positions, kDefault); },
-                 VisionStored(options, WeightLaw::kModule),
-                 NormalInput(options, "hidden", {1, PatchesOf(options), vision.hidden_size})),
-             PictureOf(options).valid);
+  const auto build = [&](const Builder& b) {
+    BuildVisionEncoder(b, *options.sizes.config.vision, options.sizes.positions, kDefault);
+  };
+  return One(HiddenPatchesPart(options, build), PictureOf(options).valid);
 }
 
 std::vector<SmokePart> VisionPoolerParts(const PartOptions& options) {
-  const SmokeSizes& sizes = options.sizes;
-  const VisionConfig& vision = *sizes.config.vision;
-  return One(MakePart(
-                 options,
-                 [&](const Builder& b) { BuildVisionPooler(b, vision, sizes.positions, VisionUse::kExport, kDefault); },
-                 VisionStored(options, WeightLaw::kModule),
-                 NormalInput(options, "hidden", {1, PatchesOf(options), vision.hidden_size})),
-             PictureOf(options).tokens);
+  const auto build = [&](const Builder& b) {
+    BuildVisionPooler(b, *options.sizes.config.vision, options.sizes.positions, VisionUse::kExport, kDefault);
+  };
+  return One(HiddenPatchesPart(options, build), PictureOf(options).tokens);
 }
 
 std::vector<SmokePart> VisionModelParts(const PartOptions& options) {
