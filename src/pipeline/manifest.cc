@@ -43,6 +43,27 @@ nlohmann::json InputEntries(const QuantizeOptions& options) {
   return inputs;
 }
 
+// Whether `partial` is a run's, at whatever moment that was killed: empty before its first step and behind the last of
+// RemoveRun, else with a state folder that holds nothing but processes' folders.
+bool IsRun(const fs::path& partial) {
+  if (!fs::is_directory(partial)) return false;
+  if (fs::is_empty(partial)) return true;
+  if (!fs::is_directory(partial / kStateFolder)) return false;
+  const fs::directory_iterator entries(partial / kStateFolder);
+  return std::all_of(begin(entries), end(entries), [](const fs::directory_entry& entry) {
+    return entry.is_directory() && entry.path().filename().string().starts_with("rank.");
+  });
+}
+
+// The state folder goes last: until then the rest is known as a run's.
+void RemoveRun(const fs::path& partial) {
+  std::error_code ignored;
+  if (fs::is_directory(partial, ignored))
+    for (const fs::directory_entry& entry : fs::directory_iterator(partial, ignored))
+      if (entry.path().filename() != kStateFolder) fs::remove_all(entry.path(), ignored);
+  fs::remove_all(partial, ignored);
+}
+
 }  // namespace
 
 OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
@@ -58,9 +79,7 @@ OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
       fs::remove_all(final_ / kStateFolder, ignored);
     // With `force` an earlier result stays until this run has succeeded.
     if (fs::exists(final_) && !(force_ && fs::is_directory(final_))) PrepareOutputDirectory(final_, false);
-    // A run that was killed at its very start leaves the folder empty.
-    if (fs::exists(partial_) && !fs::is_directory(partial_ / kStateFolder / "rank.0") &&
-        !(fs::is_directory(partial_) && fs::is_empty(partial_)))
+    if (fs::exists(partial_) && !IsRun(partial_))
       Fail("{}: is in the way and no unfinished run of circlet; move it away, or choose another output",
            partial_.string());
     kept_ = options.resume && HoldsState(partial_);
@@ -69,7 +88,7 @@ OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
     if (kept_) {
       RemoveLeftovers(partial_);
     } else {
-      fs::remove_all(partial_, ignored);
+      RemoveRun(partial_);
       PrepareOutputDirectory(partial_, false);
     }
     CreateDirectories(StateDirectory());
@@ -78,8 +97,7 @@ OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
 }
 
 OutputRun::~OutputRun() {
-  std::error_code ignored;
-  if (!kept_ && world_.Rank() == 0) fs::remove_all(partial_, ignored);
+  if (!kept_ && world_.Rank() == 0) RemoveRun(partial_);
 }
 
 int64_t OutputRun::Bytes() const {
