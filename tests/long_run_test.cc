@@ -9,12 +9,16 @@
 #include <chrono>
 #include <nlohmann/json.hpp>
 #include <thread>
+#include <tuple>
 
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/ops/op.h"
 #include "golden.h"
 #include "program.h"
+#ifdef CIRCLET_MPIEXEC
+#include "processes.h"
+#endif
 
 extern char** environ;
 
@@ -249,6 +253,18 @@ TEST_F(LongRunTest, AFolderOfTheUserIsNotTakenForAnUnfinishedRun) {
   EXPECT_EQ(ReadFile(Out() + ".partial/notes.txt"), "mine");
 }
 
+TEST_F(LongRunTest, WhatARunLeavesThatWasKilledAtItsVeryStartIsNotInTheWay) {
+  for (const char* leftover : {".partial", ".partial/unfinished", ".partial/unfinished/rank.0/values"}) {
+    fs::create_directories(Out() + leftover);
+    const ProgramResult result = RunProgram(Arguments(Out()));
+    EXPECT_EQ(result.exit_code, 0) << leftover << ": " << result.err;
+    fs::remove_all(Out());
+  }
+  fs::create_directories(Out() + ".partial/unfinished/business");
+  EXPECT_EQ(RunProgram(Arguments(Out(), {"--force"})).exit_code, 2);
+  EXPECT_TRUE(fs::exists(Out() + ".partial/unfinished/business"));
+}
+
 TEST_F(LongRunTest, ResumeWithoutAnUnfinishedRunStarts) {
   const ProgramResult result = RunProgram(Arguments(Out(), {"--resume"}));
   EXPECT_EQ(result.exit_code, 0) << result.err;
@@ -328,12 +344,16 @@ TEST(MemoryLimit, EvaluateSpillsToo) {
 // -------------------------------------------------------------------------------------------------------------
 
 TEST(ComputeBf16, SaysWhatItChangesAndFilesStayExact) {
-  if (!Bf16Supported()) GTEST_SKIP() << "the processor has no AVX-512 BF16";
   const TempDirectory directory;
   const std::string out = directory.Path() / "out";
   const ProgramResult result =
       RunProgram({"quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--recipe", "w8a16",
                   "--output", out, "--compute", "bf16", "--timings", "--quiet"});
+  if (!Bf16Supported()) {
+    EXPECT_EQ(result.exit_code, 2);
+    EXPECT_THAT(result.err, HasSubstr("takes a processor with AVX-512 BF16"));
+    return;
+  }
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.out, AllOf(HasSubstr("products in bf16"), HasSubstr("alone in oneDNN")));
   const nlohmann::json change = ReadJson(fs::path(out) / "report.json").at("compute");
@@ -365,6 +385,18 @@ TEST(DryRun, SaysWhatIsNeededAndWritesNothing) {
   EXPECT_TRUE(fs::is_empty(directory.Path()));
 }
 
+TEST(DryRun, RefusesWhatNoMemoryCouldHold) {
+  for (const auto& [samples, images, message] :
+       {std::tuple{"1000000x1000000", "0", "--random-samples 1000000x1000000: 1000000000000 tokens, at most 268435456"},
+        {"2x8", "999999999999", "--random-images: Value 999999999999 not in range"}}) {
+    const ProgramResult result = RunProgram({"quantize", kTiny, "--random-samples", samples, "--random-images", images,
+                                             "--output", "never", "--dry-run"});
+    EXPECT_EQ(result.exit_code, 2);
+    EXPECT_THAT(result.err, HasSubstr(message));
+  }
+}
+
+// A disk of a size of its own takes a mount, which only root may make; CI is root.
 TEST(DryRun, RefusesADiskThatIsTooSmallAndSoDoesTheRun) {
   const TempDirectory directory;
   const fs::path disk = directory.Path() / "disk";
@@ -383,23 +415,14 @@ TEST(DryRun, RefusesADiskThatIsTooSmallAndSoDoesTheRun) {
 // ---- Many processes
 // ---------------------------------------------------------------------------------------------------
 
-class ManyProcesses : public LongRunTest {
- protected:
-  void SetUp() override {
-    if (std::system("command -v mpirun >/dev/null") != 0) GTEST_SKIP() << "mpirun is not installed";
-  }
-  static ProgramResult RunShared(int processes, const std::vector<std::string>& arguments) {
-    return RunProgram(arguments,
-                      fmt::format("export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; "
-                                  "export OMPI_MCA_rmaps_base_oversubscribe=1; set -- ; "),
-                      fmt::format("mpirun' -q --bind-to none -n {} '" CIRCLET_BINARY, processes));
-  }
-};
+#ifdef CIRCLET_MPIEXEC
+
+class ManyProcesses : public LongRunTest {};
 
 TEST_F(ManyProcesses, GiveTheBytesOfOne) {
   const std::map<std::string, std::string> expected = Hashes(Reference());
   for (const int processes : {2, 3}) {
-    const ProgramResult result = RunShared(processes, Arguments(Out(), {"--force"}));
+    const ProgramResult result = RunCirclet(processes, Arguments(Out(), {"--force"}));
     ASSERT_EQ(result.exit_code, 0) << result.err;
     EXPECT_EQ(Hashes(Out()), expected) << processes << " processes";
   }
@@ -409,14 +432,14 @@ TEST_F(ManyProcesses, MergePercentilesExactly) {
   const std::vector<std::string> percentile{
       "--set", "pipeline.0.activation={dtype: int16, observer: percentile, percentile: 99.5}"};
   const std::map<std::string, std::string> expected = Hashes(Reference(percentile));
-  const ProgramResult result = RunShared(2, Arguments(Out(), percentile));
+  const ProgramResult result = RunCirclet(2, Arguments(Out(), percentile));
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_EQ(Hashes(Out()), expected);
 }
 
 TEST_F(ManyProcesses, CannotMergeMovingAveragesAndSaySo) {
   const ProgramResult result =
-      RunShared(2, Arguments(Out(), {"--set", "pipeline.0.activation={dtype: int16, observer: ema}"}));
+      RunCirclet(2, Arguments(Out(), {"--set", "pipeline.0.activation={dtype: int16, observer: ema}"}));
   EXPECT_EQ(result.exit_code, 2);
   EXPECT_THAT(result.err,
               AllOf(HasSubstr("EMA observer depends on the order of the samples"), HasSubstr("run one process")));
@@ -428,17 +451,17 @@ TEST_F(ManyProcesses, GoOnTogether) {
   const std::map<std::string, std::string> expected = Hashes(Reference());
   int kills = 0;
   for (int tenths = 12;; tenths += 2, ++kills) {
-    const ProgramResult killed = RunProgram(
-        Arguments(Out(), {"--resume"}),
-        fmt::format("export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 "
-                    "OMPI_MCA_rmaps_base_oversubscribe=1; "),
-        fmt::format("timeout' -s KILL {}.{} mpirun -q --bind-to none -n 2 '" CIRCLET_BINARY, tenths / 10, tenths % 10));
+    const ProgramResult killed =
+        RunCirclet(2, Arguments(Out(), {"--resume"}),
+                   {"timeout", "-s", "KILL", fmt::format("{}.{}", tenths / 10, tenths % 10)});
     if (fs::exists(Out())) break;
     ASSERT_EQ(killed.exit_code, 128 + SIGKILL) << killed.err;
     ASSERT_LT(kills, 50);
   }
   EXPECT_EQ(Hashes(Out()), expected);
 }
+
+#endif
 
 }  // namespace
 }  // namespace circlet

@@ -6,6 +6,9 @@
 
 #include "circlet/base/communicator.h"
 #include "program.h"
+#ifdef CIRCLET_MPIEXEC
+#include "processes.h"
+#endif
 
 namespace circlet {
 namespace {
@@ -53,21 +56,8 @@ TEST(LaunchedTest, ProcessesThatCannotBeConnectedAreRefused) {
 
 #ifdef CIRCLET_MPIEXEC
 
-// As many processes as are asked for, also as root and on few cores; with -q for mpirun to be silent.
-ProgramResult RunProcesses(int count, const std::vector<std::string>& program) {
-  std::vector<std::string> arguments{"-q", "-n", std::to_string(count)};
-  arguments.insert(arguments.end(), program.begin(), program.end());
-  return RunProgram(arguments,
-                    "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 "
-                    "OMPI_MCA_rmaps_base_oversubscribe=1; ",
-                    CIRCLET_MPIEXEC);
-}
-
 class ProcessesTest : public testing::TestWithParam<int> {
  protected:
-  void SetUp() override {
-    if (!std::filesystem::exists(CIRCLET_MPIEXEC)) GTEST_SKIP() << "no " CIRCLET_MPIEXEC "; install openmpi-bin";
-  }
   ProgramResult Run(const std::string& what) const {
     const TempDirectory directory;
     const std::string program = std::filesystem::path(CIRCLET_BINARY).parent_path() / "processes_program";
@@ -93,9 +83,7 @@ TEST_P(ProcessesTest, TellAFailureOnce) {
        {std::vector<std::string>{"quantize", "missing", "--random-samples", "1x8", "--output", "never"},
         {"evaluate", "--no-such-flag"},
         {"show", "missing"}}) {
-    std::vector<std::string> program{CIRCLET_BINARY};
-    program.insert(program.end(), arguments.begin(), arguments.end());
-    const ProgramResult result = RunProcesses(GetParam(), program);
+    const ProgramResult result = RunCirclet(GetParam(), arguments);
     EXPECT_EQ(result.exit_code, 2) << arguments[0];
     EXPECT_THAT(result.err, StartsWith("circlet: "));
     EXPECT_EQ(std::ranges::count(result.err, '\n'), 1) << result.err;
@@ -104,9 +92,9 @@ TEST_P(ProcessesTest, TellAFailureOnce) {
 }
 
 TEST_P(ProcessesTest, PrintOneReport) {
-  const ProgramResult result = RunProcesses(
+  const ProgramResult result = RunCirclet(
       GetParam(),
-      {CIRCLET_BINARY, "evaluate", CIRCLET_SOURCE_DIR "/examples/tiny-gemma4", "--random-samples", "2x8", "--quiet"});
+      {"evaluate", CIRCLET_SOURCE_DIR "/examples/tiny-gemma4", "--random-samples", "2x8", "--quiet"});
   EXPECT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.err, IsEmpty());
   const size_t summary = result.out.find("Quantization Error Summary");
@@ -116,10 +104,6 @@ TEST_P(ProcessesTest, PrintOneReport) {
 
 INSTANTIATE_TEST_SUITE_P(, ProcessesTest, testing::Values(1, 2, 3),
                          [](const auto& count) { return fmt::format("Of{}", count.param); });
-
-#else
-
-TEST(ProcessesTest, AreConnectedByMpi) { GTEST_SKIP() << "built without MPI; install libopenmpi-dev and openmpi-bin"; }
 
 #endif
 

@@ -183,7 +183,7 @@ std::vector<uint16_t> Bf16(const std::vector<float>& values) {
 // |y - y32| <= (2^-8 + 2^-18) sum |x w|: each rounded operand is off by at most 2^-9 of itself. The sum's own rounding,
 // 2^-24 a step of the same sum, is added.
 TEST(Bf16Test, ProductsAreAsNearAsTheRoundingOfTheirOperands) {
-  if (!Bf16Supported()) GTEST_SKIP() << "no bf16 on this processor";
+  if (!Bf16Supported()) GTEST_SKIP() << "the kernel is made of AVX-512 BF16 instructions; without them the executor refuses bf16";
   for (const auto& [m, n, k] : {Size{1, 1, 1}, {3, 5, 7}, {1, 200, 64}, {70, 33, 129}, {50, 70, 2048}}) {
     const Tensor x = NormalTensor({m, k}, 1), w = NormalTensor({n, k}, 2), bias = NormalTensor({n}, 3);
     const Tensor y({DType::kF32, {m, n}}), plain({DType::kF32, {m, n}}), batched({DType::kF32, {m, n}});
@@ -210,7 +210,7 @@ TEST(Bf16Test, ProductsAreAsNearAsTheRoundingOfTheirOperands) {
 }
 
 TEST(Bf16Test, ThreadsChangeNoBit) {
-  if (!Bf16Supported()) GTEST_SKIP() << "no bf16 on this processor";
+  if (!Bf16Supported()) GTEST_SKIP() << "the kernel is made of AVX-512 BF16 instructions; without them the executor refuses bf16";
   for (const auto& [m, n, k] : {Size{1, 4096, 1536}, {7, 256, 1536}, {200, 512, 6144}, {129, 77, 333}}) {
     const std::vector<float> x = Normal(static_cast<size_t>(m * k), 4);
     const std::vector<uint16_t> w = Bf16(Normal(static_cast<size_t>(n * k), 5));
