@@ -265,6 +265,21 @@ TEST_F(LongRunTest, WhatARunLeavesThatWasKilledAtItsVeryStartIsNotInTheWay) {
   EXPECT_TRUE(fs::exists(Out() + ".partial/unfinished/business"));
 }
 
+TEST_F(LongRunTest, KilledWhileItTookItsNameGoesOnOrIsFinished) {
+  ASSERT_NO_FATAL_FAILURE(KillBehind(7));
+  fs::rename(Out() + ".partial/unfinished", Out() + ".unfinished");
+  for (const char* last : {"manifest.json", "timings.json"}) WriteFile(Out() + ".partial/" + last, "{}");
+  EXPECT_EQ(RunProgram(Arguments(Out(), {"--resume"})).exit_code, 0);
+  EXPECT_EQ(Hashes(Out()), Hashes(Reference()));
+  // Behind the rename nothing but the state is left to clear away.
+  fs::create_directories(Out() + ".unfinished/rank.0");
+  EXPECT_EQ(RunProgram(Arguments(Out(), {"--force"})).exit_code, 0);
+  EXPECT_FALSE(fs::exists(Out() + ".unfinished"));
+  fs::create_directories(Out() + ".unfinished/business");
+  EXPECT_EQ(RunProgram(Arguments(Out(), {"--force"})).exit_code, 2);
+  EXPECT_TRUE(fs::exists(Out() + ".unfinished/business"));
+}
+
 TEST_F(LongRunTest, ResumeWithoutAnUnfinishedRunStarts) {
   const ProgramResult result = RunProgram(Arguments(Out(), {"--resume"}));
   EXPECT_EQ(result.exit_code, 0) << result.err;

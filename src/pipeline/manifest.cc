@@ -12,6 +12,7 @@ namespace fs = std::filesystem;
 namespace {
 
 constexpr char kStateFolder[] = "unfinished";
+constexpr char kTimingsFile[] = "timings.json";
 
 // Whether a run saved something there that another can go on from.
 bool HoldsState(const fs::path& partial) {
@@ -43,16 +44,19 @@ nlohmann::json InputEntries(const QuantizeOptions& options) {
   return inputs;
 }
 
-// Whether `partial` is a run's, at whatever moment that was killed: empty before its first step and behind the last of
-// RemoveRun, else with a state folder that holds nothing but processes' folders.
-bool IsRun(const fs::path& partial) {
-  if (!fs::is_directory(partial)) return false;
-  if (fs::is_empty(partial)) return true;
-  if (!fs::is_directory(partial / kStateFolder)) return false;
-  const fs::directory_iterator entries(partial / kStateFolder);
+// A folder with nothing in it but processes' folders.
+bool IsStateFolder(const fs::path& path) {
+  if (!fs::is_directory(path)) return false;
+  const fs::directory_iterator entries(path);
   return std::all_of(begin(entries), end(entries), [](const fs::directory_entry& entry) {
     return entry.is_directory() && entry.path().filename().string().starts_with("rank.");
   });
+}
+
+// Whether `partial` is a run's, at whatever moment that was killed: empty before its first step and behind the last of
+// RemoveRun, else with its state.
+bool IsRun(const fs::path& partial) {
+  return fs::is_directory(partial) && (fs::is_empty(partial) || IsStateFolder(partial / kStateFolder));
 }
 
 // The state folder goes last: until then the rest is known as a run's.
@@ -69,14 +73,12 @@ void RemoveRun(const fs::path& partial) {
 OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
     : final_(WithoutSlash(options.output)),
       partial_(final_.string() + ".partial"),
+      aside_(final_.string() + ".unfinished"),
       world_(world),
       force_(options.force) {
   inputs_ = InputEntries(options);
   if (world_.Rank() == 0) {
-    // Killed between its rename and its last step.
-    std::error_code ignored;
-    if (fs::exists(final_ / kManifestFile) && fs::is_directory(final_ / kStateFolder / "rank.0"))
-      fs::remove_all(final_ / kStateFolder, ignored);
+    SettleAside();
     // With `force` an earlier result stays until this run has succeeded.
     if (fs::exists(final_) && !(force_ && fs::is_directory(final_))) PrepareOutputDirectory(final_, false);
     if (fs::exists(partial_) && !IsRun(partial_))
@@ -94,6 +96,19 @@ OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
     CreateDirectories(StateDirectory());
   }
   world_.Barrier();
+}
+
+// A run that was killed while it took its final name left its state beside it.
+void OutputRun::SettleAside() const {
+  if (!fs::exists(aside_)) return;
+  if (!IsStateFolder(aside_)) Fail("{}: is in the way; move it away, or choose another output", aside_.string());
+  std::error_code error;
+  if (fs::is_directory(partial_)) {
+    fs::rename(aside_, partial_ / kStateFolder, error);
+  } else {
+    fs::remove_all(aside_, error);
+  }
+  if (error) Fail("{}: cannot be put back: {}", aside_.string(), error.message());
 }
 
 OutputRun::~OutputRun() {
@@ -121,6 +136,10 @@ void OutputRun::Finish(const Calibration& calibration, const UnitWriter& units, 
   std::vector<fs::path> files;
   for (const auto& entry : fs::directory_iterator(partial_))
     if (entry.is_regular_file()) files.push_back(entry.path());
+  // A run that was killed in here has written these two, which the list leaves out.
+  std::erase_if(files, [](const fs::path& path) {
+    return path.filename() == kManifestFile || path.filename() == kTimingsFile;
+  });
   std::sort(files.begin(), files.end());
   for (const fs::path& path : files) outputs.push_back(FileEntry(path, path.filename()));
   WriteJson(partial_ / kManifestFile, {{"schema_version", 1},
@@ -134,21 +153,22 @@ void OutputRun::Finish(const Calibration& calibration, const UnitWriter& units, 
                                        {"random_data", result.random_data},
                                        {"inputs", inputs_},
                                        {"outputs", outputs}});
-  WriteJson(partial_ / "timings.json", {{"seconds", result.seconds}});
+  WriteJson(partial_ / kTimingsFile, {{"seconds", result.seconds}});
 
   if (fs::exists(final_)) PrepareOutputDirectory(final_, force_);
   std::error_code error;
   if (fs::exists(final_)) {
     // What is not ours stays; our files move in one by one, the manifest last.
-    files.push_back(partial_ / "timings.json");
+    files.push_back(partial_ / kTimingsFile);
     files.push_back(partial_ / kManifestFile);
     for (const fs::path& path : files) fs::rename(path, final_ / path.filename());
     fs::remove_all(partial_, error);
   } else {
-    fs::rename(partial_, final_, error);
+    // The state goes last: until the rename a killed run can go on.
+    fs::rename(partial_ / kStateFolder, aside_, error);
+    if (!error) fs::rename(partial_, final_, error);
     if (error) Fail("{}: cannot take its final name: {}", final_.string(), error.message());
-    // Only now: until the rename a killed run can go on.
-    fs::remove_all(final_ / kStateFolder, error);
+    fs::remove_all(aside_, error);
   }
   kept_ = true;
 }

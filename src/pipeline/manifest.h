@@ -33,7 +33,10 @@ class OutputRun {
   void Finish(const Calibration& calibration, const UnitWriter& units, const QuantizeResult& result);
 
  private:
+  void SettleAside() const;
+
   std::filesystem::path final_, partial_;
+  std::filesystem::path aside_;  // the state, while the directory takes its final name
   Communicator& world_;
   nlohmann::json inputs_;
   bool force_;
