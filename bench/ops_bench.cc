@@ -137,8 +137,7 @@ void RmsNormRows(benchmark::State& state) {
   constexpr int64_t kWidth = 1536;
   const Tensor x = Random({state.range(0) / kWidth, kWidth}), gamma = Random({kWidth}), y = Random(x.GetShape());
   for (auto _ : state) {
-    for (int64_t row = 0; row < x.GetShape()[0]; ++row)
-      simd::RmsNormRow(x.F32().data() + row * kWidth, gamma.F32().data(), kWidth, 1e-6f, y.F32().data() + row * kWidth);
+    simd::RmsNormRows(x.F32().data(), gamma.F32().data(), x.GetShape()[0], kWidth, 1e-6f, y.F32().data());
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * 2 * x.Bytes());

@@ -10,6 +10,7 @@
 #include "ops/internal.h"
 #include "ops/simd.h"
 #include "ops/tally.h"
+#include "ops/thread_floats.h"
 
 namespace circlet {
 namespace {
@@ -34,25 +35,36 @@ struct KeyRun {
 
 // The keys that one query row computes with.
 struct RowKeys {
-  std::vector<KeyRun> runs;
-  bool visited = true;  // by observing visitors
+  KeyRun only{};              // the one run that nearly all rows have
+  std::vector<KeyRun> many;   // in its place, of the others
+  bool visited = true;        // by observing visitors
+  bool masks = true;          // whether the mask changes the scores of these keys
+
+  std::span<const KeyRun> Runs() const { return many.empty() ? std::span(&only, 1) : std::span(many); }
+  int64_t Begin() const { return Runs().front().begin; }
+  int64_t End() const { return Runs().back().end; }
 };
+
+bool AllZero(const float* values, int64_t count) {
+  return std::none_of(values, values + count, [](float value) { return value != 0; });
+}
 
 // A row that keeps no key (a padded query) weighs all of them, as its expansion does; but its mask values, which no
 // kept key has, stay out of the statistics.
 RowKeys KeysOfRow(const float* mask, int64_t keys, bool skip_masked, float limit) {
-  if (!skip_masked) return {{{0, keys}}, true};
-  RowKeys row;
-  int64_t kept = 0;  // counted without branches first: most masks keep every key
-  for (int64_t key = 0; key < keys; ++key) kept += !(mask[key] <= limit);
-  if (kept == keys) return {{{0, keys}}, true};
+  if (!skip_masked) return {.only = {0, keys}};
+  std::vector<KeyRun> runs;
   for (int64_t key = 0; key < keys; ++key) {
     if (mask[key] <= limit) continue;
     const int64_t begin = key;
     while (key < keys && !(mask[key] <= limit)) ++key;
-    row.runs.push_back({begin, key});
+    runs.push_back({begin, key});
   }
-  if (row.runs.empty()) row = {{{0, keys}}, false};
+  if (runs.empty()) return {.only = {0, keys}, .visited = false};
+  RowKeys row{.only = runs[0]};
+  row.masks = std::ranges::any_of(
+      runs, [&](const KeyRun& run) { return !AllZero(mask + run.begin, run.end - run.begin); });
+  if (runs.size() > 1) row.many = std::move(runs);
   return row;
 }
 
@@ -67,7 +79,7 @@ class AttentionRun {
                       simd::kSoftmaxLanes),  // not a power of two: rows must not share cache sets
         k_floats_(gemm::PackedFloats(Depth(sizes_.head_size), sizes_.keys)),
         v_floats_(gemm::PackedFloats(Depth(sizes_.keys), sizes_.head_size)),
-        packed_(hwy::AllocateAligned<float>(static_cast<size_t>(sizes_.kv_heads * (k_floats_ + v_floats_)))),
+        packed_(ThreadFloats<AttentionRun>(sizes_.kv_heads * (k_floats_ + v_floats_))),
         row_keys_(static_cast<size_t>(sizes_.queries)) {
     gemm::Count({sizes_.queries, sizes_.keys, sizes_.head_size, true, bf16_}, sizes_.heads);
     gemm::Count({sizes_.queries, sizes_.head_size, sizes_.keys, false, bf16_}, sizes_.heads);
@@ -75,20 +87,26 @@ class AttentionRun {
     PackAll();
     const float* mask = context.in[3].F32().data();
     ParallelFor(sizes_.queries, RowGrain(sizes_.keys), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        row_keys_[static_cast<size_t>(row)] =
-            KeysOfRow(mask + row * sizes_.keys, sizes_.keys, op.skip_masked, op.mask_fill / 2);
+      const size_t row_bytes = static_cast<size_t>(sizes_.keys) * sizeof(float);
+      for (int64_t row = begin; row < end; ++row) {
+        const float* of_row = mask + row * sizes_.keys;
+        RowKeys& keys = row_keys_[static_cast<size_t>(row)];
+        if (row > begin && std::memcmp(of_row, of_row - sizes_.keys, row_bytes) == 0)
+          keys = row_keys_[static_cast<size_t>(row) - 1];
+        else
+          keys = KeysOfRow(of_row, sizes_.keys, op.skip_masked, op.mask_fill / 2);
+      }
     });
   }
 
   void Run() const {
     const int64_t blocks = (sizes_.queries + kBlockRows - 1) / kBlockRows;
     ParallelFor(blocks * sizes_.heads, 1, [&](int64_t begin, int64_t end) {
-      const auto scratch = hwy::AllocateAligned<float>(
-          static_cast<size_t>(kBlockRows * (2 * score_stride_ + 2 * sizes_.head_size + 16)));
+      float* const scratch =
+          ThreadFloats<struct BlockScratch>(kBlockRows * (2 * score_stride_ + 2 * sizes_.head_size + 16));
       // The last blocks first: under a causal mask they are the longest, and threads should end together.
       for (int64_t task = begin; task < end; ++task)
-        RunBlock(task % sizes_.heads, (blocks - 1 - task / sizes_.heads) * kBlockRows, scratch.get());
+        RunBlock(task % sizes_.heads, (blocks - 1 - task / sizes_.heads) * kBlockRows, scratch);
     });
     if (PointVisitor* visitor = At(kAttnOutH)) {
       const int64_t width = sizes_.heads * sizes_.head_size;
@@ -109,10 +127,10 @@ class AttentionRun {
   int64_t Depth(int64_t k) const { return bf16_ ? gemm::Pairs(k) : k; }
 
   gemm::Panels KeyPanels(int64_t kv_head) const {
-    return {packed_.get() + kv_head * (k_floats_ + v_floats_), Depth(sizes_.head_size), sizes_.keys};
+    return {packed_ + kv_head * (k_floats_ + v_floats_), Depth(sizes_.head_size), sizes_.keys};
   }
   gemm::Panels ValuePanels(int64_t kv_head) const {
-    return {packed_.get() + kv_head * (k_floats_ + v_floats_) + k_floats_, Depth(sizes_.keys), sizes_.head_size};
+    return {packed_ + kv_head * (k_floats_ + v_floats_) + k_floats_, Depth(sizes_.keys), sizes_.head_size};
   }
 
   void PackAll() const {
@@ -162,7 +180,7 @@ class AttentionRun {
   void Visit(AttentionPoint point, const RowKeys& row, float* scores, int64_t first) const {
     PointVisitor* visitor = At(point);
     if (visitor == nullptr || !(row.visited || context_.points_write)) return;
-    for (const KeyRun& run : row.runs)
+    for (const KeyRun& run : row.Runs())
       visitor->Visit({scores + run.begin, static_cast<size_t>(run.end - run.begin)}, first + run.begin);
   }
 
@@ -170,15 +188,17 @@ class AttentionRun {
   void SoftmaxRow(const RowKeys& row, const float* mask, float* scores, int64_t first, KeyRun range) const {
     Visit(kLogitsRaw, row, scores, first);
     if (scale_ != 1.0f)
-      for (const KeyRun& run : row.runs)
+      for (const KeyRun& run : row.Runs())
         for (int64_t key = run.begin; key < run.end; ++key) scores[key] *= scale_;
     Visit(kLogits, row, scores, first);
-    for (const KeyRun& run : row.runs)
-      simd::Binary(simd::BinaryOp::kAdd, scores + run.begin, mask + run.begin, run.end - run.begin, scores + run.begin);
+    if (row.masks)
+      for (const KeyRun& run : row.Runs())
+        simd::Binary(simd::BinaryOp::kAdd, scores + run.begin, mask + run.begin, run.end - run.begin,
+                     scores + run.begin);
     Visit(kMaskAdd, row, scores, first);
-    const KeyRun kept{row.runs.front().begin / simd::kSoftmaxLanes * simd::kSoftmaxLanes, row.runs.back().end};
+    const KeyRun kept{row.Begin() / simd::kSoftmaxLanes * simd::kSoftmaxLanes, row.End()};
     int64_t masked = kept.begin;
-    for (const KeyRun& run : row.runs) {
+    for (const KeyRun& run : row.Runs()) {
       std::fill(scores + masked, scores + run.begin, -std::numeric_limits<float>::infinity());
       masked = run.end;
     }
@@ -194,8 +214,8 @@ class AttentionRun {
     const RowKeys* row_keys = row_keys_.data() + first_row;
     KeyRun range{keys, 0};
     for (int64_t row = 0; row < rows; ++row) {
-      range.begin = std::min(range.begin, row_keys[row].runs.front().begin);
-      range.end = std::max(range.end, row_keys[row].runs.back().end);
+      range.begin = std::min(range.begin, row_keys[row].Begin());
+      range.end = std::max(range.end, row_keys[row].End());
     }
     range.begin = range.begin / simd::kSoftmaxLanes * simd::kSoftmaxLanes;
 
@@ -239,7 +259,7 @@ class AttentionRun {
   int64_t score_stride_;
   float scale_ = 1.0f;  // on its grid
   int64_t k_floats_, v_floats_;
-  hwy::AlignedFreeUniquePtr<float[]> packed_;
+  float* packed_;
   std::vector<RowKeys> row_keys_;
 };
 

@@ -10,6 +10,7 @@
 #include "ops/internal.h"
 #include "ops/onednn_product.h"
 #include "ops/simd.h"
+#include "ops/thread_floats.h"
 
 namespace circlet::gemm {
 namespace {
@@ -38,9 +39,9 @@ void LinearByPanels(const float* x, const float* w, const float* bias, int64_t m
   const int64_t columns = 4 * PanelColumns();
   constexpr int64_t kRows = 192;  // 512 steps of so many rows of x stay in the second-level cache
   ParallelFor((n + columns - 1) / columns, 1, [&](int64_t begin, int64_t end) {
-    const auto packed = hwy::AllocateAligned<float>(static_cast<size_t>(PackedFloats(k, columns)));
+    float* const packed = ThreadFloats<struct PackedWeight>(PackedFloats(k, columns));
     for (int64_t first = begin * columns; first < std::min(n, end * columns); first += columns) {
-      const Panels panels{packed.get(), k, std::min(columns, n - first)};
+      const Panels panels{packed, k, std::min(columns, n - first)};
       const int64_t count = PanelCount(panels.n);
       Pack(w + first * k, k, true, panels, 0, count);
       for (int64_t row = 0; row < m; row += kRows)

@@ -24,7 +24,7 @@ void RmsNorm::Eval(const EvalContext& context) const {
   const int64_t width = context.in[0].GetShape()[-1];
   if (width == 0) return;
   ParallelFor(context.in[0].Elements() / width, RowGrain(width), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) simd::RmsNormRow(x + row * width, gamma, width, eps, y + row * width);
+    simd::RmsNormRows(x + begin * width, gamma, end - begin, width, eps, y + begin * width);
   });
 }
 

@@ -1,8 +1,8 @@
 #include "circlet/base/threads.h"
 #include "circlet/ops/ops.h"
-#include "hwy/aligned_allocator.h"
 #include "ops/internal.h"
 #include "ops/simd.h"
+#include "ops/thread_floats.h"
 
 namespace circlet {
 namespace {
@@ -43,8 +43,7 @@ void Rope::Eval(const EvalContext& context) const {
   const int64_t block = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, heads * head_size));
   ParallelFor(positions, 8 * block, [&](int64_t begin, int64_t end) {
     const size_t floats = static_cast<size_t>(std::max<int64_t>(1, block * heads * width));
-    const auto scratch = hwy::AllocateAligned<float>(5 * floats);
-    float* x1 = scratch.get();  // [rows, half]
+    float* x1 = ThreadFloats<Rope>(static_cast<int64_t>(5 * floats));  // [rows, half]
     float* x2 = x1 + floats;    // [rows, half]
     float* cat = x2 + floats;   // [rows, width]
     float* product_cos = cat + floats;

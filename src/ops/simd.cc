@@ -308,7 +308,7 @@ void GeluImpl(const float* x, int64_t count, float* y) {
 // ---- Rows ---------------------------------------------------------------------------------------------------------
 
 // In float64, rounded once at the end (circle_execution.md 4.4): the cost is hidden behind the linears.
-void RmsNormRowImpl(const float* x, const float* gamma, int64_t count, float eps, float* y) {
+HWY_INLINE void RmsNormRow(const float* x, const float* gamma, int64_t count, float eps, float* y) {
   const hn::CappedTag<double, kLanes> d64;
   const hn::Rebind<float, decltype(d64)> d32;
   constexpr int64_t kStep = static_cast<int64_t>(hn::MaxLanes(d64));
@@ -331,13 +331,33 @@ void RmsNormRowImpl(const float* x, const float* gamma, int64_t count, float eps
   for (; i < count; ++i) y[i] = static_cast<float>(x[i] * factor * gamma[i]);
 }
 
-// hn::Exp without what only other arguments need, so the same bits: for -28 <= x <= 0, and NaN stays NaN. The result is a
-// normal number, so its exponent is set in one step.
+void RmsNormRowsImpl(const float* x, const float* gamma, int64_t rows, int64_t width, float eps, float* y) {
+  for (int64_t row = 0; row < rows; ++row) RmsNormRow(x + row * width, gamma, width, eps, y + row * width);
+}
+
+// exp(x) = 2^n exp(x - n ln 2) with Highway's polynomial, for -28 <= x <= 0; NaN stays NaN. Added to 1.5 * 2^23 a value
+// loses its fraction and stands in the lowest bits of the sum, whence n goes into the exponent without a conversion.
 HWY_INLINE V ExpOfSoftmax(V x) {
-  hn::impl::ExpImpl<float> exp;
-  const auto power = exp.ToInt32(kD, hn::MulAdd(x, hn::Set(kD, 1.442695040888963407f), hn::Set(kD, -0.5f)));
-  const V reduced = exp.ExpPoly(kD, exp.ExpReduce(kD, x, power));
-  return hn::Mul(hn::Add(reduced, hn::Set(kD, 1.0f)), exp.Pow2I(kD, power));
+  const hn::RebindToSigned<Floats> d32;
+  const V shift = hn::Set(kD, 12582912.0f);
+  const V shifted = hn::MulAdd(x, hn::Set(kD, 1.442695040888963407f), shift);
+  const V n = hn::Sub(shifted, shift);
+  V rest = hn::MulAdd(n, hn::Set(kD, -0.693145751953125f), x);
+  rest = hn::MulAdd(n, hn::Set(kD, -1.428606765330187045e-6f), rest);
+  const V fraction = hn::Add(hn::impl::ExpImpl<float>().ExpPoly(kD, rest), hn::Set(kD, 1.0f));
+  const auto power = hn::Add(hn::ShiftLeft<23>(hn::BitCast(d32, shifted)), hn::Set(d32, 0x3f800000));
+  return hn::Mul(fraction, hn::BitCast(kD, power));
+}
+
+HWY_INLINE V MaxOf(const float* x, int64_t count, V high) {
+  V other = high;  // two chains, so that one need not wait for itself
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    high = hn::Max(high, hn::LoadU(kD, x + i));
+    other = hn::Max(other, hn::LoadU(kD, x + i + kLanes));
+  }
+  for (; i < count; i += kLanes) high = hn::Max(high, hn::LoadU(kD, x + i));
+  return hn::Max(high, other);
 }
 
 // Sums run in kSoftmaxLanes interleaved chains, whatever the width of a vector.
@@ -351,8 +371,7 @@ void SoftmaxRowImpl(float* x, int64_t count) {
 
   V high = hn::Load(kD, rest);
   for (int64_t v = 1; v < kVectors; ++v) high = hn::Max(high, hn::Load(kD, rest + v * kLanes));
-  for (int64_t i = 0; i < whole; i += kLanes) high = hn::Max(high, hn::LoadU(kD, x + i));
-  const V max = hn::MaxOfLanes(kD, high);
+  const V max = hn::MaxOfLanes(kD, MaxOf(x, whole, high));
 
   V sums[kVectors];
   for (int64_t v = 0; v < kVectors; ++v) sums[v] = hn::Zero(kD);
@@ -385,6 +404,23 @@ void SoftmaxRowImpl(float* x, int64_t count) {
   for (int64_t i = whole; i < count; ++i) x[i] = rest[i - whole] / chains[0];
 }
 
+double SumOfExpImpl(const float* x, int64_t count, float shift) {
+  const hn::CappedTag<double, kLanes> d64;
+  const hn::Rebind<float, decltype(d64)> d32;
+  constexpr int64_t kStep = static_cast<int64_t>(hn::MaxLanes(d64));
+  auto sum = hn::Zero(d64);
+  HWY_ALIGN float terms[kLanes];
+  const V shifts = hn::Set(kD, shift);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    hn::Store(hn::Exp(kD, hn::Sub(hn::LoadU(kD, x + i), shifts)), kD, terms);
+    for (int64_t k = 0; k < kLanes; k += kStep) sum = hn::Add(sum, hn::PromoteTo(d64, hn::Load(d32, terms + k)));
+  }
+  double total = hn::GetLane(hn::SumOfLanes(d64, sum));
+  for (; i < count; ++i) total += std::exp(static_cast<double>(x[i]) - shift);
+  return total;
+}
+
 }  // namespace circlet::simd::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -404,8 +440,9 @@ HWY_EXPORT(BinaryScalarImpl);
 HWY_EXPORT(NegImpl);
 HWY_EXPORT(TanhImpl);
 HWY_EXPORT(GeluImpl);
-HWY_EXPORT(RmsNormRowImpl);
+HWY_EXPORT(RmsNormRowsImpl);
 HWY_EXPORT(SoftmaxRowImpl);
+HWY_EXPORT(SumOfExpImpl);
 
 const char* InstructionSet() { return HWY_DYNAMIC_DISPATCH(InstructionSetImpl)(); }
 
@@ -437,9 +474,10 @@ void BinaryScalar(BinaryOp op, const float* a, float b, int64_t count, float* y)
 void Neg(const float* x, int64_t count, float* y) { HWY_DYNAMIC_DISPATCH(NegImpl)(x, count, y); }
 void Tanh(const float* x, int64_t count, float* y) { HWY_DYNAMIC_DISPATCH(TanhImpl)(x, count, y); }
 void Gelu(const float* x, int64_t count, float* y) { HWY_DYNAMIC_DISPATCH(GeluImpl)(x, count, y); }
-void RmsNormRow(const float* x, const float* gamma, int64_t count, float eps, float* y) {
-  HWY_DYNAMIC_DISPATCH(RmsNormRowImpl)(x, gamma, count, eps, y);
+void RmsNormRows(const float* x, const float* gamma, int64_t rows, int64_t width, float eps, float* y) {
+  HWY_DYNAMIC_DISPATCH(RmsNormRowsImpl)(x, gamma, rows, width, eps, y);
 }
+double SumOfExp(const float* x, int64_t count, float shift) { return HWY_DYNAMIC_DISPATCH(SumOfExpImpl)(x, count, shift); }
 void SoftmaxRow(float* x, int64_t count) { HWY_DYNAMIC_DISPATCH(SoftmaxRowImpl)(x, count); }
 
 }  // namespace circlet::simd

@@ -272,13 +272,31 @@ TEST(SimdTest, RmsNormRoundsOnce) {
       const size_t size = static_cast<size_t>(count);
       const std::vector<float> x = Normal(size, 6, 30), gamma = Normal(size, 7);
       std::vector<float> y(size);
-      RmsNormRow(x.data(), gamma.data(), count, 1e-6f, y.data());
+      RmsNormRows(x.data(), gamma.data(), 1, count, 1e-6f, y.data());
       double sum = 0;
       for (const float v : x) sum += static_cast<double>(v) * v;
       for (size_t i = 0; i < size; ++i) {
         const double expected = gamma[i] * (x[i] / std::sqrt(sum / static_cast<double>(count) + 1e-6f));
         EXPECT_LE(Ulps(y[i], static_cast<float>(expected)), 1) << i << " of " << count;
       }
+      std::vector<float> rows = x, both(2 * size);
+      rows.insert(rows.end(), gamma.begin(), gamma.end());
+      RmsNormRows(rows.data(), gamma.data(), 2, count, 1e-6f, both.data());
+      EXPECT_TRUE(SameBits(std::span(both).first(size), y)) << count;
+      RmsNormRows(gamma.data(), gamma.data(), 1, count, 1e-6f, y.data());
+      EXPECT_TRUE(SameBits(std::span(both).last(size), y)) << count;
+    }
+  });
+}
+
+TEST(SimdTest, SumOfExpIsExactToFloatTerms) {
+  OnEveryTarget([] {
+    for (const int64_t count : kCounts) {
+      const std::vector<float> x = Normal(static_cast<size_t>(count), 11, 20);
+      double sum = 0;
+      for (const float v : x) sum += std::exp(static_cast<double>(v) - 30.0f);
+      // A term: its argument rounded to float32 (up to 2^-19 at 60), and a few units in the last place of exp.
+      EXPECT_NEAR(SumOfExp(x.data(), count, 30.0f), sum, 3e-6 * sum) << count;
     }
   });
 }

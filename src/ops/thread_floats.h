@@ -1,0 +1,23 @@
+#pragma once
+
+#include <cstdint>
+
+#include "hwy/aligned_allocator.h"
+
+namespace circlet {
+
+// `count` floats of the calling thread, uninitialized, for the use that the type `Use` stands for; valid until the same
+// thread asks again for that use. They are kept: fresh memory for every operator costs a page fault for each 4 KiB.
+template <class Use>
+float* ThreadFloats(int64_t count) {
+  thread_local hwy::AlignedFreeUniquePtr<float[]> floats;
+  thread_local int64_t capacity = 0;
+  if (capacity < count) {
+    floats.reset();
+    floats = hwy::AllocateAligned<float>(static_cast<size_t>(count));
+    capacity = count;
+  }
+  return floats.get();
+}
+
+}  // namespace circlet
