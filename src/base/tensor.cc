@@ -3,7 +3,9 @@
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <fmt/ranges.h>
+#include <mutex>
 
 #include "circlet/base/error.h"
 
@@ -31,6 +33,66 @@ int64_t TensorType::Bytes() const {
 
 std::string TensorType::ToString() const { return std::string(Name(dtype)) + shape.ToString(); }
 
+namespace {
+
+// The last tensors' memory, for the next ones: activations of one size come and go by the thousand, and memory fresh from
+// the system costs a page fault for each 4 KiB.
+class FreeBlocks {
+ public:
+  static constexpr int64_t kAlignment = 64;
+  struct Block {
+    void* memory;
+    int64_t bytes;
+  };
+
+  // Lives as long as the last tensor does.
+  static FreeBlocks& Shared() {
+    static auto* const blocks = new FreeBlocks;
+    return *blocks;
+  }
+
+  // Null memory: there is none. `bytes`: a multiple of kAlignment.
+  Block Take(int64_t bytes) {
+    if (bytes >= kSmall) {
+      const std::lock_guard lock(mutex_);
+      for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
+        if (block->bytes < bytes || block->bytes > bytes + bytes / 8) continue;
+        const Block found = *block;
+        blocks_.erase(std::next(block).base());
+        bytes_ -= found.bytes;
+        return found;
+      }
+    }
+    return {std::aligned_alloc(kAlignment, static_cast<size_t>(bytes)), bytes};
+  }
+
+  void Give(const Block& block) {
+    if (block.bytes < kSmall || block.bytes > kMost / 8) return std::free(block.memory);
+    const std::lock_guard lock(mutex_);
+    blocks_.push_back(block);
+    bytes_ += block.bytes;
+    while (bytes_ > kMost) {
+      std::free(blocks_.front().memory);
+      bytes_ -= blocks_.front().bytes;
+      blocks_.pop_front();
+    }
+  }
+
+ private:
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr int64_t kMost = 0;  // it watches freed memory only
+#else
+  static constexpr int64_t kMost = int64_t{32} << 20;
+#endif
+  static constexpr int64_t kSmall = int64_t{32} << 10;  // the heap serves smaller ones well
+
+  std::mutex mutex_;
+  std::deque<Block> blocks_;  // the newest last
+  int64_t bytes_ = 0;
+};
+
+}  // namespace
+
 Tensor::Tensor(TensorType type) {
   *this = Uninitialized(std::move(type));
   std::memset(data_, 0, static_cast<size_t>(Bytes()));
@@ -38,14 +100,14 @@ Tensor::Tensor(TensorType type) {
 
 Tensor Tensor::Uninitialized(TensorType type) {
   Tensor tensor;
-  constexpr int64_t kAlignment = 64;
+  constexpr int64_t kAlignment = FreeBlocks::kAlignment;
   const int64_t bytes = type.Bytes();
   const int64_t rounded = std::max(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
-  auto* memory = static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(rounded)));
-  if (memory == nullptr) Fail("{}: no memory for {} bytes", type.ToString(), bytes);
+  const FreeBlocks::Block block = FreeBlocks::Shared().Take(rounded);
+  if (block.memory == nullptr) Fail("{}: no memory for {} bytes", type.ToString(), bytes);
   tensor.type_ = std::move(type);
-  tensor.data_ = memory;
-  tensor.owner_ = std::shared_ptr<const void>(memory, [](const void* p) { std::free(const_cast<void*>(p)); });
+  tensor.data_ = static_cast<std::byte*>(block.memory);
+  tensor.owner_ = std::shared_ptr<const void>(block.memory, [block](const void*) { FreeBlocks::Shared().Give(block); });
   return tensor;
 }
 
