@@ -34,8 +34,8 @@ bool IsFloat(DType type) {
   return type == DType::kF32 || type == DType::kBF16 || type == DType::kF16 || type == DType::kF64;
 }
 
-// Scratch memory of the calling thread, shared by all its executors: a run's results are copied out of it, so nothing in it
-// outlives the run. It grows to the largest plan.
+// Scratch memory of the calling thread, shared by all its executors: nothing in it outlives the thread's next run. It
+// grows to the largest plan.
 std::byte* Scratch(int64_t bytes) {
   thread_local Tensor scratch;
   if (scratch.Empty() || scratch.Bytes() < bytes) {
@@ -185,6 +185,13 @@ void Executor::ForgetWeights() { plan_->bound = false; }
 int64_t Executor::PlannedBytes() const { return plan_->memory.arena_bytes; }
 
 std::map<std::string, Tensor> Executor::Run(const std::map<std::string, Tensor>& inputs, const WeightSource& weights) {
+  std::map<std::string, Tensor> results = RunInPlace(inputs, weights);
+  for (auto& [name, tensor] : results) tensor = tensor.Clone();
+  return results;
+}
+
+std::map<std::string, Tensor> Executor::RunInPlace(const std::map<std::string, Tensor>& inputs,
+                                                   const WeightSource& weights) {
   Plan& plan = *plan_;
   plan.BindInputs(inputs);
   if (!plan.bound) plan.BindWeights(weights);
@@ -217,7 +224,7 @@ std::map<std::string, Tensor> Executor::Run(const std::map<std::string, Tensor>&
   }
 
   std::map<std::string, Tensor> results;
-  for (const Graph::Output& output : plan.graph.Outputs()) results[output.name] = plan.TensorOf(output.value).Clone();
+  for (const Graph::Output& output : plan.graph.Outputs()) results[output.name] = plan.TensorOf(output.value);
   return results;
 }
 

@@ -46,6 +46,10 @@ class Executor {
   // first run. Results are copies, by output name. An Error inside a node names the node's operator and nearest point.
   std::map<std::string, Tensor> Run(const std::map<std::string, Tensor>& inputs, const WeightSource& weights);
 
+  // The same without copies: results are valid until the calling thread runs an executor again, and no longer than the
+  // inputs and weights that they may be views of.
+  std::map<std::string, Tensor> RunInPlace(const std::map<std::string, Tensor>& inputs, const WeightSource& weights);
+
   // The next run fetches the weights again (tables whose rows differ from run to run).
   void ForgetWeights();
 
