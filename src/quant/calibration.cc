@@ -190,11 +190,12 @@ class MxVisitor final : public PointVisitor {
 
 }  // namespace
 
-FakeQuantReading::FakeQuantReading(const Calibration& calibration) : calibration_(calibration) {}
+FakeQuantReading::FakeQuantReading(const Calibration& calibration, bool on_grid)
+    : calibration_(calibration), on_grid_(on_grid) {}
 FakeQuantReading::~FakeQuantReading() = default;
 
 PointVisitor* FakeQuantReading::At(const Point& point, const TensorType& type) {
-  if (point.use == PointUse::kExportOnly) return nullptr;
+  if (point.use == PointUse::kExportOnly || (on_grid_ && point.use == PointUse::kBoundary)) return nullptr;
   const PointParams& params = calibration_.ParamsOf(point.name);
   if (params.spec.kind == QuantKind::kNone) return nullptr;
   auto [it, inserted] = visitors_.try_emplace(point.name);
@@ -205,6 +206,15 @@ PointVisitor* FakeQuantReading::At(const Point& point, const TensorType& type) {
     it->second = std::make_unique<AffineVisitor>(params.qparams, calibration_.GetDialect().rounding);
   }
   return it->second.get();
+}
+
+Tensor Rounded(const Calibration& calibration, const std::string& point, const Tensor& values) {
+  FakeQuantReading reading(calibration);
+  PointVisitor* const visitor = reading.At({.name = point}, values.Type());
+  if (visitor == nullptr) return values;
+  const Tensor rounded = values.Clone();
+  visitor->Visit(rounded.F32(), 0);
+  return rounded;
 }
 
 // ---- Export -------------------------------------------------------------------------------------------------------

@@ -112,18 +112,22 @@ class ObserveReading final : public PointReading {
   std::optional<Slice> slice_;
 };
 
-// Rounds values at frozen points.
+// Rounds values at frozen points. `on_grid`: what comes in is on its grid already, so boundary points are passed.
 class FakeQuantReading final : public PointReading {
  public:
-  explicit FakeQuantReading(const Calibration& calibration);
+  explicit FakeQuantReading(const Calibration& calibration, bool on_grid = false);
   ~FakeQuantReading() override;
   PointVisitor* At(const Point& point, const TensorType& type) override;
   bool Writes() const override { return true; }
 
  private:
   const Calibration& calibration_;
+  bool on_grid_;
   std::map<std::string, std::unique_ptr<PointVisitor>> visitors_;
 };
+
+// Values of a point, float32, on its grid.
+Tensor Rounded(const Calibration& calibration, const std::string& point, const Tensor& values);
 
 // The frozen grids as export needs them. Codes of a parameter are made once and shared by the units that read it; more
 // than 16 MiB of them are made anew each time a file is written.
