@@ -336,8 +336,9 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
     EXPECT_EQ(Sha256File(entry.path()), Sha256File(directory.Path() / "little" / name)) << name;
   }
   const auto report = [&](const char* name) { return ReadJson(directory.Path() / name / "report.json"); };
+  // Terms of the sums are float32, each to the largest logit of its slice.
   EXPECT_NEAR(report("all")["perplexity"]["quantized"].get<double>(),
-              report("little")["perplexity"]["quantized"].get<double>(), 1e-9);
+              report("little")["perplexity"]["quantized"].get<double>(), 1e-6);
   EXPECT_EQ(report("all")["output"]["error"]["max_abs_diff"], report("little")["output"]["error"]["max_abs_diff"]);
 
   const ProgramResult refused = run("refused", "20MiB");
@@ -348,7 +349,7 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
 TEST(MemoryLimit, EvaluateSpillsToo) {
   const TempDirectory scratch;
   const ProgramResult result =
-      RunProgram({"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--memory-limit", "75MiB"},
+      RunProgram({"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--memory-limit", "50MiB"},
                  "export TMPDIR=" + scratch.Path().string() + "; ");
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.out, HasSubstr("went to files"));

@@ -14,9 +14,9 @@ namespace circlet {
 namespace {
 
 // Readings that an item goes through: float, and rounded once or twice (alone and so far).
-int Readings(const Item& item, ItemKind measured) {
+int Readings(const Item& item) {
   if (item.kind == ItemKind::kVerify || item.kind == ItemKind::kControl) return 1;
-  return item.kind == measured ? 3 : 2;
+  return 2 + item.alone;
 }
 
 int64_t WeightBytes(const Graph& graph) {
@@ -60,7 +60,6 @@ double ProductFlops(const Graph& graph) {
 
 StageEstimate EstimateStage(const Stage& stage, const std::vector<Item>& items, int rank) {
   StageEstimate estimate{.name = stage.name};
-  const ItemKind measured = MeasuredKind(items);
   for (const Step& step : stage.steps) {
     std::map<std::pair<int64_t, std::string>, double> flops;  // by what shapes a graph
     const Item* longest = nullptr;
@@ -68,7 +67,7 @@ StageEstimate EstimateStage(const Stage& stage, const std::vector<Item>& items, 
       if (item.rank != rank) continue;
       const auto [it, is_new] = flops.try_emplace({item.length, item.variant});
       if (is_new) it->second = ProductFlops(step.build(item));
-      estimate.flops += it->second * Readings(item, measured);
+      estimate.flops += it->second * Readings(item);
       if (longest == nullptr || item.length > longest->length) longest = &item;
     }
     if (longest == nullptr) continue;
@@ -87,8 +86,8 @@ StageEstimate EstimateHead(const RunContext& context) {
   const ItemKind measured = MeasuredKind(context.items);
   for (const Item& item : context.items) {
     if (item.rank != context.world.Rank()) continue;
-    // Observed, or followed in both chains; and three times to be measured.
-    int readings = item.kind == measured ? 3 : 0;
+    // Observed, or followed in both chains; and two or three times to be measured.
+    int readings = item.kind == measured ? 2 + item.alone : 0;
     if (item.kind == ItemKind::kCalibration) readings += 1;
     if (item.kind == ItemKind::kWindow || item.kind == ItemKind::kCaption || item.kind == ItemKind::kControl)
       readings += 2;

@@ -10,6 +10,7 @@
 
 #include "circlet/base/threads.h"
 #include "circlet/model/text.h"
+#include "ops/simd.h"
 #include "pipeline/exchange.h"
 
 namespace circlet {
@@ -111,8 +112,10 @@ class Head {
     return *plan;
   }
 
+  // Valid until the calling thread asks for other logits.
   static Tensor Logits(ReadyGraph& plan, const Tensor& normed, const Tensor& weight) {
-    return plan.executor.Run({{"last_hidden_state", normed}}, [&](const std::string&) { return weight; }).at("logits");
+    return plan.executor.RunInPlace({{"last_hidden_state", normed}}, [&](const std::string&) { return weight; })
+        .at("logits");
   }
 
   // The items of this process that `wanted` takes, for each slice of the vocabulary. body(item, first, rows, worker).
@@ -132,14 +135,13 @@ class Head {
     });
   }
 
-  // body(begin, normed of positions [begin, ..)) for each slice of an item. Of a caption only what predicts the answer
-  // is read.
+  // body(begin, normed of positions [begin, ..)) for each slice of what is read of an item.
   template <typename Body>
   void ForPositions(const Item& item, Chain chain, const Body& body) const {
     const Tensor normed = c_.store.Get(item.id, chain, kNormedKey);
-    const int64_t first = item.kind == ItemKind::kCaption ? std::max<int64_t>(0, c_.TextOf(item).answer - 1) : 0;
-    for (int64_t begin = first; begin < item.length; begin += slices_.positions)
-      body(begin, Positions(normed, begin, std::min(item.length, begin + slices_.positions)));
+    const int64_t first = c_.TextOf(item).FirstRead(), count = item.length - first;
+    for (int64_t begin = 0; begin < count; begin += slices_.positions)
+      body(first + begin, Positions(normed, begin, std::min(count, begin + slices_.positions)));
   }
 
   void ReadFloat() {
@@ -190,8 +192,8 @@ class Head {
     ForPositions(item, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
       const int64_t length = normed.GetShape()[1];
       ReadyGraph& rounding = PlanFor(worker, item, length, rows, Reading::kRound);
-      const Tensor expected = Logits(PlanFor(worker, item, length, rows, Reading::kFloat), normed, weight);
-      figures_[item.id].alone.Add(expected, Logits(rounding, normed, rounded));
+      const Tensor expected = Logits(PlanFor(worker, item, length, rows, Reading::kFloat), normed, weight).Clone();
+      if (item.alone) figures_[item.id].alone.Add(expected, Logits(rounding, normed, rounded));
       const Tensor found = Logits(rounding, Positions(quantized, begin, begin + length), rounded);
       figures_[item.id].accumulated.Add(expected, found);
       Scatter(item, expected, found, begin, first);
@@ -206,7 +208,7 @@ class Head {
     const Tensor other = c_.store.Get(repeated.id, Chain::kFloat, kNormedKey);
     ForPositions(control, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
       const int64_t length = normed.GetShape()[1];
-      const Tensor exact = Logits(PlanFor(worker, control, length, rows, Reading::kFloat), normed, weight);
+      const Tensor exact = Logits(PlanFor(worker, control, length, rows, Reading::kFloat), normed, weight).Clone();
       s_.change->logits.Add(exact, Logits(PlanFor(worker, repeated, length, rows, Reading::kFloat),
                                           Positions(other, begin, begin + length), operand));
     });
@@ -242,21 +244,19 @@ class Head {
     const int64_t rows = logits.GetShape()[2];
     for (int64_t row = 0; row < logits.GetShape()[1]; ++row) {
       const int64_t position = begin + row, next = position + 1;
-      if (item.kind == ItemKind::kCaption && next < text.answer) continue;
       const std::span<const float> values = logits.F32().subspan(row * rows, rows);
-      const auto top = std::max_element(values.begin(), values.end());
+      const float top = simd::MinMax(values.data(), rows).max;
       Tail& tail = tails[position];
       if (item.kind == ItemKind::kWindow) {
-        double sum = 0;
-        for (const float value : values) sum += std::exp(static_cast<double>(value) - *top);
-        const double larger = std::max(tail.top, *top);
-        tail.sum = tail.sum * std::exp(tail.top - larger) + sum * std::exp(*top - larger);
+        const double larger = std::max(tail.top, top);
+        tail.sum = tail.sum * std::exp(tail.top - larger) +
+                   simd::SumOfExp(values.data(), rows, top) * std::exp(top - larger);
         const int64_t target = next < item.length ? text.ids[next] - first : -1;
         if (target >= 0 && target < rows) tail.target = values[target];
       }
-      if (*top > tail.top) {
-        tail.top = *top;
-        tail.choice = first + (top - values.begin());
+      if (top > tail.top) {
+        tail.top = top;
+        tail.choice = first + (std::ranges::find(values, top) - values.begin());
       }
     }
   }
@@ -271,7 +271,7 @@ class Head {
   bool Answers(const TextItem& text, const Tails& tails) const {
     const auto& stops = c_.config.eos_token_ids;
     bool exact = true;
-    for (int64_t position = std::max<int64_t>(0, text.answer - 1); position + 1 < text.item.length; ++position) {
+    for (int64_t position = text.FirstRead(); position + 1 < text.item.length; ++position) {
       const int64_t choice = tails[position].choice;
       const bool stop = std::find(stops.begin(), stops.end(), choice) != stops.end();
       exact &= position + 2 == text.item.length ? stop : choice == text.ids[position + 1];

@@ -78,7 +78,8 @@ class ItemMaker {
            [&] { text.places = CheckPlaceholders(context_.config, ids, soft_tokens); });
     text.ids = WithoutPlaceholders(context_.config, ids);
     text.item.real = text.Last() + 1;
-    text.item.variant = text.images.empty() ? "" : "pictures";
+    if (!text.images.empty()) text.item.variant = "pictures";
+    if (text.FirstRead() > 0) text.item.variant += fmt::format(" from {}", text.FirstRead());
     context_.items.push_back(text.item);
     context_.texts.push_back(std::move(text));
   }
@@ -124,7 +125,7 @@ class ItemMaker {
   void Trim(ImageItem& item) const {
     const int64_t valid = LayoutOf(*context_.config.vision, item.positions).valid;
     item.positions.resize(valid * 2);
-    item.pixel_values = Tensor({DType::kF32, {1, valid, item.pixel_values.GetShape()[2]}}, item.pixel_values.Raw(),
+    item.pixel_values = Tensor({item.pixel_values.GetDType(), {1, valid, item.pixel_values.GetShape()[2]}}, item.pixel_values.Raw(),
                                std::make_shared<Tensor>(item.pixel_values));
   }
 
@@ -348,6 +349,9 @@ void MakeItems(const RunData& data, const QuantizeOptions& options, RunContext& 
     maker.Add(ItemKind::kControl, index, "control", sample.input_ids,
               {sample.attention_mask.begin(), sample.attention_mask.end()}, &sample, 0, index);
   }
+
+  ChooseAlone(context.items);
+  ChooseAlone(context.image_items);
 
   int64_t longest = 1;
   for (const TextItem& text : context.texts)

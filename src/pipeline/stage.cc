@@ -111,7 +111,7 @@ std::map<std::string, Tensor> RunItem(const Step& step, const Item& item, Chain 
                                       const WeightSource& weights) {
   if (step.fresh) executor.ForgetWeights();
   return Within(item.label, [&] {
-    return executor.Run(InputsOf(step, item, chain), [&](const std::string& name) {
+    return executor.RunInPlace(InputsOf(step, item, chain), [&](const std::string& name) {
       const Tensor own = step.own ? step.own(name, item, rounded) : Tensor();
       return own.Empty() ? weights(name) : own;
     });
@@ -152,12 +152,23 @@ ItemKind MeasuredKind(const std::vector<Item>& items) {
   return has_evaluation ? ItemKind::kEvaluation : ItemKind::kCalibration;
 }
 
+void ChooseAlone(std::vector<Item>& items) {
+  const ItemKind measured = MeasuredKind(items);
+  const int64_t count = std::ranges::count(items, measured, &Item::kind), chosen = std::min(count, kAloneItems);
+  int64_t i = 0;
+  for (Item& item : items)
+    if (item.kind == measured) {
+      item.alone = (i + 1) * chosen / count > i * chosen / count;
+      ++i;
+    }
+}
+
 // One thread's executors of one step and one reading, by length, and what they observed.
 class StageRunner::StepRuns {
  public:
   // `observers`: where the reading's observers are; null: it has none.
-  template <typename MakeReading>
-  ReadyGraph& For(const Step& step, const Item& item, const ObserverMap* observers, ExecutorOptions options,
+  template <typename Build, typename MakeReading>
+  ReadyGraph& For(const Item& item, const ObserverMap* observers, ExecutorOptions options, const Build& build,
                   const MakeReading& make) {
     const std::tuple key{item.length, item.variant, observers, options.compute};
     auto& plan = plans_[key];
@@ -165,9 +176,9 @@ class StageRunner::StepRuns {
     // Each executor in bf16 has its own copy of the rounded weights.
     if (options.compute == Compute::kBf16) {
       plans_.clear();
-      return *(plans_[key] = std::make_unique<ReadyGraph>(step.build(item), make(), options));
+      return *(plans_[key] = std::make_unique<ReadyGraph>(build(), make(), options));
     }
-    plan = std::make_unique<ReadyGraph>(step.build(item), make(), options);
+    plan = std::make_unique<ReadyGraph>(build(), make(), options);
     return *plan;
   }
 
@@ -179,26 +190,34 @@ class StageRunner::StepRuns {
 
 int64_t StageRunner::Work(const Stage& stage) const {
   int64_t work = 0;
-  const ItemKind measured = MeasuredKind(c_.items);
   for (const Item& item : c_.items)
-    if (item.rank == c_.world.Rank()) work += InFloat(item) + Rounded(item) + (item.kind == measured);
+    if (item.rank == c_.world.Rank()) work += InFloat(item) + Rounded(item) + item.alone;
   return work * static_cast<int64_t>(stage.steps.size());
+}
+
+// With the outputs that are kept of some item.
+Graph StageRunner::Build(const Step& step, const Item& item) const {
+  std::vector<std::string> kept;
+  for (const Step::Sink& sink : step.outputs)
+    if (Keeps(sink)) kept.push_back(sink.output);
+  return WithOutputs(step.build(item), kept);
 }
 
 void StageRunner::Keep(const Step& step, const Item& item, Chain chain, const std::map<std::string, Tensor>& results) {
   static std::mutex mutex;
   for (const Step::Sink& sink : step.outputs) {
+    if (!Keeps(sink)) continue;
     const Tensor& tensor = results.at(sink.output);
     if (sink.by_layer) {
       for (int64_t layer = 0; layer < tensor.GetShape()[2]; ++layer)
         c_.store.Put(item.id, chain, fmt::format("{}.{}", sink.key, layer), LayerSlice(tensor, layer),
                      ActivationStore::Read::kLate);
     } else if (!sink.key.empty()) {
-      c_.store.Put(item.id, chain, sink.key, tensor);
+      c_.store.Put(item.id, chain, sink.key, tensor.Clone());
     }
-    if (c_.captured == nullptr || sink.capture.empty() || item.kind != ItemKind::kEvaluation) continue;
+    if (!Captures(sink) || item.kind != ItemKind::kEvaluation) continue;
     const std::lock_guard lock(mutex);
-    (*c_.captured)[CapturedName(chain, item, sink.capture)] = tensor;
+    (*c_.captured)[CapturedName(chain, item, sink.capture)] = tensor.Clone();
   }
 }
 
@@ -227,11 +246,12 @@ void StageRunner::Observe(const Step& step) {
   ForItems(static_cast<int64_t>(items.size()), side_by_side, [&](int64_t i, int w) {
     const Item& item = *items[i];
     ObserverMap* const observers = observers_of(item, w);
+    const auto reading_of = [&]() -> std::unique_ptr<PointReading> {
+      if (observers == nullptr) return nullptr;
+      return std::make_unique<ObserveReading>(c_.calibration, *observers);
+    };
     ReadyGraph& plan =
-        workers[w].For(step, item, observers, c_.ComputeOf(item), [&]() -> std::unique_ptr<PointReading> {
-          if (observers == nullptr) return nullptr;
-          return std::make_unique<ObserveReading>(c_.calibration, *observers);
-        });
+        workers[w].For(item, observers, c_.ComputeOf(item), [&] { return Build(step, item); }, reading_of);
     auto* reading = static_cast<ObserveReading*>(plan.reading.get());
     if (reading != nullptr) reading->Begin(item.index);
     const bool bf16 = c_.ComputeOf(item).compute == Compute::kBf16;
@@ -275,11 +295,19 @@ StageError StageRunner::Round(const Step& step) {
   const Step::Sink& main = step.outputs.front();
   const bool compares = step.measured && !main.key.empty();
   std::vector<StepRuns> workers(Threads());
+  std::vector<StepRuns> lone(Threads());
   const WeightSource weights = Shared(c_.calibration.RoundedWeights(step.stored));
   ForItems(static_cast<int64_t>(mine.size()), side_by_side, [&](int64_t m, int w) {
     const Item& item = c_.items[mine[m]];
-    ReadyGraph& plan = workers[w].For(step, item, nullptr, c_.ComputeOf(item),
-                                      [&] { return std::make_unique<FakeQuantReading>(c_.calibration); });
+    // The rounded chain runs from grid to grid; the reference's layers round their input once more.
+    const bool from_grids = !c_.calibration.GetDialect().duplicate_points;
+    const auto plan_of = [&](StepRuns& runs, bool on_grid) -> Executor& {
+      return runs
+          .For(
+              item, nullptr, c_.ComputeOf(item), [&] { return Build(step, item); },
+              [&] { return std::make_unique<FakeQuantReading>(c_.calibration, on_grid); })
+          .executor;
+    };
     const auto compare = [&](const std::map<std::string, Tensor>& results, ErrorMetrics& metrics) {
       const Tensor& found = results.at(main.output);
       const Tensor expected = main.by_layer ? JoinLayers(c_.store, item, Chain::kFloat, main.key, found.GetShape()[2])
@@ -287,9 +315,10 @@ StageError StageRunner::Round(const Step& step) {
       metrics.Add(RealPart(item, expected), RealPart(item, found));
     };
     const bool compared = item.kind == measured && compares;
-    if (compared) compare(RunItem(step, item, Chain::kFloat, true, plan.executor, weights), alone[mine[m]]);
-    if (item.kind == measured) c_.advance();
-    const std::map<std::string, Tensor> results = RunItem(step, item, Chain::kQuant, true, plan.executor, weights);
+    if (compared && item.alone)
+      compare(RunItem(step, item, Chain::kFloat, true, plan_of(lone[w], false), weights), alone[mine[m]]);
+    if (item.alone) c_.advance();
+    const std::map<std::string, Tensor> results = RunItem(step, item, Chain::kQuant, true, plan_of(workers[w], from_grids), weights);
     if (compared) compare(results, accumulated[mine[m]]);
     Keep(step, item, Chain::kQuant, results);
     c_.advance();

@@ -36,6 +36,7 @@ struct Item {
   std::string label;  // "calib.3", "eval.0"
   int rank = 0;       // the process that runs it
   int control_of = -1;  // kControl: the item that it repeats
+  bool alone = false;   // stages are measured on its float inputs too
 };
 
 // One graph of a stage.
@@ -67,6 +68,9 @@ struct Stage {
 
 // The kind whose errors are reported: evaluation items when there are any, else those of calibration.
 ItemKind MeasuredKind(const std::vector<Item>& items);
+// Sets `alone` of at most kAloneItems measured items, spread evenly: which stage loses most is seen on a few.
+inline constexpr int64_t kAloneItems = 8;
+void ChooseAlone(std::vector<Item>& items);
 
 // Values that --save-stages asks for, "float.eval.0.layers.3.out".
 using Captured = std::map<std::string, Tensor>;
@@ -105,6 +109,9 @@ class StageRunner {
   void Observe(const Step& step);
   void CompareRanges(const ObserverMap& control, const ObserverMap& repeated);
   StageError Round(const Step& step);
+  bool Captures(const Step::Sink& sink) const { return c_.captured != nullptr && !sink.capture.empty(); }
+  bool Keeps(const Step::Sink& sink) const { return !sink.key.empty() || Captures(sink); }
+  Graph Build(const Step& step, const Item& item) const;
   void Keep(const Step& step, const Item& item, Chain chain, const std::map<std::string, Tensor>& results);
 
   StageContext c_;

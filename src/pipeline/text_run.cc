@@ -62,9 +62,19 @@ Tensor Appended(const Tensor& past, const Tensor& newest) {
   return all;
 }
 
+// The last `count` rows of an axis with only axes of size 1 before it, sharing the bytes.
+Tensor LastRows(const Tensor& tensor, int axis, int64_t count) {
+  Shape shape = tensor.GetShape();
+  const int64_t row_bytes = tensor.Bytes() / shape[axis], skipped = shape[axis] - count;
+  shape[axis] = count;
+  return Tensor({tensor.GetDType(), shape}, tensor.Raw() + skipped * row_bytes, std::make_shared<Tensor>(tensor));
+}
+
 using Values = std::map<std::string, Tensor>;
 
 }  // namespace
+
+int64_t TextItem::FirstRead() const { return std::max<int64_t>(0, answer - 1); }
 
 int64_t TextItem::Last() const {
   for (int64_t i = static_cast<int64_t>(keep.size()) - 1; i > 0; --i)
@@ -87,6 +97,7 @@ struct TextRun::State {
 
   RunContext& context;
   std::map<std::string, Tensor> tables;  // by kind, type, length and kept positions
+  std::map<const std::byte*, Tensor> rounded_tables;  // by their bytes
   std::mutex tables_mutex;
 
   const TextConfig& Config() const { return context.config.text; }
@@ -132,6 +143,15 @@ struct TextRun::State {
     return cosine ? cos : sin;
   }
 
+  // A table as a layer of the chain reads it.
+  Tensor InChain(const Tensor& table, const std::string& point, Chain chain) {
+    if (chain == Chain::kFloat) return table;
+    const std::lock_guard lock(tables_mutex);
+    Tensor& rounded = rounded_tables[table.Raw()];
+    if (rounded.Empty()) rounded = Rounded(context.calibration, point, table);
+    return rounded;
+  }
+
   // Token embeddings with the pictures' features written over their placeholders.
   Tensor Merged(const Item& item, Chain chain) const {
     Tensor merged = context.store.Get(item.id, chain, "text_embeds");
@@ -148,6 +168,21 @@ struct TextRun::State {
 
   Step::Source FromStore(std::string key) const {
     return [this, key = std::move(key)](const Item& item, Chain chain) { return context.store.Get(item.id, chain, key); };
+  }
+
+  // The first position that the layers from `layer` on compute for an item: of a caption they need only the answer once no
+  // layer takes K and V from the rest.
+  int64_t FirstRead(const Item& item, int layer) const {
+    const auto& layers = Config().layers;
+    const bool shared = std::all_of(layers.begin() + layer, layers.end(), [](const auto& l) { return l.kv_shared; });
+    return shared ? context.TextOf(item).FirstRead() : 0;
+  }
+  int64_t LengthOf(const Item& item, int layer) const { return item.length - FirstRead(item, layer); }
+  // A stored value of all positions, or of those that are still needed, for a layer's input.
+  Step::Source LastOf(std::string key, int layer) const {
+    return [this, key = std::move(key), layer](const Item& item, Chain chain) {
+      return LastRows(context.store.Get(item.id, chain, key), 1, LengthOf(item, layer));
+    };
   }
 
   // Rows of an embedding table for one item.
@@ -281,18 +316,27 @@ Stage TextRun::Layer(int index) {
   Step step{.name = name,
             .build = [&s, index](const Item& item) {
               return s.Build([&](const Builder& b) {
-                BuildDecoderLayer(b, s.Config(), index, Phase::kPrefill, item.length, s.GetDialect(), /*inner_outputs=*/true);
+                BuildDecoderLayer(b, s.Config(), index, Phase::kPrefill, item.length, s.GetDialect(),
+                                  {.inner_outputs = true, .first = s.FirstRead(item, index)});
               });
             },
-            .inputs = {{"hidden", s.FromStore(HiddenKey(index))},
-                       {"mask", [&s, layer](const Item& item, Chain) { return s.Mask(s.context.TextOf(item), layer); }},
-                       {"cos", [&s, layer](const Item& item, Chain) { return s.RopeTable(0, item.length, layer, true); }},
-                       {"sin", [&s, layer](const Item& item, Chain) { return s.RopeTable(0, item.length, layer, false); }}},
+            .inputs = {{"hidden", s.LastOf(HiddenKey(index), index)},
+                       {"mask",
+                        [&s, layer, index](const Item& item, Chain chain) {
+                          const Tensor mask = s.InChain(s.Mask(s.context.TextOf(item), layer), MaskPoint(layer), chain);
+                          return LastRows(mask, 2, s.LengthOf(item, index));
+                        }}},
             .outputs = {{"hidden", HiddenKey(index + 1), name + ".out"},
                         {"attn_out", "", name + ".attn_out"},
                         {"mlp_out", "", name + ".mlp_out"}},
             .stored = s.context.Stored()};
-  if (s.Config().HasPle()) step.inputs.emplace_back("per_layer_input", s.FromStore(fmt::format("ple.{}", index)));
+  for (const bool cosine : {true, false})
+    step.inputs.emplace_back(cosine ? "cos" : "sin", [&s, layer, index, cosine](const Item& item, Chain chain) {
+      const Tensor table =
+          s.InChain(s.RopeTable(0, item.length, layer, cosine), RopePoint(layer, cosine), chain);
+      return LastRows(table, 1, s.LengthOf(item, index));
+    });
+  if (s.Config().HasPle()) step.inputs.emplace_back("per_layer_input", s.LastOf(fmt::format("ple.{}", index), index));
   if (layer.kv_shared) {
     step.inputs.emplace_back("shared_key", s.FromStore(KvKey(layer.kv_source, "key")));
     step.inputs.emplace_back("shared_value", s.FromStore(KvKey(layer.kv_source, "value")));
@@ -329,9 +373,11 @@ Stage TextRun::Norm() {
   Step step{.name = "norm",
             .build =
                 [&s](const Item& item) {
-                  return s.Build([&](const Builder& b) { BuildFinalNorm(b, s.Config(), item.length, s.GetDialect()); });
+                  return s.Build([&](const Builder& b) {
+                    BuildFinalNorm(b, s.Config(), s.LengthOf(item, s.Config().NumLayers()), s.GetDialect());
+                  });
                 },
-            .inputs = {{"hidden", s.FromStore(HiddenKey(s.Config().NumLayers()))}},
+            .inputs = {{"hidden", s.LastOf(HiddenKey(s.Config().NumLayers()), s.Config().NumLayers())}},
             .outputs = {{"last_hidden_state", kNormedKey, "last_hidden_state"}},
             .stored = s.context.Stored()};
   return {"norm", {std::move(step)}};

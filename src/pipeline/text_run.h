@@ -18,7 +18,7 @@ namespace circlet {
 // A picture as the vision stages read it.
 struct ImageItem {
   Item item;
-  Tensor pixel_values;             // [1,P,3 ps^2]
+  Tensor pixel_values;             // [1,P,3 ps^2], as in the sample
   std::vector<int64_t> positions;  // [P,2]
   int64_t budget = 0;              // soft tokens that the sample's padding holds
 };
@@ -34,6 +34,8 @@ struct TextItem {
 
   // Index of the last real position.
   int64_t Last() const;
+  // Index of the first position whose logits are read: of a caption those that predict its answer.
+  int64_t FirstRead() const;
 };
 
 // What every part of a run shares.

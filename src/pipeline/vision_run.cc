@@ -55,6 +55,16 @@ struct VisionRun::State {
     }
     return tables[which + image.item.variant];
   }
+  // The same as a layer of the chain reads it.
+  Tensor Table(const ImageItem& image, const std::string& which, Chain chain) {
+    const Tensor table = Table(image, which);
+    if (chain == Chain::kFloat) return table;
+    const std::lock_guard lock(tables_mutex);
+    Tensor& rounded = tables["rounded " + which + image.item.variant];
+    if (rounded.Empty())
+      rounded = Rounded(context.calibration, which == "mask" ? VisionMaskPoint() : VisionRopePoint(which == "cos"), table);
+    return rounded;
+  }
 
   // The reference rounds the position table before it looks positions up.
   const QParams* TableGrid() const {
@@ -74,7 +84,8 @@ struct VisionRun::State {
   }
   void AddTables(Step& step) {
     for (const char* which : {"mask", "cos", "sin"})
-      step.inputs.emplace_back(which, [this, which](const Item& item, Chain) { return Table(ImageOf(item), which); });
+      step.inputs.emplace_back(
+          which, [this, which](const Item& item, Chain chain) { return Table(ImageOf(item), which, chain); });
   }
 
   Values RunRounded(const Graph& graph, const Values& inputs) {

@@ -275,12 +275,11 @@ void BuildPleProjection(const Builder& b, const TextConfig& config, int64_t leng
 
 namespace {
 
-// What a unit of one layer takes besides the hidden states, in the order of its inputs.
-LayerValues LayerInputs(const Builder& b, const TextConfig& config, int index, Phase phase, int64_t slots, bool ple,
-                        const Dialect& dialect) {
+// What a unit of one layer takes besides the `length` hidden states, in the order of its inputs.
+LayerValues LayerInputs(const Builder& b, const TextConfig& config, int index, Phase phase, int64_t length,
+                        int64_t slots, bool ple, const Dialect& dialect) {
   const LayerConfig& layer = config.layers[index];
   const bool decode = phase == Phase::kDecode;
-  const int64_t length = decode ? 1 : slots;
   const auto cache = [&](const char* name, const std::string& point, int64_t keys) {
     return b.Boundary(point, b.Input(name, {1, layer.kv_heads, keys, layer.head_dim}));
   };
@@ -323,23 +322,27 @@ void BuildTextMlp(const Builder& b, const TextConfig& config, int layer, int64_t
 
 void BuildTextAttention(const Builder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
                         const Dialect& dialect) {
-  const ValueId x = NormedInput(b, config, layer, phase == Phase::kDecode ? 1 : slots, "input_layernorm", dialect);
-  const LayerValues in = LayerInputs(b, config, layer, phase, slots, /*ple=*/false, dialect);
+  const int64_t length = phase == Phase::kDecode ? 1 : slots;
+  const ValueId x = NormedInput(b, config, layer, length, "input_layernorm", dialect);
+  const LayerValues in = LayerInputs(b, config, layer, phase, length, slots, /*ple=*/false, dialect);
   const AttentionResults out =
       SelfAttention(LayerBuilder(b, layer).At("self_attn"), config, config.layers[layer], in, x, dialect);
   LayerOutputs(b, out.out, out.fresh);
 }
 
 void BuildDecoderLayer(const Builder& b, const TextConfig& config, int index, Phase phase, int64_t slots,
-                       const Dialect& dialect, bool inner_outputs) {
-  const ValueId hidden = b.Input("hidden", {1, phase == Phase::kDecode ? 1 : slots, config.hidden_size});
+                       const Dialect& dialect, const DecoderLayerOptions& options) {
+  CIRCLET_CHECK(options.first == 0 || config.layers[index].kv_shared, "layer {} needs all positions for its K and V",
+                index);
+  const int64_t length = phase == Phase::kDecode ? 1 : slots - options.first;
+  const ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
   // The reference's layer rounds its input at a point of its own.
   const ValueId on_grid = dialect.duplicate_points ? hidden : b.Boundary(LayerInputPoint(index, dialect), hidden);
-  LayerValues in = LayerInputs(b, config, index, phase, slots, config.HasPle(), dialect);
+  LayerValues in = LayerInputs(b, config, index, phase, length, slots, config.HasPle(), dialect);
   in.hidden = on_grid;
   const LayerResults out = Layer(LayerBuilder(b, index), config, index, in, dialect);
   LayerOutputs(b, out.hidden, out.fresh);
-  if (inner_outputs) {
+  if (options.inner_outputs) {
     b.Output("attn_out", out.attn_out);
     b.Output("mlp_out", out.mlp_out);
   }
