@@ -63,7 +63,8 @@ std::string HashOf(const RunContext& context) {
   }
   for (const ImageItem& image : context.images) {
     add(image.positions);
-    if (!image.pixel_values.Empty()) add(image.pixel_values.F32());
+    if (!image.pixel_values.Empty())
+      add(std::span(image.pixel_values.Raw(), static_cast<size_t>(image.pixel_values.Bytes())));
   }
   return Sha256(std::as_bytes(std::span(all)));
 }

@@ -131,7 +131,7 @@ std::vector<Stage> VisionRun::Stages() {
   Step patches = s.MakeStep("vision.patch_embed", [&s](const Builder& b, const ImageItem& image) {
     BuildPatchEmbedder(b, s.config, image.item.length, s.GetDialect());
   });
-  patches.inputs = {{"pixel_values", [&s](const Item& item, Chain) { return s.ImageOf(item).pixel_values; }}};
+  patches.inputs = {{"pixel_values", [&s](const Item& item, Chain) { return PixelValues(s.ImageOf(item).pixel_values); }}};
   patches.outputs = {{"hidden", HiddenKey(0), "vision.patch_embed"}};
   patches.own = [&s](const std::string& name, const Item& item, bool rounded) -> Tensor {
     if (name != VisionWeights::PositionEmbeddingsName()) return {};
@@ -202,7 +202,7 @@ void VisionRun::WriteSplitUnits(UnitWriter& writer) {
   };
   write("vision_patch_embedder",
         s.Build([&](const Builder& b) { BuildPatchEmbedder(b, s.config, patches, s.GetDialect()); }), {},
-        {{"pixel_values", image.pixel_values}}, {{"hidden", s.Kept(HiddenKey(0))}}, {{"hidden", HiddenKey(0)}});
+        {{"pixel_values", PixelValues(image.pixel_values)}}, {{"hidden", s.Kept(HiddenKey(0))}}, {{"hidden", HiddenKey(0)}});
   for (int i = 0; i < s.config.num_layers; ++i)
     write(fmt::format("vision_encoder_layer_{:02}", i),
           s.Build([&](const Builder& b) { BuildVisionLayer(b, s.config, i, patches, s.GetDialect()); }),
@@ -238,7 +238,7 @@ void VisionRun::WritePrefillUnit(UnitWriter& writer) {
       [&](const Builder& b) {
         BuildVisionPrefill(b, s.context.config, image.positions, VisionUse::kExport, s.GetDialect());
       },
-      {{"projected", "vision.projected"}}, {{"pixel_values", image.pixel_values}}, "vision.projected");
+      {{"projected", "vision.projected"}}, {{"pixel_values", PixelValues(image.pixel_values)}}, "vision.projected");
 }
 
 void VisionRun::WritePartUnits(UnitWriter& writer) {
@@ -249,7 +249,7 @@ void VisionRun::WritePartUnits(UnitWriter& writer) {
   s.WriteWhole(
       writer, "vision_model",
       [&](const Builder& b) { BuildVisionModel(b, s.config, image.positions, VisionUse::kExport, s.GetDialect()); },
-      {{"last_hidden_state", "vision.last_hidden_state"}}, {{"pixel_values", image.pixel_values}},
+      {{"last_hidden_state", "vision.last_hidden_state"}}, {{"pixel_values", PixelValues(image.pixel_values)}},
       "vision.last_hidden_state");
   s.WriteWhole(
       writer, "vision_encoder",
@@ -292,7 +292,7 @@ void VisionRun::WriteFullUnit(UnitWriter& writer) {
                   BuildGemma4Full(b, s.context.config, s.context.max_seq_len, &slot, s.GetDialect());
                 }),
                 .inputs = {{"ids", Tensor::Of<int64_t>({1, s.context.max_seq_len}, verify->ids)},
-                           {"pixel_values", image.pixel_values}}};
+                           {"pixel_values", PixelValues(image.pixel_values)}}};
   // Not the stages' values: this graph's mask keeps all positions, also those behind the sample's end.
   spec.outputs = s.RunRounded(spec.graph, spec.inputs);
   writer.Write(std::move(spec), s.UnitWeights());

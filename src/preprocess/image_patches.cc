@@ -101,7 +101,7 @@ ImagePatches Patchify(const Image& image, const ImageRules& rules) {
   result.patches = columns * grid_rows;
   result.soft_tokens = result.patches / (rules.pooling * rules.pooling);
   const int64_t values = 3 * patch * patch;
-  result.pixel_values = Tensor(TensorType{DType::kF32, {1, capacity, values}});
+  result.pixel_values = Tensor(TensorType{DType::kU8, {1, capacity, values}});
   result.position_ids = Tensor(TensorType{DType::kI64, {1, capacity, 2}});
   const std::span<int64_t> positions = result.position_ids.I64();
   std::ranges::fill(positions, -1);
@@ -109,17 +109,25 @@ ImagePatches Patchify(const Image& image, const ImageRules& rules) {
     positions[2 * i] = i % columns;
     positions[2 * i + 1] = i / columns;
   }
-  float* const out = result.pixel_values.F32().data();
+  uint8_t* const out = result.pixel_values.As<uint8_t>().data();
   const uint8_t* const in = image.rgb.data();
   ParallelFor(grid_rows, 1, [&, row_bytes = 3 * width](int64_t begin, int64_t end) {
     for (int64_t y = begin * patch; y < end * patch; ++y) {
-      float* to = out + (y / patch * columns) * values + y % patch * 3 * patch;
+      uint8_t* to = out + (y / patch * columns) * values + y % patch * 3 * patch;
       const uint8_t* from = in + y * row_bytes;
-      for (int64_t x = 0; x < columns; ++x, to += values, from += 3 * patch)
-        for (int64_t i = 0; i < 3 * patch; ++i) to[i] = static_cast<float>(from[i]) * (1.0f / 255.0f);
+      for (int64_t x = 0; x < columns; ++x, to += values, from += 3 * patch) std::copy_n(from, 3 * patch, to);
     }
   });
   return result;
+}
+
+Tensor PixelValues(const Tensor& pixels) {
+  if (pixels.GetDType() == DType::kF32) return pixels;
+  Tensor values = Tensor::Uninitialized({DType::kF32, pixels.GetShape()});
+  const uint8_t* __restrict from = pixels.As<uint8_t>().data();
+  float* __restrict to = values.F32().data();
+  for (int64_t i = 0, count = pixels.Elements(); i < count; ++i) to[i] = static_cast<float>(from[i]) * (1.0f / 255.0f);
+  return values;
 }
 
 ImagePatches PrepareImage(const Image& image, const ImageRules& rules) {

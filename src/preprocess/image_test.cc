@@ -119,7 +119,8 @@ struct Difference {
 };
 Difference Compare(std::span<const uint8_t> golden, const ImagePatches& patches, std::span<const int64_t> rows) {
   Difference result;
-  const std::span<const float> values = patches.pixel_values.F32();
+  const Tensor pixel_values = PixelValues(patches.pixel_values);
+  const std::span<const float> values = pixel_values.F32();
   const int64_t width = patches.pixel_values.GetShape()[-1];
   int64_t equal = 0;
   for (size_t r = 0; r < rows.size(); ++r) {
@@ -192,7 +193,8 @@ TEST(ImageTest, TheSampleOfTheSpecificationIsReproduced) {
   const ImagePatches patches = PrepareImage(Formula(640, 480), ImageRules{});
   EXPECT_EQ(patches.patches, 2394);
   EXPECT_EQ(patches.soft_tokens, 266);
-  const std::span<const float> values = patches.pixel_values.F32();
+  const Tensor pixel_values = PixelValues(patches.pixel_values);
+  const std::span<const float> values = pixel_values.F32();
   const auto codes = [&](int64_t patch, int64_t count) {
     std::vector<int> result;
     for (int64_t i = 0; i < count; ++i) result.push_back(static_cast<int>(std::lround(values[768 * patch + i] * 255)));
@@ -213,7 +215,8 @@ TEST(ImageTest, PaddingPatchesAreZeroAtMinusOne) {
   const ImagePatches patches = PrepareImage(Formula(512, 512), ImageRules{.max_soft_tokens = 70});
   ASSERT_EQ(patches.patches, 576);
   EXPECT_EQ(patches.pixel_values.GetShape(), (Shape{1, 630, 768}));
-  const auto values = patches.pixel_values.F32().subspan(576 * 768);
+  const Tensor pixel_values = PixelValues(patches.pixel_values);
+  const auto values = pixel_values.F32().subspan(576 * 768);
   EXPECT_TRUE(std::ranges::all_of(values, [](float v) { return v == 0; }));
   const auto positions = patches.position_ids.I64().subspan(576 * 2);
   EXPECT_TRUE(std::ranges::all_of(positions, [](int64_t v) { return v == -1; }));

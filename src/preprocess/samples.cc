@@ -35,6 +35,7 @@ Placeholders Resolve(const Tokenizer& tokenizer, const Placeholders& configured)
 // Images of one budget, one after another.
 Tensor Concatenate(const std::vector<Tensor>& parts) {
   if (parts.empty()) return {};
+  if (parts.size() == 1) return parts[0];
   Shape shape = parts[0].GetShape();
   shape[0] = static_cast<int64_t>(parts.size());
   Tensor whole(TensorType{parts[0].GetDType(), shape});

@@ -137,7 +137,8 @@ TEST(ChatSampleTest, PixelsAreThoseOfTheReference) {
     if (!row.contains("pixel_sum")) continue;
     ++compared;
     double sum = 0;
-    const auto values = tasks[i].prompt.pixel_values.F32();
+    const Tensor pixel_values = PixelValues(tasks[i].prompt.pixel_values);
+    const auto values = pixel_values.F32();
     for (const float value : values) sum += value;
     // Two codes on a hundredth of the values at most.
     EXPECT_NEAR(sum, row["pixel_sum"].get<double>(), 1e-4 * sum) << i;

@@ -140,8 +140,9 @@ SmokePart PartOf(const Gemma4Config& config, const ModelWeights& weights, const 
     const PatchLayout layout = LayoutOf(*config.vision, positions);
     slot.emplace(ImageSlot{{positions.begin(), positions.begin() + 2 * layout.valid}, 0});
     image_tokens = {layout.tokens};
-    values["pixel_values"] = Tensor({DType::kF32, {1, layout.valid, pixels[2]}}, sample.pixel_values.Raw(),
-                                    std::make_shared<Tensor>(sample.pixel_values));
+    const Tensor all = PixelValues(sample.pixel_values);
+    values["pixel_values"] =
+        Tensor({DType::kF32, {1, layout.valid, pixels[2]}}, all.Raw(), std::make_shared<Tensor>(all));
     part.stored = VisionWeights(*config.vision, stored, kDefault).For(slot->positions);
   }
   const std::vector<int64_t> places = CheckPlaceholders(config, ids, image_tokens);

@@ -57,7 +57,7 @@ Image ResizeBicubic(const Image& image, ImageSize target);
 
 // What the vision tower reads, padded to the budget.
 struct ImagePatches {
-  Tensor pixel_values;  // float32 [1, max_patches, 3 * patch^2]: rows, columns, RGB of a patch, v * (1/255); padding 0
+  Tensor pixel_values;  // uint8 [1, max_patches, 3 * patch^2]: rows, columns, RGB of a patch; padding 0
   Tensor position_ids;  // int64 [1, max_patches, 2]: (x, y) of a patch; padding (-1, -1)
   int64_t patches = 0;  // without padding
   int64_t soft_tokens = 0;
@@ -67,5 +67,7 @@ struct ImagePatches {
 ImagePatches Patchify(const Image& image, const ImageRules& rules);
 // TargetSize, ResizeBicubic and Patchify.
 ImagePatches PrepareImage(const Image& image, const ImageRules& rules);
+// What the patch embedder multiplies: v * (1/255) of uint8 pixels, a quarter of the size to keep; float32 as they are.
+Tensor PixelValues(const Tensor& pixels);
 
 }  // namespace circlet
