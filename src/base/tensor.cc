@@ -13,14 +13,14 @@ namespace circlet {
 
 int64_t Shape::Elements() const {
   int64_t product = 1;
-  for (const int64_t size : sizes_) {
+  for (const int64_t size : Sizes()) {
     if (size < 0 || __builtin_mul_overflow(product, size, &product))
       Fail("shape {} has no element count: a size is negative or the product leaves 64 bits", ToString());
   }
   return product;
 }
 
-std::string Shape::ToString() const { return fmt::format("[{}]", fmt::join(sizes_, ",")); }
+std::string Shape::ToString() const { return fmt::format("[{}]", fmt::join(Sizes(), ",")); }
 
 int64_t TensorType::Bytes() const {
   const int64_t elements = shape.Elements();

@@ -53,18 +53,19 @@ bool AllZero(const float* values, int64_t count) {
 // kept key has, stay out of the statistics.
 RowKeys KeysOfRow(const float* mask, int64_t keys, bool skip_masked, float limit) {
   if (!skip_masked) return {.only = {0, keys}};
-  std::vector<KeyRun> runs;
+  RowKeys row{.masks = false};
+  int64_t count = 0;
   for (int64_t key = 0; key < keys; ++key) {
     if (mask[key] <= limit) continue;
-    const int64_t begin = key;
-    while (key < keys && !(mask[key] <= limit)) ++key;
-    runs.push_back({begin, key});
+    KeyRun run{key, key};
+    while (run.end < keys && !(mask[run.end] <= limit)) ++run.end;
+    key = run.end;
+    row.masks |= !AllZero(mask + run.begin, run.end - run.begin);
+    if (++count == 2) row.many = {row.only};
+    if (count >= 2) row.many.push_back(run);
+    if (count == 1) row.only = run;
   }
-  if (runs.empty()) return {.only = {0, keys}, .visited = false};
-  RowKeys row{.only = runs[0]};
-  row.masks = std::ranges::any_of(
-      runs, [&](const KeyRun& run) { return !AllZero(mask + run.begin, run.end - run.begin); });
-  if (runs.size() > 1) row.many = std::move(runs);
+  if (count == 0) return {.only = {0, keys}, .visited = false};
   return row;
 }
 

@@ -17,9 +17,12 @@ inline int64_t RowGrain(int64_t row) { return std::max<int64_t>(1, kElementGrain
 
 // Copies a row that may be a few values short, where a call of memcpy would cost more than the copy.
 inline void CopyShort(const float* from, int64_t count, float* to) {
-  constexpr int64_t kStep = 8;
   int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, kStep * sizeof(float));
+  for (; i + 8 <= count; i += 8) std::memcpy(to + i, from + i, 8 * sizeof(float));
+  if (i + 4 <= count) {
+    std::memcpy(to + i, from + i, 4 * sizeof(float));
+    i += 4;
+  }
   for (; i < count; ++i) to[i] = from[i];
 }
 

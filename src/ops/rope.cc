@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "circlet/base/threads.h"
 #include "circlet/ops/ops.h"
 #include "ops/internal.h"
@@ -14,6 +16,37 @@ enum RopePoint { kX1, kX2, kNeg, kCat, kCos, kSin, kRot, kPointCount };
 void Visit(const EvalContext& context, RopePoint point, float* values, int64_t count, int64_t first) {
   if (context.points.empty() || context.points[point] == nullptr) return;
   context.points[point]->Visit({values, static_cast<size_t>(count)}, first);
+}
+
+// With nothing to see in the halves: whole heads, whatever their parts.
+void RotateHeads(const EvalContext& context, int parts, int64_t block) {
+  const Shape& shape = context.in[0].GetShape();
+  const int64_t positions = shape[1], heads = shape[2], head_size = shape[3], half = head_size / parts / 2;
+  ParallelFor(positions, 8 * block, [&](int64_t begin, int64_t end) {
+    float* const cat = ThreadFloats<Rope>(2 * block * heads * head_size);  // [rows, head_size]
+    float* const product_sin = cat + block * heads * head_size;
+    for (int64_t position = begin; position < end; position += block) {
+      const int64_t count = std::min(block, end - position), row_floats = heads * head_size;
+      const int64_t first = position * row_floats, floats = count * row_floats;
+      const float* const x = context.in[0].F32().data() + first;
+      float* const y = context.out[0].F32().data() + first;
+      for (int64_t i = 0; i < floats; i += 2 * half) {
+        CopyShort(x + i + half, half, cat + i);
+        CopyShort(x + i, half, cat + i + half);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t table = (position + i) * head_size;
+        simd::MulRows(x + i * row_floats, head_size, context.in[1].F32().data() + table, heads, head_size,
+                      y + i * row_floats);
+        simd::MulRows(cat + i * row_floats, head_size, context.in[2].F32().data() + table, heads, head_size,
+                      product_sin + i * row_floats);
+      }
+      Visit(context, kCos, y, floats, first);
+      Visit(context, kSin, product_sin, floats, first);
+      simd::Binary(simd::BinaryOp::kAdd, y, product_sin, floats, y);
+      Visit(context, kRot, y, floats, first);
+    }
+  });
 }
 
 }  // namespace
@@ -41,6 +74,12 @@ void Rope::Eval(const EvalContext& context) const {
   float* y = context.out[0].F32().data();
   // A few positions at a time: visitors get pieces worth their call, and all of it stays in the cache.
   const int64_t block = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, heads * head_size));
+  const auto visited = [&](RopePoint first, RopePoint last) {
+    return !context.points.empty() && std::any_of(context.points.begin() + first, context.points.begin() + last + 1,
+                                                  [](const PointVisitor* visitor) { return visitor != nullptr; });
+  };
+  const bool pieces = !negated_sin || visited(kX1, kCat);
+  if (!pieces && (parts == 1 || !visited(kCos, kRot))) return RotateHeads(context, parts, block);
   ParallelFor(positions, 8 * block, [&](int64_t begin, int64_t end) {
     const size_t floats = static_cast<size_t>(std::max<int64_t>(1, block * heads * width));
     float* x1 = ThreadFloats<Rope>(static_cast<int64_t>(5 * floats));  // [rows, half]
@@ -54,8 +93,13 @@ void Rope::Eval(const EvalContext& context) const {
       for (int64_t part = 0; part < parts; ++part) {
         for (int64_t row = 0; row < rows; ++row) {
           const float* value = x + (first_row + row) * head_size + part * width;
-          CopyShort(value, half, x1 + row * half);
-          CopyShort(value + half, half, x2 + row * half);
+          if (pieces) {
+            CopyShort(value, half, x1 + row * half);
+            CopyShort(value + half, half, x2 + row * half);
+          } else {
+            CopyShort(value + half, half, cat + row * width);
+            CopyShort(value, half, cat + row * width + half);
+          }
         }
         Visit(context, kX1, x1, rows * half, first_row * half);
         Visit(context, kX2, x2, rows * half, first_row * half);
@@ -63,7 +107,7 @@ void Rope::Eval(const EvalContext& context) const {
           simd::Neg(x2, rows * half, x2);
           Visit(context, kNeg, x2, rows * half, first_row * half);
         }
-        for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t row = 0; pieces && row < rows; ++row) {
           CopyShort(x2 + row * half, half, cat + row * width);
           CopyShort(x1 + row * half, half, cat + row * width + half);
         }

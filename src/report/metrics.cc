@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "circlet/base/error.h"
@@ -11,34 +12,58 @@ namespace circlet {
 namespace {
 
 constexpr int64_t kBlock = 1 << 16;
-constexpr int kLanes = 8;  // independent sums, so that the additions need not wait for each other
+constexpr size_t kLanes = 8;  // independent sums, so that the additions need not wait for each other
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Lanes {
+  double sum_abs[kLanes] = {}, sum_squares[kLanes] = {};
+  float largest[kLanes] = {}, low[kLanes], high[kLanes];
+  int strange[kLanes] = {};  // differences that are not finite
+
+  Lanes() {
+    std::ranges::fill(low, kInfinity);
+    std::ranges::fill(high, -kInfinity);
+  }
+  // Without a branch, so that the lanes of a step become vectors.
+  void Take(size_t lane, float f, float q) {
+    const float difference = std::abs(q - f);
+    strange[lane] += difference < kInfinity ? 0 : 1;
+    sum_abs[lane] += difference;
+    sum_squares[lane] += static_cast<double>(difference) * difference;
+    largest[lane] = std::max(largest[lane], difference);
+    low[lane] = std::min(low[lane], f);
+    high[lane] = std::max(high[lane], f);
+  }
+  void PutInto(ErrorMetrics& block) const {
+    block.sum_abs = std::accumulate(std::begin(sum_abs), std::end(sum_abs), 0.0);
+    block.sum_squares = std::accumulate(std::begin(sum_squares), std::end(sum_squares), 0.0);
+    block.max_abs = std::ranges::max(largest);
+    block.reference_min = std::ranges::min(low);
+    block.reference_max = std::ranges::max(high);
+  }
+};
 
 ErrorMetrics OfBlock(std::span<const float> reference, std::span<const float> quantized) {
   ErrorMetrics block;
   block.count = static_cast<int64_t>(reference.size());
-  double sum_abs[kLanes] = {}, sum_squares[kLanes] = {};
-  float largest = 0;
-  float low = std::numeric_limits<float>::infinity(), high = -low;
-  for (size_t i = 0; i < reference.size(); ++i) {
+  Lanes all;
+  size_t i = 0;
+  for (; i + kLanes <= reference.size(); i += kLanes)
+    for (size_t lane = 0; lane < kLanes; ++lane) all.Take(lane, reference[i + lane], quantized[i + lane]);
+  for (; i < reference.size(); ++i) all.Take(i % kLanes, reference[i], quantized[i]);
+  if (std::ranges::all_of(all.strange, [](int count) { return count == 0; })) {
+    all.PutInto(block);
+    return block;
+  }
+  Lanes finite;  // pairs of finite values count, the others are counted
+  for (i = 0; i < reference.size(); ++i) {
     const float f = reference[i], q = quantized[i];
-    const bool finite_f = std::isfinite(f), finite_q = std::isfinite(q);
-    block.nonfinite_reference += !finite_f;
-    block.nonfinite_quantized += !finite_q;
-    if (!finite_f || !finite_q) continue;
-    const float difference = std::abs(q - f);
-    sum_abs[i % kLanes] += difference;
-    sum_squares[i % kLanes] += static_cast<double>(difference) * difference;
-    largest = std::max(largest, difference);
-    low = std::min(low, f);
-    high = std::max(high, f);
+    block.nonfinite_reference += !std::isfinite(f);
+    block.nonfinite_quantized += !std::isfinite(q);
+    if (std::isfinite(f) && std::isfinite(q)) finite.Take(i % kLanes, f, q);
   }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    block.sum_abs += sum_abs[lane];
-    block.sum_squares += sum_squares[lane];
-  }
-  block.max_abs = largest;
-  block.reference_min = low;
-  block.reference_max = high;
+  finite.PutInto(block);
   return block;
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -16,21 +18,34 @@ namespace circlet {
 class Shape {
  public:
   Shape() = default;
-  Shape(std::initializer_list<int64_t> sizes) : sizes_(sizes) {}
-  explicit Shape(std::vector<int64_t> sizes) : sizes_(std::move(sizes)) {}
+  Shape(std::initializer_list<int64_t> sizes) { Assign({sizes.begin(), sizes.size()}); }
+  explicit Shape(const std::vector<int64_t>& sizes) { Assign(sizes); }
 
-  int Rank() const { return static_cast<int>(sizes_.size()); }
+  int Rank() const { return rank_; }
   // A negative axis counts from the end.
-  int64_t operator[](int axis) const { return sizes_[axis < 0 ? axis + Rank() : axis]; }
-  int64_t& operator[](int axis) { return sizes_[axis < 0 ? axis + Rank() : axis]; }
-  std::span<const int64_t> Sizes() const { return sizes_; }
+  int64_t operator[](int axis) const { return Sizes()[axis < 0 ? axis + rank_ : axis]; }
+  int64_t& operator[](int axis) { return Data()[axis < 0 ? axis + rank_ : axis]; }
+  std::span<const int64_t> Sizes() const {
+    return {rank_ <= kFew ? few_.data() : many_.data(), static_cast<size_t>(rank_)};
+  }
   // Product of the sizes; throws Error when a size is negative or the product leaves int64.
   int64_t Elements() const;
   std::string ToString() const;  // "[1,16,64]"
   bool operator==(const Shape&) const = default;
 
  private:
-  std::vector<int64_t> sizes_;
+  static constexpr int kFew = 4;  // axes that stand in the object itself: tensors are copied far more often than made
+
+  void Assign(std::span<const int64_t> sizes) {
+    rank_ = static_cast<int>(sizes.size());
+    if (rank_ > kFew) many_.resize(sizes.size());
+    std::copy(sizes.begin(), sizes.end(), Data());
+  }
+  int64_t* Data() { return rank_ <= kFew ? few_.data() : many_.data(); }
+
+  int rank_ = 0;
+  std::array<int64_t, kFew> few_{};
+  std::vector<int64_t> many_;
 };
 
 struct TensorType {
