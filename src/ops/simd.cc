@@ -117,15 +117,12 @@ Range MinMaxImpl(const float* x, int64_t count) {
   return range;
 }
 
-// The code of a value, as a float and before it is clamped.
+// The value in whole steps of the grid, as a float.
 template <Rounding kRounding>
-HWY_INLINE V CodeOf(V x, V scale_or_reciprocal, V zero_point) {
-  if constexpr (kRounding == Rounding::kHalfEvenReciprocal) {
-    return hn::Add(hn::Round(hn::Mul(x, scale_or_reciprocal)), zero_point);
-  } else {
-    const V quotient = hn::Div(x, scale_or_reciprocal);
-    return hn::Add(hn::Trunc(hn::Add(quotient, hn::CopySignToAbs(hn::Set(kD, 0.5f), quotient))), zero_point);
-  }
+HWY_INLINE V StepsOf(V x, V scale_or_reciprocal) {
+  if constexpr (kRounding == Rounding::kHalfEvenReciprocal) return hn::Round(hn::Mul(x, scale_or_reciprocal));
+  const V quotient = hn::Div(x, scale_or_reciprocal);
+  return hn::Trunc(hn::Add(quotient, hn::CopySignToAbs(hn::Set(kD, 0.5f), quotient)));
 }
 
 struct GridVectors {
@@ -136,13 +133,19 @@ struct GridVectors {
         low(hn::Set(kD, static_cast<float>(grid.min_code))),
         high(hn::Set(kD, static_cast<float>(grid.max_code))) {}
   V scale, step, zero_point, low, high;
+
+  V LowestValue() const { return hn::Mul(hn::Sub(low, zero_point), scale); }
+  V HighestValue() const { return hn::Mul(hn::Sub(high, zero_point), scale); }
 };
 
+// Rounding is monotone and leaves the grid's ends where they are, so values may be clamped instead of codes, and the zero
+// point drops out. Codes have no -0.
 template <Rounding kRounding>
 HWY_INLINE void SnapWith(float* x, int64_t count, const GridVectors& g) {
+  const V low = g.LowestValue(), high = g.HighestValue(), zero = hn::Zero(kD);
   Map(x, count, x, [&](V v) HWY_ATTR {
-    const V code = MinKeepingNaN(MaxKeepingNaN(CodeOf<kRounding>(v, g.step, g.zero_point), g.low), g.high);
-    return hn::Mul(hn::Sub(code, g.zero_point), g.scale);
+    const V clamped = MinKeepingNaN(MaxKeepingNaN(v, low), high);
+    return hn::Mul(hn::Add(StepsOf<kRounding>(clamped, g.step), zero), g.scale);
   });
 }
 
@@ -160,7 +163,7 @@ HWY_INLINE void QuantizeWith(const float* x, int64_t count, const GridVectors& g
   const hn::Rebind<int16_t, Floats> d16;
   const auto convert = [&](V v) HWY_ATTR {
     // NaN fails the comparison and becomes the smallest code, as in the reference.
-    const V open = CodeOf<kRounding>(v, g.step, g.zero_point);
+    const V open = hn::Add(StepsOf<kRounding>(v, g.step), g.zero_point);
     const V code = hn::Min(hn::IfThenElse(hn::Gt(open, g.low), open, g.low), g.high);
     return hn::DemoteTo(d16, hn::ConvertTo(d32, code));
   };
