@@ -170,8 +170,8 @@ struct TextRun::State {
     return [this, key = std::move(key)](const Item& item, Chain chain) { return context.store.Get(item.id, chain, key); };
   }
 
-  // The first position that the layers from `layer` on compute for an item: of a caption they need only the answer once no
-  // layer takes K and V from the rest.
+  // The first position that the layers from `layer` on take of an item: of a caption only the answer once none of them
+  // makes K and V.
   int64_t FirstRead(const Item& item, int layer) const {
     const auto& layers = Config().layers;
     const bool shared = std::all_of(layers.begin() + layer, layers.end(), [](const auto& l) { return l.kv_shared; });
@@ -317,14 +317,14 @@ Stage TextRun::Layer(int index) {
             .build = [&s, index](const Item& item) {
               return s.Build([&](const Builder& b) {
                 BuildDecoderLayer(b, s.Config(), index, Phase::kPrefill, item.length, s.GetDialect(),
-                                  {.inner_outputs = true, .first = s.FirstRead(item, index)});
+                                  {.inner_outputs = true, .first = s.FirstRead(item, index + 1)});
               });
             },
             .inputs = {{"hidden", s.LastOf(HiddenKey(index), index)},
                        {"mask",
                         [&s, layer, index](const Item& item, Chain chain) {
                           const Tensor mask = s.InChain(s.Mask(s.context.TextOf(item), layer), MaskPoint(layer), chain);
-                          return LastRows(mask, 2, s.LengthOf(item, index));
+                          return LastRows(mask, 2, s.LengthOf(item, index + 1));
                         }}},
             .outputs = {{"hidden", HiddenKey(index + 1), name + ".out"},
                         {"attn_out", "", name + ".attn_out"},
@@ -336,7 +336,7 @@ Stage TextRun::Layer(int index) {
           s.InChain(s.RopeTable(0, item.length, layer, cosine), RopePoint(layer, cosine), chain);
       return LastRows(table, 1, s.LengthOf(item, index));
     });
-  if (s.Config().HasPle()) step.inputs.emplace_back("per_layer_input", s.LastOf(fmt::format("ple.{}", index), index));
+  if (s.Config().HasPle()) step.inputs.emplace_back("per_layer_input", s.LastOf(fmt::format("ple.{}", index), index + 1));
   if (layer.kv_shared) {
     step.inputs.emplace_back("shared_key", s.FromStore(KvKey(layer.kv_source, "key")));
     step.inputs.emplace_back("shared_value", s.FromStore(KvKey(layer.kv_source, "value")));

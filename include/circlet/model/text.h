@@ -52,7 +52,9 @@ enum class Phase { kPrefill, kDecode };
 // `slots` = T; decode has S = 1.
 struct DecoderLayerOptions {
   bool inner_outputs = false;  // also "attn_out" and "mlp_out", behind o_proj and down_proj
-  int64_t first = 0;           // prefill of a KV-shared layer: S = T - first, the positions before are nobody's input
+  // Prefill: "hidden" comes out from this position on, as mask and per_layer_input come in; the positions before make only
+  // K and V. A KV-shared layer takes none of them.
+  int64_t first = 0;
 };
 void BuildDecoderLayer(const Builder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
                        const Dialect& dialect, const DecoderLayerOptions& options = {});

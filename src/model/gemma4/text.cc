@@ -20,7 +20,17 @@ struct LayerValues {
   ValueId hidden, mask, cos, sin;
   ValueId ple = -1;
   KeyValue past, shared;
+  int64_t first = 0;  // of hidden, cos and sin: the first position that asks
 };
+
+// Positions from `first` on of [1,S,..].
+ValueId From(const Builder& b, ValueId x, int64_t first) {
+  if (first == 0) return x;
+  const Shape& shape = b.ShapeOf(x);
+  return b.Add(Slice{{0, static_cast<int32_t>(first), 0},
+                     {1, static_cast<int32_t>(shape[1]), static_cast<int32_t>(shape[2])}},
+               {x});
+}
 
 struct LayerResults {
   ValueId hidden, attn_out, mlp_out;
@@ -64,9 +74,11 @@ AttentionResults SelfAttention(const Builder& b, const TextConfig& config, const
   tables.cos = ReferencePoint(b, "cos", in.cos, dialect);
   tables.sin = ReferencePoint(b, "sin", in.sin, dialect);
 
-  ValueId query = Linear(b.At("q_proj"), x, int64_t{config.num_heads} * layer.head_dim, dialect);
+  ValueId query =
+      Linear(b.At("q_proj"), From(b, x, in.first), int64_t{config.num_heads} * layer.head_dim, dialect);
   query = Norm(b.At("q_norm"), SplitHeads(b, query, config.num_heads), config.rms_norm_eps, true, dialect);
-  query = HeadsFirst(b, Rotate(b, query, tables.cos, tables.sin, "q", Rope{1, true}, dialect));
+  query = HeadsFirst(b, Rotate(b, query, From(b, tables.cos, in.first), From(b, tables.sin, in.first), "q",
+                               Rope{1, true}, dialect));
 
   AttentionResults results;
   if (in.shared.Given()) {
@@ -96,7 +108,8 @@ LayerResults Layer(const Builder& b, const TextConfig& config, int index, const 
   const ValueId h0 = ReferencePoint(b, "act_in", in.hidden, dialect);
   const AttentionResults attention =
       SelfAttention(b.At("self_attn"), config, layer, in, norm("input_layernorm", h0), dialect);
-  const ValueId h1 = residual("attn_residual_out", h0, norm("post_attention_layernorm", attention.out));
+  const ValueId h1 =
+      residual("attn_residual_out", From(b, h0, in.first), norm("post_attention_layernorm", attention.out));
 
   const ValueId mlp = Mlp(b.At("mlp"), norm("pre_feedforward_layernorm", h1), layer.intermediate, dialect);
   ValueId h = residual("mlp_residual_out", h1, norm("post_feedforward_layernorm", mlp));
@@ -275,8 +288,13 @@ void BuildPleProjection(const Builder& b, const TextConfig& config, int64_t leng
 
 namespace {
 
-// What a unit of one layer takes besides the `length` hidden states, in the order of its inputs.
-LayerValues LayerInputs(const Builder& b, const TextConfig& config, int index, Phase phase, int64_t length,
+// Hidden states that come in and go out.
+struct Lengths {
+  int64_t in, out;
+};
+
+// What a unit of one layer takes besides the hidden states, in the order of its inputs.
+LayerValues LayerInputs(const Builder& b, const TextConfig& config, int index, Phase phase, Lengths length,
                         int64_t slots, bool ple, const Dialect& dialect) {
   const LayerConfig& layer = config.layers[index];
   const bool decode = phase == Phase::kDecode;
@@ -284,14 +302,15 @@ LayerValues LayerInputs(const Builder& b, const TextConfig& config, int index, P
     return b.Boundary(point, b.Input(name, {1, layer.kv_heads, keys, layer.head_dim}));
   };
   LayerValues in;
-  in.mask = b.Boundary(MaskPoint(layer), b.Input("mask", decode ? Shape{1, 1, slots} : Shape{1, 1, length, slots}));
-  in.cos = b.Boundary(RopePoint(layer, true), b.Input("cos", {1, length, layer.head_dim}));
-  in.sin = b.Boundary(RopePoint(layer, false), b.Input("sin", {1, length, layer.head_dim}));
+  in.mask = b.Boundary(MaskPoint(layer), b.Input("mask", decode ? Shape{1, 1, slots} : Shape{1, 1, length.out, slots}));
+  in.cos = b.Boundary(RopePoint(layer, true), b.Input("cos", {1, length.in, layer.head_dim}));
+  in.sin = b.Boundary(RopePoint(layer, false), b.Input("sin", {1, length.in, layer.head_dim}));
+  in.first = length.in - length.out;
   if (decode && !layer.kv_shared) {
     in.past.key = cache("past_key", KeyPoint(index, dialect), slots - 1);
     in.past.value = cache("past_value", ValuePoint(index, dialect), slots - 1);
   }
-  if (ple) in.ple = b.Boundary(PlePoint(), b.Input("per_layer_input", {1, length, config.ple_dim}));
+  if (ple) in.ple = b.Boundary(PlePoint(), b.Input("per_layer_input", {1, length.out, config.ple_dim}));
   if (layer.kv_shared) {
     in.shared.key = cache("shared_key", KeyPoint(layer.kv_source, dialect), slots);
     in.shared.value = cache("shared_value", ValuePoint(layer.kv_source, dialect), slots);
@@ -324,7 +343,7 @@ void BuildTextAttention(const Builder& b, const TextConfig& config, int layer, P
                         const Dialect& dialect) {
   const int64_t length = phase == Phase::kDecode ? 1 : slots;
   const ValueId x = NormedInput(b, config, layer, length, "input_layernorm", dialect);
-  const LayerValues in = LayerInputs(b, config, layer, phase, length, slots, /*ple=*/false, dialect);
+  const LayerValues in = LayerInputs(b, config, layer, phase, {length, length}, slots, /*ple=*/false, dialect);
   const AttentionResults out =
       SelfAttention(LayerBuilder(b, layer).At("self_attn"), config, config.layers[layer], in, x, dialect);
   LayerOutputs(b, out.out, out.fresh);
@@ -332,10 +351,9 @@ void BuildTextAttention(const Builder& b, const TextConfig& config, int layer, P
 
 void BuildDecoderLayer(const Builder& b, const TextConfig& config, int index, Phase phase, int64_t slots,
                        const Dialect& dialect, const DecoderLayerOptions& options) {
-  CIRCLET_CHECK(options.first == 0 || config.layers[index].kv_shared, "layer {} needs all positions for its K and V",
-                index);
-  const int64_t length = phase == Phase::kDecode ? 1 : slots - options.first;
-  const ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
+  const int64_t asking = phase == Phase::kDecode ? 1 : slots - options.first;
+  const Lengths length{asking + (config.layers[index].kv_shared ? 0 : options.first), asking};
+  const ValueId hidden = b.Input("hidden", {1, length.in, config.hidden_size});
   // The reference's layer rounds its input at a point of its own.
   const ValueId on_grid = dialect.duplicate_points ? hidden : b.Boundary(LayerInputPoint(index, dialect), hidden);
   LayerValues in = LayerInputs(b, config, index, phase, length, slots, config.HasPle(), dialect);
