@@ -263,5 +263,35 @@ TEST_P(ConfigADialectTest, DecodingTheLastTokenGivesWhatPrefillGave) {
   }
 }
 
+// What captions are evaluated with: a layer whose first positions nobody reads on.
+TEST_P(ConfigADialectTest, ALayerOfTheLastPositionsGivesTheirRows) {
+  const int64_t length = static_cast<int64_t>(ids_.size()), first = 6, count = length - first;
+  const Results whole = Prefill(ids_, GetParam());
+  for (int i = 0; i < Text().NumLayers(); ++i) {
+    const LayerConfig& layer = Text().layers[i];
+    const RopeTables rope = TextRopeTables(layer.rope, layer.head_dim, 0, length, true);
+    Values inputs{{"hidden", i == 0 ? whole.embedding : whole.hidden[i - 1]},
+                  {"mask", Rows(PrefillMask(length, length, layer.window), 2, first, count)},
+                  {"cos", rope.cos},
+                  {"sin", rope.sin},
+                  {"per_layer_input", Rows(SliceOfLayer(whole.ple, i), 1, first, count)}};
+    if (layer.kv_shared) {
+      for (const char* name : {"hidden", "cos", "sin"}) inputs[name] = Rows(inputs[name], 1, first, count);
+      inputs["shared_key"] = whole.layers[layer.kv_source].at("new_key");
+      inputs["shared_value"] = whole.layers[layer.kv_source].at("new_value");
+    }
+    const Values outputs = Run(
+        [&](const Builder& b) {
+          BuildDecoderLayer(b, Text(), i, Phase::kPrefill, length, GetParam(), {.first = first});
+        },
+        inputs, {});
+    ASSERT_EQ(outputs.at("hidden").GetShape()[1], count);
+    for (int64_t row = 0; row < count; ++row)
+      EXPECT_EQ(Row(outputs.at("hidden"), row), Row(whole.hidden[i], first + row)) << "layer " << i << " row " << row;
+    if (!layer.kv_shared)
+      EXPECT_EQ(Row(outputs.at("new_key"), 0), Row(whole.layers[i].at("new_key"), 0)) << "layer " << i;
+  }
+}
+
 }  // namespace
 }  // namespace circlet

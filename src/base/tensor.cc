@@ -82,7 +82,7 @@ class FreeBlocks {
 #ifdef __SANITIZE_ADDRESS__
   static constexpr int64_t kMost = 0;  // it watches freed memory only
 #else
-  static constexpr int64_t kMost = int64_t{32} << 20;
+  static constexpr int64_t kMost = int64_t{16} << 20;
 #endif
   static constexpr int64_t kSmall = int64_t{32} << 10;  // the heap serves smaller ones well
 
