@@ -24,7 +24,11 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
 
-std::filesystem::path OutputDirectory() { return std::filesystem::path(testing::TempDir()) / "smoke_test"; }
+// Of this process: cases of one name run side by side.
+std::filesystem::path OutputDirectory() {
+  static const TempDirectory directory;
+  return directory.Path();
+}
 
 SmokeRun Exporting() {
   SmokeRun run;
