@@ -35,10 +35,10 @@ struct KeyRun {
 
 // The keys that one query row computes with.
 struct RowKeys {
-  KeyRun only{};              // the one run that nearly all rows have
-  std::vector<KeyRun> many;   // in its place, of the others
-  bool visited = true;        // by observing visitors
-  bool masks = true;          // whether the mask changes the scores of these keys
+  KeyRun only{};             // the one run that nearly all rows have
+  std::vector<KeyRun> many;  // in its place, of the others
+  bool visited = true;       // by observing visitors
+  bool masks = true;         // whether the mask changes the scores of these keys
 
   std::span<const KeyRun> Runs() const { return many.empty() ? std::span(&only, 1) : std::span(many); }
   int64_t Begin() const { return Runs().front().begin; }
@@ -87,14 +87,13 @@ class AttentionRun {
         k_floats_(gemm::PackedFloats(Depth(sizes_.head_size), sizes_.keys)),
         v_floats_(gemm::PackedFloats(Depth(sizes_.keys), sizes_.head_size)),
         packed_(ThreadFloats<AttentionRun>(sizes_.kv_heads * (k_floats_ + v_floats_))),
-        no_mask_(AllZero(context.in[3].F32().data(), sizes_.queries * sizes_.keys)),
-        row_keys_(static_cast<size_t>(no_mask_ ? 1 : sizes_.queries)) {
+        row_keys_(static_cast<size_t>(sizes_.queries)) {
     gemm::Count({sizes_.queries, sizes_.keys, sizes_.head_size, true, bf16_}, sizes_.heads);
     gemm::Count({sizes_.queries, sizes_.head_size, sizes_.keys, false, bf16_}, sizes_.heads);
     if (PointVisitor* visitor = At(kScale)) visitor->Visit({&scale_, 1}, 0);
     PackAll();
     const float* mask = context.in[3].F32().data();
-    ParallelFor(static_cast<int64_t>(row_keys_.size()), RowGrain(sizes_.keys), [&](int64_t begin, int64_t end) {
+    ParallelFor(sizes_.queries, RowGrain(sizes_.keys), [&](int64_t begin, int64_t end) {
       const size_t row_bytes = static_cast<size_t>(sizes_.keys) * sizeof(float);
       for (int64_t row = begin; row < end; ++row) {
         const float* of_row = mask + row * sizes_.keys;
@@ -130,8 +129,6 @@ class AttentionRun {
   PointVisitor* At(AttentionPoint point) const {
     return static_cast<size_t>(point) < context_.points.size() ? context_.points[point] : nullptr;
   }
-
-  const RowKeys& KeysOf(int64_t row) const { return row_keys_[static_cast<size_t>(no_mask_ ? 0 : row)]; }
 
   // Floats that k terms of a product take.
   int64_t Depth(int64_t k) const { return bf16_ ? gemm::Pairs(k) : k; }
@@ -221,10 +218,11 @@ class AttentionRun {
   void RunBlock(int64_t head, int64_t first_row, float* scratch) const {
     const auto& [heads, kv_heads, queries, keys, head_size] = sizes_;
     const int64_t rows = std::min(kBlockRows, queries - first_row);
+    const RowKeys* row_keys = row_keys_.data() + first_row;
     KeyRun range{keys, 0};
     for (int64_t row = 0; row < rows; ++row) {
-      range.begin = std::min(range.begin, KeysOf(first_row + row).Begin());
-      range.end = std::max(range.end, KeysOf(first_row + row).End());
+      range.begin = std::min(range.begin, row_keys[row].Begin());
+      range.end = std::max(range.end, row_keys[row].End());
     }
     range.begin = range.begin / simd::kSoftmaxLanes * simd::kSoftmaxLanes;
 
@@ -246,7 +244,7 @@ class AttentionRun {
              {range.begin / columns, (range.end + columns - 1) / columns, 0, Depth(head_size)}, scores, score_stride_);
     const float* mask = context_.in[3].F32().data();
     for (int64_t row = 0; row < rows; ++row)
-      SoftmaxRow(KeysOf(first_row + row), mask + (first_row + row) * keys, scores + row * score_stride_,
+      SoftmaxRow(row_keys[row], mask + (first_row + row) * keys, scores + row * score_stride_,
                  (head * queries + first_row + row) * keys, range);
     if (bf16_)
       gemm::PairAlongRows(scores + range.begin, score_stride_, rows, range.end - range.begin, pairs + range.begin / 2,
@@ -259,7 +257,7 @@ class AttentionRun {
     for (int64_t row = 0; row < rows; ++row) CopyShort(out + row * head_size, head_size, to + row * heads * head_size);
     // Last: the probabilities as a result of their own reach no product.
     for (int64_t row = 0; row < rows; ++row)
-      Visit(kAttnWeights, KeysOf(first_row + row), scores + row * score_stride_, (head * queries + first_row + row) * keys);
+      Visit(kAttnWeights, row_keys[row], scores + row * score_stride_, (head * queries + first_row + row) * keys);
   }
 
   const EvalContext& context_;
@@ -269,8 +267,7 @@ class AttentionRun {
   float scale_ = 1.0f;  // on its grid
   int64_t k_floats_, v_floats_;
   float* packed_;
-  bool no_mask_;                   // all of it is 0: one entry stands for all rows
-  std::vector<RowKeys> row_keys_;  // by row
+  std::vector<RowKeys> row_keys_;
 };
 
 }  // namespace

@@ -78,8 +78,8 @@ void Rope::Eval(const EvalContext& context) const {
     return !context.points.empty() && std::any_of(context.points.begin() + first, context.points.begin() + last + 1,
                                                   [](const PointVisitor* visitor) { return visitor != nullptr; });
   };
-  const bool pieces = !negated_sin || visited(kX1, kCat);
-  if (!pieces && (parts == 1 || !visited(kCos, kRot))) return RotateHeads(context, parts, block);
+  if (negated_sin && !visited(kX1, kCat) && (parts == 1 || !visited(kCos, kRot)))
+    return RotateHeads(context, parts, block);
   ParallelFor(positions, 8 * block, [&](int64_t begin, int64_t end) {
     const size_t floats = static_cast<size_t>(std::max<int64_t>(1, block * heads * width));
     float* x1 = ThreadFloats<Rope>(static_cast<int64_t>(5 * floats));  // [rows, half]
@@ -93,13 +93,8 @@ void Rope::Eval(const EvalContext& context) const {
       for (int64_t part = 0; part < parts; ++part) {
         for (int64_t row = 0; row < rows; ++row) {
           const float* value = x + (first_row + row) * head_size + part * width;
-          if (pieces) {
-            CopyShort(value, half, x1 + row * half);
-            CopyShort(value + half, half, x2 + row * half);
-          } else {
-            CopyShort(value + half, half, cat + row * width);
-            CopyShort(value, half, cat + row * width + half);
-          }
+          CopyShort(value, half, x1 + row * half);
+          CopyShort(value + half, half, x2 + row * half);
         }
         Visit(context, kX1, x1, rows * half, first_row * half);
         Visit(context, kX2, x2, rows * half, first_row * half);
@@ -107,7 +102,7 @@ void Rope::Eval(const EvalContext& context) const {
           simd::Neg(x2, rows * half, x2);
           Visit(context, kNeg, x2, rows * half, first_row * half);
         }
-        for (int64_t row = 0; pieces && row < rows; ++row) {
+        for (int64_t row = 0; row < rows; ++row) {
           CopyShort(x2 + row * half, half, cat + row * width);
           CopyShort(x1 + row * half, half, cat + row * width + half);
         }

@@ -411,14 +411,11 @@ double SumOfExpImpl(const float* x, int64_t count, float shift) {
   const hn::CappedTag<double, kLanes> d64;
   const hn::Rebind<float, decltype(d64)> d32;
   constexpr int64_t kStep = static_cast<int64_t>(hn::MaxLanes(d64));
+  const auto shifts = hn::Set(d64, static_cast<double>(shift));
   auto sum = hn::Zero(d64);
-  HWY_ALIGN float terms[kLanes];
-  const V shifts = hn::Set(kD, shift);
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    hn::Store(hn::Exp(kD, hn::Sub(hn::LoadU(kD, x + i), shifts)), kD, terms);
-    for (int64_t k = 0; k < kLanes; k += kStep) sum = hn::Add(sum, hn::PromoteTo(d64, hn::Load(d32, terms + k)));
-  }
+  for (; i + kStep <= count; i += kStep)
+    sum = hn::Add(sum, hn::Exp(d64, hn::Sub(hn::PromoteTo(d64, hn::LoadU(d32, x + i)), shifts)));
   double total = hn::GetLane(hn::SumOfLanes(d64, sum));
   for (; i < count; ++i) total += std::exp(static_cast<double>(x[i]) - shift);
   return total;

@@ -47,7 +47,7 @@ void Gelu(const float* x, int64_t count, float* y);  // tanh form
 
 // Each row: y = gamma * x / sqrt(mean(x^2) + eps); the sum runs in a fixed order.
 void RmsNormRows(const float* x, const float* gamma, int64_t rows, int64_t width, float eps, float* y);
-// Sum of exp(x - shift), each term in float32, the sum in float64. A NaN counts as 0.
+// Sum of exp(x - shift), in float64. A NaN counts as 0.
 double SumOfExp(const float* x, int64_t count, float shift);
 // One row in place: exp(x - max) / sum, terms below exp(-28) are 0. Leading or trailing terms that are 0 may be left
 // out by the caller without changing a bit of the others, provided that it starts at a multiple of kSoftmaxLanes.
