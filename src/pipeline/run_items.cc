@@ -125,8 +125,7 @@ class ItemMaker {
   void Trim(ImageItem& item) const {
     const int64_t valid = LayoutOf(*context_.config.vision, item.positions).valid;
     item.positions.resize(valid * 2);
-    item.pixel_values = Tensor({item.pixel_values.GetDType(), {1, valid, item.pixel_values.GetShape()[2]}}, item.pixel_values.Raw(),
-                               std::make_shared<Tensor>(item.pixel_values));
+    item.pixel_values = Positions(item.pixel_values, 0, valid);
   }
 
   RunContext& context_;

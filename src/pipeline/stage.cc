@@ -50,11 +50,19 @@ std::string CapturedName(Chain chain, const Item& item, const std::string& stage
   return fmt::format("{}.{}.{}", chain == Chain::kFloat ? "float" : "quant", item.label, stage);
 }
 
-Tensor Positions(const Tensor& tensor, int64_t begin, int64_t end) {
+Tensor Positions(const Tensor& tensor, int64_t begin, int64_t end, int axis) {
   Shape shape = tensor.GetShape();
-  const int64_t bytes = tensor.Bytes() / shape[1];
-  shape[1] = end - begin;
+  const int64_t bytes = tensor.Bytes() / shape[axis];
+  shape[axis] = end - begin;
   return Tensor({tensor.GetDType(), shape}, tensor.Raw() + begin * bytes, std::make_shared<Tensor>(tensor));
+}
+
+Tensor ChainTables::For(Chain chain, const std::string& point, const Tensor& table) {
+  if (chain == Chain::kFloat) return table;
+  const std::lock_guard lock(mutex_);
+  Tensor& rounded = rounded_[table.Raw()];
+  if (rounded.Empty()) rounded = Rounded(calibration_, point, table);
+  return rounded;
 }
 
 Tensor LayerSlice(const Tensor& tensor, int64_t layer) {
@@ -294,34 +302,38 @@ StageError StageRunner::Round(const Step& step) {
   const ItemKind measured = MeasuredKind(c_.items);
   const Step::Sink& main = step.outputs.front();
   const bool compares = step.measured && !main.key.empty();
-  std::vector<StepRuns> workers(Threads());
-  std::vector<StepRuns> lone(Threads());
   const WeightSource weights = Shared(c_.calibration.RoundedWeights(step.stored));
-  ForItems(static_cast<int64_t>(mine.size()), side_by_side, [&](int64_t m, int w) {
-    const Item& item = c_.items[mine[m]];
-    // The rounded chain runs from grid to grid; the reference's layers round their input once more.
-    const bool from_grids = !c_.calibration.GetDialect().duplicate_points;
-    const auto plan_of = [&](StepRuns& runs, bool on_grid) -> Executor& {
-      return runs
-          .For(
-              item, nullptr, c_.ComputeOf(item), [&] { return Build(step, item); },
-              [&] { return std::make_unique<FakeQuantReading>(c_.calibration, on_grid); })
-          .executor;
-    };
-    const auto compare = [&](const std::map<std::string, Tensor>& results, ErrorMetrics& metrics) {
-      const Tensor& found = results.at(main.output);
-      const Tensor expected = main.by_layer ? JoinLayers(c_.store, item, Chain::kFloat, main.key, found.GetShape()[2])
-                                            : c_.store.Get(item.id, Chain::kFloat, main.key);
-      metrics.Add(RealPart(item, expected), RealPart(item, found));
-    };
-    const bool compared = item.kind == measured && compares;
-    if (compared && item.alone)
-      compare(RunItem(step, item, Chain::kFloat, true, plan_of(lone[w], false), weights), alone[mine[m]]);
-    if (item.alone) c_.advance();
-    const std::map<std::string, Tensor> results = RunItem(step, item, Chain::kQuant, true, plan_of(workers[w], from_grids), weights);
-    if (compared) compare(results, accumulated[mine[m]]);
+  // body(i, executor) for the items at these places.
+  const auto for_items = [&](const std::vector<size_t>& places, bool on_grid, const auto& body) {
+    std::vector<StepRuns> workers(Threads());
+    ForItems(static_cast<int64_t>(places.size()), side_by_side, [&](int64_t place, int w) {
+      const Item& item = c_.items[places[place]];
+      ReadyGraph& plan = workers[w].For(
+          item, nullptr, c_.ComputeOf(item), [&] { return Build(step, item); },
+          [&] { return std::make_unique<FakeQuantReading>(c_.calibration, on_grid); });
+      body(places[place], plan.executor);
+      c_.advance();
+    });
+  };
+  const auto compare = [&](const Item& item, const std::map<std::string, Tensor>& results, ErrorMetrics& metrics) {
+    const Tensor& found = results.at(main.output);
+    const Tensor expected = main.by_layer ? JoinLayers(c_.store, item, Chain::kFloat, main.key, found.GetShape()[2])
+                                          : c_.store.Get(item.id, Chain::kFloat, main.key);
+    metrics.Add(RealPart(item, expected), RealPart(item, found));
+  };
+  std::vector<size_t> lone;
+  std::ranges::copy_if(mine, std::back_inserter(lone), [&](size_t i) { return c_.items[i].alone; });
+  for_items(lone, false, [&](size_t i, Executor& executor) {
+    if (compares)
+      compare(c_.items[i], RunItem(step, c_.items[i], Chain::kFloat, true, executor, weights), alone[i]);
+  });
+  // The rounded chain runs from grid to grid; the reference's layers round their input once more.
+  const bool from_grids = !c_.calibration.GetDialect().duplicate_points;
+  for_items(mine, from_grids, [&](size_t i, Executor& executor) {
+    const Item& item = c_.items[i];
+    const std::map<std::string, Tensor> results = RunItem(step, item, Chain::kQuant, true, executor, weights);
+    if (compares && item.kind == measured) compare(item, results, accumulated[i]);
     Keep(step, item, Chain::kQuant, results);
-    c_.advance();
   });
   return {.stage = step.name,
           .alone = Total(ShareMetrics(std::move(alone), c_.items, c_.world)),

@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -142,8 +143,20 @@ bool SideBySide(const Graph& graph);
 // Whether what a graph's points gather depends on the order of the samples.
 bool OrderMatters(const Calibration& calibration, const Graph& graph);
 
-// Positions [begin, end) of a [1,S,..] tensor, sharing its bytes.
-Tensor Positions(const Tensor& tensor, int64_t begin, int64_t end);
+// Positions [begin, end) of a [1,S,..] tensor, sharing its bytes; of [1,1,S,..] with `axis` 2.
+Tensor Positions(const Tensor& tensor, int64_t begin, int64_t end, int axis = 1);
+// Tables that all layers and many items share, as the two chains read them: rounded once. The tables must outlive it.
+class ChainTables {
+ public:
+  explicit ChainTables(const Calibration& calibration) : calibration_(calibration) {}
+  Tensor For(Chain chain, const std::string& point, const Tensor& table);
+
+ private:
+  const Calibration& calibration_;
+  std::map<const std::byte*, Tensor> rounded_;  // by the table's bytes
+  std::mutex mutex_;
+};
+
 // [1,S,L,p] -> [1,S,p] of one layer.
 Tensor LayerSlice(const Tensor& tensor, int64_t layer);
 // The whole tensor from the parts that Sink::by_layer keeps.

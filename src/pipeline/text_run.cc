@@ -62,12 +62,10 @@ Tensor Appended(const Tensor& past, const Tensor& newest) {
   return all;
 }
 
-// The last `count` rows of an axis with only axes of size 1 before it, sharing the bytes.
-Tensor LastRows(const Tensor& tensor, int axis, int64_t count) {
-  Shape shape = tensor.GetShape();
-  const int64_t row_bytes = tensor.Bytes() / shape[axis], skipped = shape[axis] - count;
-  shape[axis] = count;
-  return Tensor({tensor.GetDType(), shape}, tensor.Raw() + skipped * row_bytes, std::make_shared<Tensor>(tensor));
+// The last `count` of all positions.
+Tensor LastPositions(const Tensor& tensor, int64_t count, int axis = 1) {
+  const int64_t all = tensor.GetShape()[axis];
+  return Positions(tensor, all - count, all, axis);
 }
 
 using Values = std::map<std::string, Tensor>;
@@ -97,8 +95,8 @@ struct TextRun::State {
 
   RunContext& context;
   std::map<std::string, Tensor> tables;  // by kind, type, length and kept positions
-  std::map<const std::byte*, Tensor> rounded_tables;  // by their bytes
   std::mutex tables_mutex;
+  ChainTables chain_tables{context.calibration};
 
   const TextConfig& Config() const { return context.config.text; }
   const Dialect& GetDialect() const { return context.GetDialect(); }
@@ -143,15 +141,6 @@ struct TextRun::State {
     return cosine ? cos : sin;
   }
 
-  // A table as a layer of the chain reads it.
-  Tensor InChain(const Tensor& table, const std::string& point, Chain chain) {
-    if (chain == Chain::kFloat) return table;
-    const std::lock_guard lock(tables_mutex);
-    Tensor& rounded = rounded_tables[table.Raw()];
-    if (rounded.Empty()) rounded = Rounded(context.calibration, point, table);
-    return rounded;
-  }
-
   // Token embeddings with the pictures' features written over their placeholders.
   Tensor Merged(const Item& item, Chain chain) const {
     Tensor merged = context.store.Get(item.id, chain, "text_embeds");
@@ -181,7 +170,7 @@ struct TextRun::State {
   // A stored value of all positions, or of those that are still needed, for a layer's input.
   Step::Source LastOf(std::string key, int layer) const {
     return [this, key = std::move(key), layer](const Item& item, Chain chain) {
-      return LastRows(context.store.Get(item.id, chain, key), 1, LengthOf(item, layer));
+      return LastPositions(context.store.Get(item.id, chain, key), LengthOf(item, layer));
     };
   }
 
@@ -323,8 +312,9 @@ Stage TextRun::Layer(int index) {
             .inputs = {{"hidden", s.LastOf(HiddenKey(index), index)},
                        {"mask",
                         [&s, layer, index](const Item& item, Chain chain) {
-                          const Tensor mask = s.InChain(s.Mask(s.context.TextOf(item), layer), MaskPoint(layer), chain);
-                          return LastRows(mask, 2, s.LengthOf(item, index + 1));
+                          const Tensor whole = s.Mask(s.context.TextOf(item), layer);
+                          const Tensor mask = s.chain_tables.For(chain, MaskPoint(layer), whole);
+                          return LastPositions(mask, s.LengthOf(item, index + 1), 2);
                         }}},
             .outputs = {{"hidden", HiddenKey(index + 1), name + ".out"},
                         {"attn_out", "", name + ".attn_out"},
@@ -332,9 +322,8 @@ Stage TextRun::Layer(int index) {
             .stored = s.context.Stored()};
   for (const bool cosine : {true, false})
     step.inputs.emplace_back(cosine ? "cos" : "sin", [&s, layer, index, cosine](const Item& item, Chain chain) {
-      const Tensor table =
-          s.InChain(s.RopeTable(0, item.length, layer, cosine), RopePoint(layer, cosine), chain);
-      return LastRows(table, 1, s.LengthOf(item, index));
+      const Tensor whole = s.RopeTable(0, item.length, layer, cosine);
+      return LastPositions(s.chain_tables.For(chain, RopePoint(layer, cosine), whole), s.LengthOf(item, index));
     });
   if (s.Config().HasPle()) step.inputs.emplace_back("per_layer_input", s.LastOf(fmt::format("ple.{}", index), index + 1));
   if (layer.kv_shared) {

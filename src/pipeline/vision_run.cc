@@ -26,6 +26,7 @@ struct VisionRun::State {
   WeightSource stored;
   std::map<std::string, Tensor> tables;  // by kind and layout
   std::mutex tables_mutex;
+  ChainTables chain_tables{context.calibration};
 
   const Dialect& GetDialect() const { return context.GetDialect(); }
   const ImageItem& ImageOf(const Item& item) const { return context.ImageOf(item.id); }
@@ -57,13 +58,8 @@ struct VisionRun::State {
   }
   // The same as a layer of the chain reads it.
   Tensor Table(const ImageItem& image, const std::string& which, Chain chain) {
-    const Tensor table = Table(image, which);
-    if (chain == Chain::kFloat) return table;
-    const std::lock_guard lock(tables_mutex);
-    Tensor& rounded = tables["rounded " + which + image.item.variant];
-    if (rounded.Empty())
-      rounded = Rounded(context.calibration, which == "mask" ? VisionMaskPoint() : VisionRopePoint(which == "cos"), table);
-    return rounded;
+    const std::string point = which == "mask" ? VisionMaskPoint() : VisionRopePoint(which == "cos");
+    return chain_tables.For(chain, point, Table(image, which));
   }
 
   // The reference rounds the position table before it looks positions up.
@@ -202,7 +198,8 @@ void VisionRun::WriteSplitUnits(UnitWriter& writer) {
   };
   write("vision_patch_embedder",
         s.Build([&](const Builder& b) { BuildPatchEmbedder(b, s.config, patches, s.GetDialect()); }), {},
-        {{"pixel_values", PixelValues(image.pixel_values)}}, {{"hidden", s.Kept(HiddenKey(0))}}, {{"hidden", HiddenKey(0)}});
+        {{"pixel_values", PixelValues(image.pixel_values)}}, {{"hidden", s.Kept(HiddenKey(0))}},
+        {{"hidden", HiddenKey(0)}});
   for (int i = 0; i < s.config.num_layers; ++i)
     write(fmt::format("vision_encoder_layer_{:02}", i),
           s.Build([&](const Builder& b) { BuildVisionLayer(b, s.config, i, patches, s.GetDialect()); }),

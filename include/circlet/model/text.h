@@ -46,16 +46,17 @@ void BuildPleProjection(const Builder& b, const TextConfig& config, int64_t leng
 
 enum class Phase { kPrefill, kDecode };
 
-// One decoder layer as a unit. Inputs in order: hidden [1,S,D]; mask [1,1,S,S] (decode [1,1,T]); cos, sin [1,S,h];
-// decode of layers with own K/V: past_key, past_value [1,KV,T-1,h]; per_layer_input [1,S,p] (if p > 0); KV-shared
-// layers: shared_key, shared_value [1,KV,T,h]. Outputs: hidden; new_key, new_value [1,KV,S,h] of layers with own K/V.
-// `slots` = T; decode has S = 1.
 struct DecoderLayerOptions {
   bool inner_outputs = false;  // also "attn_out" and "mlp_out", behind o_proj and down_proj
   // Prefill: "hidden" comes out from this position on, as mask and per_layer_input come in; the positions before make only
   // K and V. A KV-shared layer takes none of them.
   int64_t first = 0;
 };
+
+// One decoder layer as a unit. Inputs in order: hidden [1,S,D]; mask [1,1,S,S] (decode [1,1,T]); cos, sin [1,S,h];
+// decode of layers with own K/V: past_key, past_value [1,KV,T-1,h]; per_layer_input [1,S,p] (if p > 0); KV-shared
+// layers: shared_key, shared_value [1,KV,T,h]. Outputs: hidden; new_key, new_value [1,KV,S,h] of layers with own K/V.
+// `slots` = T; decode has S = 1.
 void BuildDecoderLayer(const Builder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
                        const Dialect& dialect, const DecoderLayerOptions& options = {});
 

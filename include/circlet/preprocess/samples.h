@@ -20,7 +20,7 @@ struct Sample {
   std::vector<int64_t> input_ids;       // [seq], one placeholder id for each soft token
   std::vector<int64_t> token_types;     // [seq], TokenTypes of the ids
   std::vector<uint8_t> attention_mask;  // [seq], 1 = kept; empty = all are
-  Tensor pixel_values;  // [images, patches, 3 * patch^2], uint8 of files or float32; Empty() without images
+  Tensor pixel_values;                  // [images, patches, 3 * patch^2], uint8 or float32; Empty() without images
   Tensor image_position_ids;            // int64 [images, patches, 2], (x, y), padding (-1, -1)
   std::string source;                   // "calib.jsonl:7"
 };
