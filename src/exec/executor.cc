@@ -1,6 +1,7 @@
 #include "circlet/exec/executor.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -35,14 +36,22 @@ bool IsFloat(DType type) {
 }
 
 // Scratch memory of the calling thread, shared by all its executors: nothing in it outlives the thread's next run. It
-// grows to the largest plan.
+// grows to the largest plan, in place where the system can move pages: a fresh one would be faulted in anew.
 std::byte* Scratch(int64_t bytes) {
-  thread_local Tensor scratch;
-  if (scratch.Empty() || scratch.Bytes() < bytes) {
-    scratch = Tensor();
-    scratch = Tensor(TensorType{DType::kU8, Shape{bytes}});
+  constexpr int64_t kAlignment = 64;
+  struct Memory {
+    std::byte* data = nullptr;
+    int64_t bytes = 0;
+    ~Memory() { std::free(data); }
+  };
+  thread_local Memory scratch;
+  if (scratch.data == nullptr || scratch.bytes < bytes) {
+    void* const grown = std::realloc(scratch.data, static_cast<size_t>(bytes + kAlignment));
+    if (grown == nullptr) Fail("no memory for the {} bytes of a graph's values", bytes);
+    scratch.data = static_cast<std::byte*>(grown);
+    scratch.bytes = bytes;
   }
-  return scratch.Raw();
+  return scratch.data + (-reinterpret_cast<uintptr_t>(scratch.data) & (kAlignment - 1));
 }
 
 }  // namespace

@@ -262,7 +262,7 @@ Tensor FakeQuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding
   const Tensor matrix = AsMatrix(weight, qparams.axis);
   const Rows rows(matrix);
   CheckGrids(qparams, rows.Count());
-  Tensor result({DType::kF32, weight.GetShape()});
+  const Tensor result = Tensor::Uninitialized({DType::kF32, weight.GetShape()});
   auto* out = reinterpret_cast<float*>(result.Raw());
   ParallelFor(rows.Count(), rows.Grain(), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -280,7 +280,7 @@ Tensor FakeQuantizeRows(const Tensor& table, std::span<const int64_t> ids, const
   for (const int64_t id : ids)
     if (id < 0 || id >= rows.Count())
       Fail("id {} is outside the table of {} rows; check the tokenizer", id, rows.Count());
-  Tensor result({DType::kF32, {static_cast<int64_t>(ids.size()), rows.Width()}});
+  const Tensor result = Tensor::Uninitialized({DType::kF32, {static_cast<int64_t>(ids.size()), rows.Width()}});
   auto* out = reinterpret_cast<float*>(result.Raw());
   ParallelFor(static_cast<int64_t>(ids.size()), rows.Grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "circlet/base/threads.h"
 #include "circlet/model/tables.h"
 #include "circlet/model/vision.h"
 #include "model/gemma4/text_parts.h"
@@ -36,15 +37,18 @@ WeightSource ModuleWeights(const PartOptions& options) {
 // Tables of standard-normal angles, as the operator wants them: each of `axes` parts [f, f], the first f of its sines
 // negated.
 RopeTables RandomTables(const Shape& shape, int axes, uint64_t seed, const std::string& name) {
-  RopeTables tables{Tensor(TensorType{DType::kF32, shape}), Tensor(TensorType{DType::kF32, shape})};
+  const RopeTables tables{Tensor::Uninitialized({DType::kF32, shape}), Tensor::Uninitialized({DType::kF32, shape})};
   const int64_t half = shape[-1] / axes / 2;
   const Tensor angles = RandomNormal({shape.Elements() / 2}, seed, name + "angle");
-  for (int64_t i = 0; i < shape.Elements(); ++i) {
-    const bool first = i / half % 2 == 0;
-    const float angle = angles.F32()[i / (2 * half) * half + i % half];
-    tables.cos.F32()[i] = std::cos(angle);
-    tables.sin.F32()[i] = first ? -std::sin(angle) : std::sin(angle);
-  }
+  ParallelFor(angles.Elements(), 1 << 12, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / half * 2 * half + i % half, second = first + half;
+      const float angle = angles.F32()[i], sine = std::sin(angle);
+      tables.cos.F32()[first] = tables.cos.F32()[second] = std::cos(angle);
+      tables.sin.F32()[first] = -sine;
+      tables.sin.F32()[second] = sine;
+    }
+  });
   return tables;
 }
 

@@ -34,7 +34,7 @@ void SmokeSession::Observe(int iters) {
     const size_t count = iters <= 0 ? part.calibration.size() : std::min<size_t>(iters, part.calibration.size());
     for (size_t i = 0; i < count; ++i) {
       reading.Observing().Begin(index++);
-      executor.Run(part.calibration[i], part.stored);
+      executor.RunInPlace(part.calibration[i], part.stored);
       reading.Observing().End();
     }
   }

@@ -44,7 +44,7 @@ int64_t PairCount(std::span<const int64_t> positions) {
 // Mask [1,1,S,S] in which `seen(q, k)` says what stays 0.
 template <typename Seen>
 Tensor SquareMask(int64_t length, float fill, Seen seen) {
-  Tensor mask(TensorType{DType::kF32, {1, 1, length, length}});
+  const Tensor mask = Tensor::Uninitialized({DType::kF32, {1, 1, length, length}});
   float* const out = mask.F32().data();
   ParallelFor(length, 64, [&](int64_t begin, int64_t end) {
     for (int64_t q = begin; q < end; ++q)
