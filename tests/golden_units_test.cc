@@ -172,8 +172,10 @@ std::map<std::string, Tensor> Inputs(const circle::Model& model, const Safetenso
 
 // How far results may be from recorded ones. Sums of float32 in another order: a value near a tie takes the
 // neighbouring code. In attention one such code at mask_add, on its grid of 0.004, moves a probability by up to 120
-// codes and with it a whole row (golden README: the reference against itself moves by up to 7 codes, 27 in
-// seed_example/w4a16); whole graphs pile that up over their layers. Shares are those measured here, rounded up.
+// codes and with it a whole row (golden README: the reference against itself with exact sums moves 10 % of the values by
+// up to 7 codes, 27 in seed_example/w4a16); whole graphs pile that up over their layers. Our products of codes are exact
+// where the processor has the instructions. Shares are the larger ones of those measured with and without, rounded up;
+// a decoded layer is one row of 64 values.
 struct Bound {
   double share, steps;
 };
@@ -182,9 +184,9 @@ Bound BoundOf(const GoldenCase& golden, const std::string& unit) {
   if (unit == "model_prefill") return {0.8, 100};
   if (golden.recipe == std::string("w8a8")) return {0, 0};  // no sum falls on a tie of these coarse grids
   const double steps = golden.model == std::string("seed_example") && golden.recipe == std::string("w4a16") ? 27 : 8;
-  if (unit.starts_with("decoder_layer_decode")) return {0.6, steps};
+  if (unit.starts_with("decoder_layer_decode")) return {0.65, steps};
   if (unit.starts_with("decoder_layer")) return {0.3, steps};
-  return {0.02, 2};
+  return {0.03, 2};
 }
 
 void ExpectRuntimeValues(const fs::path& file, const SafetensorsFile& values, const GoldenCase& golden,

@@ -164,6 +164,12 @@ CIRCLET_INSTANTIATE(int64_t)
 
 Tensor Tensor::Scalar(float value) { return Of<float>(Shape{}, std::span<const float>(&value, 1)); }
 
+Tensor Tensor::WithGrid(std::shared_ptr<const QParams> grid) const {
+  Tensor tensor = *this;
+  tensor.grid_ = std::move(grid);
+  return tensor;
+}
+
 Tensor Tensor::Reshaped(Shape shape) const {
   Tensor tensor = *this;
   CIRCLET_CHECK(shape.Elements() == Elements(), "{} as {}", type_.ToString(), shape.ToString());

@@ -43,11 +43,4 @@ void ParallelItems(int64_t count, const std::function<void(int64_t, int)>& body)
   if (failure != nullptr) std::rethrow_exception(failure);
 }
 
-void ParallelFor(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  if (count <= 0) return;
-  const int64_t pieces = (count + grain - 1) / grain;
-  if (pieces == 1 || Threads() == 1) return body(0, count);
-  ParallelItems(pieces, [&](int64_t piece, int) { body(piece * grain, std::min(count, (piece + 1) * grain)); });
-}
-
 }  // namespace circlet

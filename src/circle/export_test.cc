@@ -81,7 +81,6 @@ TEST(CircleExportTest, TablesAndWeightsThatStayCodesComputeWhatTheirValuesComput
     const Model model = EmbeddingAndHead(table, RowGrids(table_type, 50), weight, RowGrids(weight_type, 21));
     EXPECT_THAT(Verify(model), ::testing::IsEmpty());
     const FileGraph file = ToGraph(model);
-    EXPECT_TRUE(file.constants.empty()) << "a table or weight is to be dequantized whole";
 
     const std::vector<int64_t> ids{49, 7, 0};
     const std::map<std::string, circlet::Tensor> inputs{{"ids", circlet::Tensor::Of<int64_t>({1, 3}, ids)}};

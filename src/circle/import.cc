@@ -23,14 +23,6 @@ std::optional<Parsed<Op>> ParseOperator(const CircleNode& node) {
   return found;
 }
 
-// Where an operator keeps the grid of an operand that may come as codes; null: it takes float32 only.
-std::optional<QParams>* GridOfCodes(Op& op, size_t operand) {
-  if (auto* gather = std::get_if<Gather>(&op.kind); gather != nullptr && operand == 0) return &gather->table_grid;
-  if (auto* product = std::get_if<FullyConnected>(&op.kind); product != nullptr && operand == 1)
-    return &product->weight_grid;
-  return nullptr;
-}
-
 class Importer {
  public:
   Importer(const Model& model, std::optional<int64_t> length) : model_(model), length_(length) {}
@@ -94,15 +86,6 @@ class Importer {
     return value_of_[index];
   }
 
-  // Large tables and weights stay codes where the operator takes them.
-  ValueId OperandOf(int32_t index, Op& op, size_t operand) {
-    std::optional<QParams>* const grid = GridOfCodes(op, operand);
-    const Tensor& tensor = model_.tensors[index];
-    if (grid == nullptr || tensor.data.Empty() || !tensor.qparams.has_value()) return ValueOf(index);
-    *grid = tensor.qparams;
-    return result_.graph.AddConstant(tensor.data);
-  }
-
   void AddOperator(const Operator& op) {
     CircleNode node{.code = op.code, .options = op.options};
     for (const int32_t index : op.inputs) {
@@ -116,8 +99,7 @@ class Importer {
     if (!parsed.has_value()) Fail("circlet cannot execute this operator; it runs those of docs/circle_format.md");
 
     std::vector<ValueId> in;
-    for (size_t k = 0; k < parsed->inputs.size(); ++k)
-      in.push_back(OperandOf(op.inputs[parsed->inputs[k]], parsed->op, k));
+    for (const int input : parsed->inputs) in.push_back(ValueOf(op.inputs[input]));
     // What only moves keeps its inputs' grid, unless the file says otherwise.
     const bool moves = parsed->op.KeepsValues();
     const auto keeps = [&](int32_t output) {
@@ -176,10 +158,11 @@ circlet::Tensor DequantizedConstant(const Tensor& tensor) {
 }
 
 struct FileReading::State {
+  std::map<std::string, QParams> grids;
   std::map<std::string, Snapper> snappers;
 };
 
-FileReading::FileReading(const std::map<std::string, QParams>& grids) : state_(std::make_unique<State>()) {
+FileReading::FileReading(const std::map<std::string, QParams>& grids) : state_(std::make_unique<State>(grids)) {
   for (const auto& [name, grid] : grids) state_->snappers.try_emplace(name, grid);
 }
 FileReading::~FileReading() = default;
@@ -187,6 +170,11 @@ FileReading::~FileReading() = default;
 PointVisitor* FileReading::At(const Point& point, const TensorType&) {
   const auto it = state_->snappers.find(point.name);
   return it == state_->snappers.end() ? nullptr : &it->second;
+}
+
+const QParams* FileReading::GridAt(const Point& point) {
+  const auto it = state_->grids.find(point.name);
+  return it == state_->grids.end() ? nullptr : &it->second;
 }
 
 std::map<std::string, circlet::Tensor> RunModel(const Model& model, const std::map<std::string, circlet::Tensor>& inputs) {
@@ -202,7 +190,8 @@ std::map<std::string, circlet::Tensor> RunModel(const Model& model, const std::m
   FileReading reading(file.grids);
   Executor executor(file.graph, &reading);
   return executor.Run(inputs, [&](const std::string& name) {
-    return DequantizedConstant(model.tensors[file.constants.at(name)]);
+    const Tensor& tensor = model.tensors[file.constants.at(name)];
+    return tensor.data.WithGrid(&*tensor.qparams);
   });
 }
 

@@ -7,6 +7,9 @@
 
 #include "circlet/base/threads.h"
 #include "exec/memory_plan.h"
+#include "exec/value_grids.h"
+#include "ops/codes.h"
+#include "ops/integer_product.h"
 #include "ops/simd.h"
 
 namespace circlet {
@@ -62,7 +65,14 @@ struct Executor::Plan {
   std::vector<std::vector<PointVisitor*>> visitors;  // by node
   bool points_write = false;
   Compute compute = Compute::kFloat32;
-  std::vector<char> linear_only;  // by value: a parameter that only linears read, as their weight
+  struct Reader {
+    const Node* node;  // null: the graph's output
+    size_t operand;
+    bool LinearWeight() const { return node != nullptr && std::holds_alternative<FullyConnected>(node->op.kind) && operand == 1; }
+    bool Table() const { return node != nullptr && std::holds_alternative<Gather>(node->op.kind) && operand == 0; }
+  };
+  std::vector<std::vector<Reader>> readers;  // by value, of inputs, parameters and constants: who looks at the bytes
+  std::vector<const QParams*> grids;         // by value
   std::byte* arena = nullptr;
   bool bound = false;
   std::vector<Tensor> tensors;  // by value
@@ -77,37 +87,59 @@ struct Executor::Plan {
     const MemoryPlan::Home& home = memory.homes[id];
     if (home.place == MemoryPlan::Place::kArena)
       return Tensor(graph.TypeOf(id), arena + home.offset, nullptr);
-    return Tensor({tensors[home.root].GetDType(), graph.TypeOf(id).shape}, tensors[home.root].Raw(), nullptr);
+    const Tensor& root = tensors[home.root];
+    const Tensor tensor({root.GetDType(), graph.TypeOf(id).shape}, root.Raw(), nullptr);
+    return IsInteger(root.GetDType()) ? tensor.WithGrid(root.Grid()) : tensor;
   }
 
-  // Parameters whose values nobody but linears sees.
-  void FindLinearWeights() {
-    enum : char { kNone, kByLinear, kOtherwise };
-    std::vector<char> read(graph.Values().size(), kNone);
-    const auto note = [&](ValueId id, char how) {
-      if (const ValueId root = memory.homes[id].root; root >= 0) read[root] |= how;
+  void FindReaders() {
+    readers.resize(graph.Values().size());
+    const auto note = [&](ValueId id, const Node* node, size_t operand) {
+      const ValueId root = memory.homes[id].root;
+      if (root < 0) return;
+      // What reads another shape of it cannot tell which row has which grid.
+      readers[root].push_back(id == root ? Reader{node, operand} : Reader{nullptr, 0});
     };
     for (size_t i = 0; i < graph.Nodes().size(); ++i) {
       const Node& node = graph.Nodes()[i];
       if (!memory.needed[i]) continue;
       if (std::holds_alternative<QuantPoint>(node.op.kind) && visitors[i][0] == nullptr) continue;
-      const bool linear = std::holds_alternative<FullyConnected>(node.op.kind);
-      for (size_t k = 0; k < node.in.size(); ++k) note(node.in[k], linear && k == 1 ? kByLinear : kOtherwise);
+      for (size_t k = 0; k < node.in.size(); ++k) note(node.in[k], &node, k);
     }
-    for (const Graph::Output& output : graph.Outputs()) note(output.value, kOtherwise);
-    linear_only.assign(read.size(), 0);
-    for (size_t id = 0; id < read.size(); ++id) linear_only[id] = read[id] == kByLinear;
+    for (const Graph::Output& output : graph.Outputs()) note(output.value, nullptr, 0);
   }
 
-  // The type that the readers of a parameter compute with.
-  TensorType BoundType(ValueId id) const {
-    const TensorType& type = graph.TypeOf(id);
-    return {compute == Compute::kBf16 && linear_only[id] ? DType::kBF16 : type.dtype, type.shape};
+  bool LinearOnly(ValueId id) const {
+    return !readers[id].empty() && std::ranges::all_of(readers[id], &Reader::LinearWeight);
   }
 
+  // Whether all who read these codes take them as they are, without making them float32 at every run.
+  bool ReadAsCodes(ValueId id, const Tensor& codes) const {
+    constexpr int64_t kLargeElements = int64_t{16} << 20;
+    return std::ranges::all_of(readers[id], [&](const Reader& reader) {
+      if (reader.Table()) return true;
+      return reader.LinearWeight() && (codes.Elements() > kLargeElements ||
+                                       SummedInIntegers(grids[reader.node->in[0]], codes.Grid(), codes.GetShape()[-1]));
+    });
+  }
+
+  // A parameter in the form that its readers compute with.
   Tensor Bound(ValueId id, const Tensor& given) const {
-    if (compute == Compute::kFloat32 || !IsFloat(given.GetDType())) return given;
-    return BoundType(id).dtype == DType::kBF16 ? ToBF16(given) : ToF32(given);
+    Tensor tensor = given;
+    if (IsInteger(given.GetDType()) && given.Grid() != nullptr) {
+      if (ReadAsCodes(id, given)) return given;
+      tensor = Tensor::Uninitialized({DType::kF32, given.GetShape()});
+      Dequantize(given, *given.Grid(), 0, tensor.F32());
+    }
+    if (compute == Compute::kFloat32 || !IsFloat(tensor.GetDType())) return tensor;
+    return LinearOnly(id) ? ToBF16(tensor) : ToF32(tensor);
+  }
+
+  bool Fits(ValueId id, const Tensor& given) const {
+    const TensorType& type = graph.TypeOf(id);
+    if (tensors[id].GetShape() != type.shape) return false;
+    const bool bf16 = compute == Compute::kBf16 && tensors[id].GetDType() == DType::kBF16 && LinearOnly(id);
+    return tensors[id].GetDType() == type.dtype || bf16 || (type.dtype == DType::kF32 && given.Grid() != nullptr);
   }
 
   void BindInputs(const std::map<std::string, Tensor>& inputs) {
@@ -128,7 +160,7 @@ struct Executor::Plan {
       if (value.kind != ValueKind::kWeight) continue;
       const Tensor given = weights(value.name);
       tensors[id] = Bound(id, given);
-      if (tensors[id].Type() != BoundType(id))
+      if (!Fits(id, given))
         Fail("{}: is {}, expected {}", value.name, given.Type().ToString(), value.type.ToString());
     }
   }
@@ -140,7 +172,10 @@ struct Executor::Plan {
       Operands& o = operands[i];
       o.in.clear();
       o.out.clear();
-      for (const ValueId id : node.in) o.in.push_back(TensorOf(id));
+      for (const ValueId id : node.in) {
+        const Tensor operand = TensorOf(id);
+        o.in.push_back(grids[id] == nullptr ? operand : operand.WithGrid(grids[id]));
+      }
       for (const ValueId id : node.out) o.out.push_back(TensorOf(id));
     }
   }
@@ -173,7 +208,9 @@ Executor::Executor(const Graph& graph, PointReading* reading, ExecutorOptions op
     }
   }
   plan_->memory = PlanMemory(graph, uses);
-  plan_->FindLinearWeights();
+  plan_->FindReaders();
+  plan_->grids = reading == nullptr ? std::vector<const QParams*>(graph.Values().size(), nullptr)
+                                    : GridsOfValues(plan_->graph, *reading, plan_->visitors);
   plan_->tensors.resize(graph.Values().size());
   plan_->operands.resize(graph.Nodes().size());
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {

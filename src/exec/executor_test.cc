@@ -6,10 +6,12 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <random>
 
 #include "circlet/graph/builder.h"
 #include "exec/memory_plan.h"
+#include "ops/integer_product.h"
 
 namespace circlet {
 namespace {
@@ -186,6 +188,98 @@ TEST(ExecutorTest, InBf16LinearsRoundTheirOperandsAndNothingElse) {
     EXPECT_THAT(List(results.at("shared")), testing::ElementsAre(odd * odd + 8)) << "read by another operator too";
     EXPECT_THAT(List(results.at("sum")), testing::ElementsAre(odd + odd, 6));
   }
+}
+
+// Names a grid at its points "a" and "b", where values lie already; "off" takes values off any grid.
+class OnGrids final : public PointReading, public PointVisitor {
+ public:
+  PointVisitor* At(const Point& point, const TensorType&) override { return point.name == "off" ? this : nullptr; }
+  bool Writes() const override { return true; }
+  const QParams* GridAt(const Point& point) override {
+    const auto it = grids.find(point.name);
+    return it == grids.end() ? nullptr : &it->second;
+  }
+  void Visit(std::span<float>, int64_t) override {}
+
+  const std::map<std::string, QParams> grids{
+      {"a", {.dtype = DType::kI16, .scale = {0.01f}, .zero_point = {0}}},
+      {"b", {.dtype = DType::kI16, .scale = {0.02f}, .zero_point = {0}}}};
+};
+
+// y = x' W^T for x' that `build` makes of x [4,300], W [10,300] codes of int8; x lies on grid a.
+std::vector<float> ProductOf(PointReading* reading, const std::function<ValueId(const Builder&, ValueId)>& build) {
+  Graph graph;
+  const Builder b(graph);
+  const ValueId x = build(b, b.Input("x", {4, 300}));
+  b.Output("y", b.Add(FullyConnected{}, {x, b.Weight("w", {10, 300})}));
+  std::mt19937 random(3);
+  const Tensor values(TensorType{DType::kF32, {4, 300}}), codes(TensorType{DType::kI8, {10, 300}});
+  for (float& v : values.F32()) v = static_cast<float>(static_cast<int16_t>(random())) * 0.01f;
+  for (int8_t& v : codes.As<int8_t>()) v = static_cast<int8_t>(random());
+  const QParams grid{.dtype = DType::kI8, .scale = {0.003f}, .zero_point = {5}};
+  return List(Executor(graph, reading).Run({{"x", values}}, [&](const std::string&) { return codes.WithGrid(&grid); }).at("y"));
+}
+
+TEST(ExecutorTest, ProductsAreSummedInIntegersWhereBothSidesLieOnGrids) {
+  const auto plain = [](const Builder&, ValueId x) { return x; };
+  const auto at = [](const char* point) {
+    return [=](const Builder& b, ValueId x) { return b.Point(point, x); };
+  };
+  OnGrids grids;
+  const std::vector<float> floats = ProductOf(nullptr, plain);
+  EXPECT_EQ(ProductOf(nullptr, at("a")), floats) << "the float reading knows no grids";
+  EXPECT_EQ(ProductOf(&grids, plain), floats);
+  EXPECT_EQ(ProductOf(&grids, at("unknown")), floats);
+  EXPECT_EQ(ProductOf(&grids, [](const Builder& b, ValueId x) { return b.Point("off", b.Point("a", x)); }), floats);
+  EXPECT_EQ(ProductOf(&grids, [](const Builder& b, ValueId x) { return b.Add(Neg{}, {b.Add(Neg{}, {b.Point("a", x)})}); }),
+            floats) << "arithmetic leaves the grid";
+  const auto joined = [](const char* first, const char* second) {
+    return [=](const Builder& b, ValueId x) {
+      const ValueId upper = b.Add(Slice{{0, 0}, {1, 300}}, {x}), lower = b.Add(Slice{{1, 0}, {4, 300}}, {x});
+      return b.Add(Concat{.axis = 0}, {b.Point(first, upper), b.Point(second, lower)});
+    };
+  };
+  EXPECT_EQ(ProductOf(&grids, joined("a", "b")), floats) << "rows of two grids";
+
+  const std::vector<float> exact = ProductOf(&grids, at("a"));
+  const QParams bytes{.dtype = DType::kI8, .scale = {1}, .zero_point = {0}};
+  if (!SummedInIntegers(&bytes, &bytes, 1))
+    GTEST_SKIP() << "this processor sums no products in integers";
+  EXPECT_NE(exact, floats) << "sums of float32 are not exact";
+  for (size_t i = 0; i < exact.size(); ++i) EXPECT_NEAR(exact[i], floats[i], 1e-2) << "sums of 300 terms up to 125";
+  EXPECT_EQ(ProductOf(&grids, joined("a", "a")), exact);
+  EXPECT_EQ(ProductOf(&grids, [](const Builder& b, ValueId x) { return b.Point("unknown", b.Point("a", x)); }), exact);
+  EXPECT_EQ(ProductOf(&grids, [](const Builder& b, ValueId x) {
+              const ValueId turned = b.Add(Transpose{{1, 0}}, {b.Point("a", x)});
+              return b.Reshape(b.Reshape(b.Add(Transpose{{1, 0}}, {turned}), {1200}), {4, 300});
+            }),
+            exact)
+      << "what only moves keeps its grid";
+}
+
+// Codes whose other readers want values are dequantized: here a product and a sum read the same parameter.
+TEST(ExecutorTest, CodesAreFloatsForThoseWhoWantFloats) {
+  Graph graph;
+  const Builder b(graph);
+  const ValueId x = b.Input("x", {2, 3}), w = b.Weight("w", {2, 3}), ids = graph.AddInput("ids", {DType::kI64, {2}});
+  b.Output("product", b.Add(FullyConnected{}, {x, w}));
+  b.Output("sum", b.Add(Add{}, {x, w}));
+  b.Output("rows", b.Add(Gather{}, {b.Weight("table", {2, 3}), ids}));
+  b.Output("flat", b.Reshape(b.Weight("view", {2, 3}), {6}));
+  const std::vector<uint8_t> bytes{1, 2, 3, 4, 5, 6};
+  const std::vector<int64_t> rows{1, 0};
+  const QParams grid{.dtype = DType::kU8, .axis = 0, .scale = {1, 10}, .zero_point = {1, 0}};
+  const Tensor codes = Tensor::Of<uint8_t>({2, 3}, bytes).WithGrid(&grid);
+  const auto out = Executor(graph, nullptr).Run({{"x", Values({2, 3}, {1, 1, 1, 0, 1, 0})}, {"ids", Tensor::Of<int64_t>({2}, rows)}},
+                                                [&](const std::string&) { return codes; });
+  EXPECT_THAT(List(out.at("product")), testing::ElementsAre(3, 150, 1, 50));
+  EXPECT_THAT(List(out.at("sum")), testing::ElementsAre(1, 2, 3, 40, 51, 60));
+  EXPECT_THAT(List(out.at("rows")), testing::ElementsAre(40, 50, 60, 0, 1, 2));
+  EXPECT_THAT(List(out.at("flat")), testing::ElementsAre(0, 1, 2, 40, 50, 60));
+  EXPECT_THROW(Executor(graph, nullptr).Run({{"x", Values({2, 3}, {1, 1, 1, 0, 1, 0})}, {"ids", Tensor::Of<int64_t>({2}, rows)}},
+                                            [&](const std::string&) { return Tensor::Of<uint8_t>({2, 3}, bytes); }),
+               Error)
+      << "codes without a grid";
 }
 
 }  // namespace

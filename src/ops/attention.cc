@@ -88,8 +88,8 @@ class AttentionRun {
         v_floats_(gemm::PackedFloats(Depth(sizes_.keys), sizes_.head_size)),
         packed_(ThreadFloats<AttentionRun>(sizes_.kv_heads * (k_floats_ + v_floats_))),
         row_keys_(static_cast<size_t>(sizes_.queries)) {
-    gemm::Count({sizes_.queries, sizes_.keys, sizes_.head_size, true, bf16_}, sizes_.heads);
-    gemm::Count({sizes_.queries, sizes_.head_size, sizes_.keys, false, bf16_}, sizes_.heads);
+    gemm::Count({sizes_.queries, sizes_.keys, sizes_.head_size, true, gemm::FloatOperand(bf16_)}, sizes_.heads);
+    gemm::Count({sizes_.queries, sizes_.head_size, sizes_.keys, false, gemm::FloatOperand(bf16_)}, sizes_.heads);
     if (PointVisitor* visitor = At(kScale)) visitor->Visit({&scale_, 1}, 0);
     PackAll();
     const float* mask = context.in[3].F32().data();

@@ -103,4 +103,20 @@ void Dequantize(const Tensor& codes, const QParams& grid, int64_t first, std::sp
   });
 }
 
+void SignedCodes(const Tensor& codes, int64_t first, std::span<int8_t> out) {
+  CIRCLET_CHECK(IsInteger(codes.GetDType()) && BitWidth(codes.GetDType()) <= 8, "codes of type {} in bytes",
+                Name(codes.GetDType()));
+  const int shift = codes.GetDType() == DType::kU8 ? 128 : 0;
+  ParallelFor(static_cast<int64_t>(out.size()), kElementGrain, [&](int64_t begin, int64_t end) {
+    std::array<int16_t, 1024> wide;
+    for (int64_t at = begin; at < end; at += wide.size()) {
+      const int64_t part = std::min<int64_t>(wide.size(), end - at);
+      Widen(codes, first + at, part, wide.data());
+      int8_t* const bytes = out.data() + at;
+#pragma omp simd
+      for (int64_t i = 0; i < part; ++i) bytes[i] = static_cast<int8_t>(wide[i] - shift);
+    }
+  });
+}
+
 }  // namespace circlet

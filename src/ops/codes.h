@@ -17,4 +17,7 @@ int64_t CodeAt(const Tensor& codes, int64_t index);
 // Elements first .. first + values.size() - 1 (flat) as (code - zero_point) * scale. Throws what CodeAt throws.
 void Dequantize(const Tensor& codes, const QParams& grid, int64_t first, std::span<float> values);
 
+// The same elements as signed bytes; uint8 codes less 128. Codes of at most 8 bits (CHECKed).
+void SignedCodes(const Tensor& codes, int64_t first, std::span<int8_t> out);
+
 }  // namespace circlet

@@ -80,12 +80,9 @@ TEST(CodesTest, GatheredRowsOfCodesAreTheRowsOfTheTable) {
     const Tensor table = CodesOfType(dtype, {49, 37});
     for (const int axis : {-1, 0}) {
       const QParams grid = GridFor(table, axis);
-      const Gather of_codes{.table_grid = grid};
-      const std::vector<TensorType> types{table.Type(), id.Type()};
-      ASSERT_EQ(of_codes.Infer(types), (std::vector<TensorType>{{DType::kF32, {1, 5, 37}}}));
-      const Tensor in_codes[] = {table, id}, in_float[] = {Dequantized(table, grid), id};
+      const Tensor in_codes[] = {table.WithGrid(&grid), id}, in_float[] = {Dequantized(table, grid), id};
       const Tensor found[] = {Tensor({DType::kF32, {1, 5, 37}})}, expected[] = {Tensor({DType::kF32, {1, 5, 37}})};
-      of_codes.Eval({.in = in_codes, .out = found});
+      Gather{}.Eval({.in = in_codes, .out = found});
       Gather{}.Eval({.in = in_float, .out = expected});
       EXPECT_TRUE(SameBits(found[0].F32(), expected[0].F32())) << Name(dtype) << ", axis " << axis;
     }
@@ -100,13 +97,10 @@ TEST(CodesTest, ProductsWithCodesAreThoseWithTheWeight) {
     const Tensor whole = Dequantized(w, grid), bias = NormalTensor({n}, 2);
     for (const int64_t m : {1, 3}) {
       const Tensor x = NormalTensor({1, m, k}, 1);
-      const Tensor in_codes[] = {x, w, bias}, in_float[] = {x, whole, bias};
+      const Tensor in_codes[] = {x, w.WithGrid(&grid), bias}, in_float[] = {x, whole, bias};
       const TensorType type{DType::kF32, {1, m, n}};
-      const FullyConnected of_codes{.weight_grid = grid};
-      const std::vector<TensorType> types{x.Type(), w.Type(), bias.Type()};
-      ASSERT_EQ(of_codes.Infer(types), std::vector<TensorType>{type});
       const Tensor found[] = {Tensor(type)}, expected[] = {Tensor(type)};
-      of_codes.Eval({.in = in_codes, .out = found});
+      FullyConnected{}.Eval({.in = in_codes, .out = found});
       FullyConnected{}.Eval({.in = in_float, .out = expected});
       EXPECT_TRUE(SameBits(found[0].F32(), expected[0].F32())) << Name(dtype) << ", " << m << " rows";
     }

@@ -1,8 +1,6 @@
 #include "ops/gemm.h"
 
 #include <algorithm>
-#include <map>
-#include <tuple>
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
@@ -14,16 +12,6 @@
 
 namespace circlet::gemm {
 namespace {
-
-// oneDNN's products of the calling thread: creating one costs more than a small product.
-OneDnnProduct& ProductOf(const ProductShape& shape, bool with_bias) {
-  thread_local std::map<std::tuple<ProductShape, bool, int>, OneDnnProduct> products;
-  const std::tuple key(shape, with_bias, Threads());
-  if (const auto it = products.find(key); it != products.end()) return it->second;
-  // Prompts of many lengths must not collect products for ever.
-  if (products.size() >= 256) products.clear();
-  return products.try_emplace(key, shape, with_bias).first->second;
-}
 
 // Whether there is nothing to multiply; y is filled then.
 bool IsTrivial(const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
@@ -64,7 +52,7 @@ void Linear(const float* x, const float* w, const float* bias, int64_t m, int64_
 
 void LinearBf16(const float* x, const void* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
   if (IsTrivial(bias, m, n, k, y)) return;
-  const ProductShape shape{.m = m, .n = n, .k = k, .bf16 = true};
+  const ProductShape shape{.m = m, .n = n, .k = k, .operand = Operand::kBF16};
   Count(shape);
   OneDnnProduct& product = ProductOf(shape, bias != nullptr);
   CIRCLET_CHECK(product.OneOrder(), "a bf16 product on a processor without bf16");

@@ -360,7 +360,7 @@ std::vector<TensorType> Gather::Infer(Types in) const {
   if (in[1].dtype != DType::kI32 && in[1].dtype != DType::kI64) ShapeError(kName, in, "ids must be int32 or int64");
   std::vector<int64_t> sizes = Wide(in[1].shape);
   sizes.push_back(in[0].shape[1]);
-  return {{table_grid ? DType::kF32 : in[0].dtype, Shape(std::move(sizes))}};
+  return {{in[0].dtype, Shape(std::move(sizes))}};
 }
 
 void Gather::Eval(const EvalContext& context) const {
@@ -369,14 +369,15 @@ void Gather::Eval(const EvalContext& context) const {
   const int64_t rows = table.GetShape()[0], width = table.GetShape()[1];
   const int64_t bytes = width * ElementBytes(kName, context.out[0].Type());
   const bool wide = ids.GetDType() == DType::kI64;
+  const bool of_codes = table.GetDType() != context.out[0].GetDType();
   ParallelFor(ids.Elements(), RowGrain(bytes / 4), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t id = wide ? ids.As<int64_t>()[static_cast<size_t>(i)] : ids.As<int32_t>()[static_cast<size_t>(i)];
       if (id < 0 || id >= rows)
         Fail("{}: id {} at position {} is outside the table of {} rows; ids must lie in [0, {}]", kName, id, i, rows,
              rows - 1);
-      if (table_grid)
-        Dequantize(table, *table_grid, id * width, context.out[0].F32().subspan(i * width, width));
+      if (of_codes)
+        Dequantize(table, *table.Grid(), id * width, context.out[0].F32().subspan(i * width, width));
       else
         std::memcpy(context.out[0].Raw() + i * bytes, table.Raw() + id * bytes, static_cast<size_t>(bytes));
     }

@@ -7,6 +7,7 @@
 #include "hwy/aligned_allocator.h"
 #include "ops/codes.h"
 #include "ops/gemm.h"
+#include "ops/integer_product.h"
 #include "ops/internal.h"
 #include "ops/tally.h"
 
@@ -18,7 +19,7 @@ namespace {
 
 // Slices of output columns, so that a head's weight never stands in memory as float32. No element of y depends on where
 // the slices are cut (gemm_test.cc).
-void LinearOfCodes(const Tensor& x, const Tensor& w, const QParams& grid, const float* bias, const Tensor& y) {
+void LinearOfCodes(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y) {
   constexpr int64_t kSliceFloats = int64_t{16} << 20;
   const int64_t n = w.GetShape()[0], k = w.GetShape()[1], m = n == 0 ? 0 : y.Elements() / n;
   const int64_t slice = std::clamp<int64_t>(kSliceFloats / std::max<int64_t>(1, k), 1, std::max<int64_t>(1, n));
@@ -27,7 +28,7 @@ void LinearOfCodes(const Tensor& x, const Tensor& w, const QParams& grid, const 
   const Tensor part = Tensor::Uninitialized({DType::kF32, {in_place ? 0 : m, slice}});
   for (int64_t first = 0; first < n; first += slice) {
     const int64_t count = std::min(slice, n - first);
-    Dequantize(w, grid, first * k, weights.F32().first(static_cast<size_t>(count * k)));
+    Dequantize(w, *w.Grid(), first * k, weights.F32().first(static_cast<size_t>(count * k)));
     float* out = in_place ? y.F32().data() + first : part.F32().data();
     gemm::Linear(x.F32().data(), weights.F32().data(), bias == nullptr ? nullptr : bias + first, m, count, k, out);
     for (int64_t row = 0; !in_place && row < m; ++row)
@@ -39,8 +40,7 @@ void LinearOfCodes(const Tensor& x, const Tensor& w, const QParams& grid, const 
 
 std::vector<TensorType> FullyConnected::Infer(Types in) const {
   if (in.size() != 2 && in.size() != 3) ShapeError(kName, in, "it takes x, W and perhaps a bias");
-  ExpectFloat(kName, in.first(1));
-  ExpectFloat(kName, in.subspan(weight_grid ? 2 : 1));
+  ExpectFloat(kName, in);
   const Shape& x = in[0].shape;
   const Shape& w = in[1].shape;
   if (x.Rank() == 0 || w.Rank() != 2 || x[-1] != w[1])
@@ -56,7 +56,10 @@ void FullyConnected::Eval(const EvalContext& context) const {
   const Shape& y = context.out[0].GetShape();
   const int64_t rows = Product(y.Sizes().first(static_cast<size_t>(y.Rank() - 1)));
   const float* bias = context.in.size() == 3 ? context.in[2].F32().data() : nullptr;
-  if (weight_grid) return LinearOfCodes(context.in[0], context.in[1], *weight_grid, bias, context.out[0]);
+  if (IsInteger(context.in[1].GetDType())) {
+    const bool exact = SummedInIntegers(context.in[0].Grid(), context.in[1].Grid(), w[1]);
+    return (exact ? IntegerLinear : LinearOfCodes)(context.in[0], context.in[1], bias, context.out[0]);
+  }
   const float* x = context.in[0].F32().data();
   float* to = context.out[0].F32().data();
   if (context.in[1].GetDType() == DType::kBF16)
@@ -175,7 +178,7 @@ void BatchMatMul::Eval(const EvalContext& context) const {
   const int64_t k = operands.k;
   const auto buffer = hwy::AllocateAligned<float>(static_cast<size_t>(gemm::PackedFloats(k, n)));
   const gemm::Panels panels{buffer.get(), k, n};
-  gemm::Count({m, n, a_shape[-1], transpose_b, operands.bf16}, static_cast<int64_t>(a_index.size()));
+  gemm::Count({m, n, a_shape[-1], transpose_b, gemm::FloatOperand(operands.bf16)}, static_cast<int64_t>(a_index.size()));
   const int64_t panel_count = gemm::PanelCount(n);
   // Pieces of about 64 rows by 256 columns keep both operands in the cache and give each thread several.
   constexpr int64_t kRows = 64;

@@ -15,8 +15,8 @@ class OneDnnProduct {
 
   // Whether an element's sum runs in one order whatever the thread count.
   bool OneOrder() const { return one_order_; }
-  // a and b are float32 or bf16 as the shape says; bias [n] is null without.
-  void Run(const void* a, const void* b, const float* bias, float* y);
+  // a, b and y are of the types that the shape says; bias [n] is null without.
+  void Run(const void* a, const void* b, const float* bias, void* y);
 
  private:
   dnnl::engine engine_{dnnl::engine::kind::cpu, 0};
@@ -26,5 +26,11 @@ class OneDnnProduct {
   std::vector<dnnl::memory> memory_;  // a, b, y and perhaps the bias; their bytes come with each run
   std::vector<dnnl_exec_arg_t> args_;
 };
+
+// The calling thread's, made at the first call: creating one costs more than a small product. Valid until the next call.
+OneDnnProduct& ProductOf(const ProductShape& shape, bool with_bias = false);
+
+// Whether products of bytes are exact (older kernels saturate sums of two) and faster than those of float32.
+bool MultipliesBytes();
 
 }  // namespace circlet::gemm

@@ -39,6 +39,13 @@ bool Op::Fused() const {
   return OfKind(kind, [](const auto& op) { return FusedOp<std::decay_t<decltype(op)>>; });
 }
 
+std::span<const int> Op::OutputPoints() const {
+  return OfKind(kind, [](const auto& op) -> std::span<const int> {
+    if constexpr (requires { op.kOutputPoints; }) return op.kOutputPoints;
+    return {};
+  });
+}
+
 std::vector<TensorType> Op::Infer(Types in) const {
   return OfKind(kind, [&](const auto& op) { return op.Infer(in); });
 }

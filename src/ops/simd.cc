@@ -20,6 +20,10 @@ using Floats = hn::CappedTag<float, kSoftmaxLanes>;
 using V = hn::Vec<Floats>;
 constexpr Floats kD;
 constexpr int64_t kLanes = hn::MaxLanes(kD);
+using Doubles = hn::CappedTag<double, kLanes>;
+constexpr Doubles kD64;
+constexpr hn::Rebind<float, Doubles> kHalf;  // as many floats
+constexpr int64_t kDoubles = static_cast<int64_t>(hn::MaxLanes(kD64));
 constexpr float kInf = std::numeric_limits<float>::infinity();
 // Whether MulAdd rounds once.
 constexpr bool kFused = HWY_TARGET <= HWY_AVX2;
@@ -197,6 +201,94 @@ void DequantizeImpl(const int16_t* codes, int64_t count, float scale, int32_t ze
   for (; i < count; ++i) x[i] = static_cast<float>(codes[i] - zero_point) * scale;
 }
 
+// Calls store(i, codes of x[i, i + lanes), how many of them) for all of them; the codes' sum, or NaN. A whole number added
+// to 1.5 * 2^23 stands in the low bits of the float.
+template <class Store>
+HWY_INLINE double CodesOfGrid(const float* x, int64_t count, float scale, int32_t zero_point, Store store) {
+  const hn::RebindToUnsigned<Floats> d32;
+  const V reciprocal = hn::Set(kD, 1.0f / scale), shift = hn::Set(kD, 0x1.8p23f + static_cast<float>(zero_point));
+  constexpr uint32_t kShiftBits = 0x4b400000;
+  auto sum = hn::Zero(d32);
+  V odd = hn::Zero(kD);  // x - x is 0, or NaN
+  const auto convert = [&](V v) HWY_ATTR {
+    odd = hn::Add(odd, hn::Sub(v, v));
+    return hn::BitCast(d32, hn::MulAdd(v, reciprocal, shift));
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const auto codes = convert(hn::LoadU(kD, x + i));
+    sum = hn::Add(sum, codes);
+    store(i, codes, kLanes);
+  }
+  if (i < count) {
+    const auto codes = convert(LoadRest(x + i, count - i));
+    sum = hn::Add(sum, hn::IfThenElseZero(hn::FirstN(d32, static_cast<size_t>(count - i)), codes));
+    store(i, codes, count - i);
+  }
+  const uint32_t total = hn::GetLane(hn::SumOfLanes(d32, sum)) - static_cast<uint32_t>(count) * kShiftBits;
+  return static_cast<double>(total) + static_cast<double>(hn::GetLane(hn::SumOfLanes(kD, odd)));
+}
+
+// The low bytes of the first `count` elements.
+template <class Codes>
+HWY_INLINE void StoreBytes(Codes codes, int64_t count, uint8_t* to) {
+  const hn::Rebind<uint8_t, Floats> d8;
+  const auto bytes = hn::TruncateTo(d8, codes);
+  if (count == kLanes) return hn::StoreU(bytes, d8, to);
+  HWY_ALIGN uint8_t rest[kLanes];
+  hn::Store(bytes, d8, rest);
+  std::memcpy(to, rest, static_cast<size_t>(count));
+}
+
+double CodesOf8BitsImpl(const float* x, int64_t count, float scale, int32_t zero_point, uint8_t* codes) {
+  return CodesOfGrid(x, count, scale, zero_point,
+                     [&](int64_t i, auto code, int64_t n) HWY_ATTR { StoreBytes(code, n, codes + i); });
+}
+
+double CodesOf16BitsImpl(const float* x, int64_t count, float scale, int32_t zero_point, uint8_t* high, uint8_t* low) {
+  return CodesOfGrid(x, count, scale, zero_point, [&](int64_t i, auto code, int64_t n) HWY_ATTR {
+    StoreBytes(hn::ShiftRight<8>(code), n, high + i);
+    StoreBytes(code, n, low + i);
+  });
+}
+
+int64_t SumOfCodesImpl(const int8_t* codes, int64_t count) {
+  int64_t sum = 0, i = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::ScalableTag<uint8_t> d8;
+  const hn::Repartition<uint64_t, decltype(d8)> d64;
+  const auto sign = hn::Set(d8, 0x80);  // sums are of unsigned bytes: each code counts 128 too many
+  constexpr int64_t kBytes = hn::MaxLanes(d8);
+  auto sums = hn::Zero(d64);
+  for (; i + kBytes <= count; i += kBytes)
+    sums = hn::Add(sums, hn::SumsOf8(hn::Xor(hn::LoadU(d8, reinterpret_cast<const uint8_t*>(codes) + i), sign)));
+  sum = static_cast<int64_t>(hn::GetLane(hn::SumOfLanes(d64, sums))) - 128 * i;
+#endif
+  for (; i < count; ++i) sum += codes[i];
+  return sum;
+}
+
+void FinishIntegersImpl(const int32_t* sum, const int32_t* low, const IntegerColumns& columns, double row, int64_t count,
+                        float* y) {
+  const hn::Rebind<int32_t, Doubles> d32;
+  const auto rows = hn::Set(kD64, row), high_digit = hn::Set(kD64, 256.0);
+  int64_t j = 0;
+  for (; j + kDoubles <= count; j += kDoubles) {
+    auto total = hn::PromoteTo(kD64, hn::LoadU(d32, sum + j));
+    if (low != nullptr) total = hn::MulAdd(total, high_digit, hn::PromoteTo(kD64, hn::LoadU(d32, low + j)));
+    total = hn::NegMulAdd(hn::LoadU(kD64, columns.zero_point + j), rows, hn::Add(total, hn::LoadU(kD64, columns.offset + j)));
+    total = hn::MulAdd(total, hn::LoadU(kD64, columns.scale + j), hn::LoadU(kD64, columns.bias + j));
+    hn::StoreU(hn::DemoteTo(kHalf, total), kHalf, y + j);
+  }
+  for (; j < count; ++j) {
+    double total = sum[j];
+    if (low != nullptr) total = total * 256 + low[j];
+    total = total + columns.offset[j] - columns.zero_point[j] * row;
+    y[j] = static_cast<float>(kFused ? std::fma(total, columns.scale[j], columns.bias[j])
+                                     : total * columns.scale[j] + columns.bias[j]);
+  }
+}
+
 void BF16ToF32Impl(const uint16_t* in, int64_t count, float* out) {
   const hn::RebindToUnsigned<Floats> d32;
   const hn::Rebind<uint16_t, Floats> d16;
@@ -310,32 +402,49 @@ void GeluImpl(const float* x, int64_t count, float* y) {
 
 // ---- Rows ---------------------------------------------------------------------------------------------------------
 
-// In float64, rounded once at the end (circle_execution.md 4.4): the cost is hidden behind the linears.
-HWY_INLINE void RmsNormRow(const float* x, const float* gamma, int64_t count, float eps, float* y) {
-  const hn::CappedTag<double, kLanes> d64;
-  const hn::Rebind<float, decltype(d64)> d32;
-  constexpr int64_t kStep = static_cast<int64_t>(hn::MaxLanes(d64));
-  auto sum0 = hn::Zero(d64), sum1 = hn::Zero(d64);
+HWY_INLINE double SumOfSquares(const float* x, int64_t count) {
+  auto sum0 = hn::Zero(kD64), sum1 = hn::Zero(kD64);
   int64_t i = 0;
-  for (; i + 2 * kStep <= count; i += 2 * kStep) {
-    const auto a = hn::PromoteTo(d64, hn::LoadU(d32, x + i));
-    const auto b = hn::PromoteTo(d64, hn::LoadU(d32, x + i + kStep));
+  for (; i + 2 * kDoubles <= count; i += 2 * kDoubles) {
+    const auto a = hn::PromoteTo(kD64, hn::LoadU(kHalf, x + i));
+    const auto b = hn::PromoteTo(kD64, hn::LoadU(kHalf, x + i + kDoubles));
     sum0 = hn::MulAdd(a, a, sum0);
     sum1 = hn::MulAdd(b, b, sum1);
   }
-  double sum = hn::GetLane(hn::SumOfLanes(d64, hn::Add(sum0, sum1)));
+  double sum = hn::GetLane(hn::SumOfLanes(kD64, hn::Add(sum0, sum1)));
   for (; i < count; ++i) sum += static_cast<double>(x[i]) * x[i];
-  const double factor = 1.0 / std::sqrt(sum / static_cast<double>(count) + eps);
-  const auto factors = hn::Set(d64, factor);
-  for (i = 0; i + kStep <= count; i += kStep) {
-    const auto value = hn::Mul(hn::PromoteTo(d64, hn::LoadU(d32, x + i)), factors);
-    hn::StoreU(hn::DemoteTo(d32, hn::Mul(value, hn::PromoteTo(d64, hn::LoadU(d32, gamma + i)))), d32, y + i);
+  return sum;
+}
+
+HWY_INLINE void ScaleRow(const float* x, const float* gamma, int64_t count, double factor, float* y) {
+  const auto factors = hn::Set(kD64, factor);
+  int64_t i = 0;
+  for (; i + kDoubles <= count; i += kDoubles) {
+    const auto value = hn::Mul(hn::PromoteTo(kD64, hn::LoadU(kHalf, x + i)), factors);
+    const auto scaled = hn::Mul(value, hn::PromoteTo(kD64, hn::LoadU(kHalf, gamma + i)));
+    hn::StoreU(hn::DemoteTo(kHalf, scaled), kHalf, y + i);
   }
   for (; i < count; ++i) y[i] = static_cast<float>(x[i] * factor * gamma[i]);
 }
 
+// In float64, rounded once at the end (circle_execution.md 4.4). Several rows at a time, so that narrow ones do not each
+// wait for a root and two divisions.
 void RmsNormRowsImpl(const float* x, const float* gamma, int64_t rows, int64_t width, float eps, float* y) {
-  for (int64_t row = 0; row < rows; ++row) RmsNormRow(x + row * width, gamma, width, eps, y + row * width);
+  constexpr int64_t kRows = 16;
+  const auto one = hn::Set(kD64, 1.0), widths = hn::Set(kD64, static_cast<double>(width)),
+             offset = hn::Set(kD64, static_cast<double>(eps));
+  HWY_ALIGN double factors[kRows] = {};
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t count = std::min(kRows, rows - first);
+    const float* const from = x + first * width;
+    for (int64_t row = 0; row < count; ++row) factors[row] = SumOfSquares(from + row * width, width);
+    for (int64_t row = 0; row < count; row += kDoubles) {
+      const auto mean = hn::Div(hn::Load(kD64, factors + row), widths);
+      hn::Store(hn::Div(one, hn::Sqrt(hn::Add(mean, offset))), kD64, factors + row);
+    }
+    for (int64_t row = 0; row < count; ++row)
+      ScaleRow(from + row * width, gamma, width, factors[row], y + (first + row) * width);
+  }
 }
 
 // exp(x) = 2^n exp(x - n ln 2) with Highway's polynomial, for -28 <= x <= 0; NaN stays NaN. Added to 1.5 * 2^23 a value
@@ -408,15 +517,12 @@ void SoftmaxRowImpl(float* x, int64_t count) {
 }
 
 double SumOfExpImpl(const float* x, int64_t count, float shift) {
-  const hn::CappedTag<double, kLanes> d64;
-  const hn::Rebind<float, decltype(d64)> d32;
-  constexpr int64_t kStep = static_cast<int64_t>(hn::MaxLanes(d64));
-  const auto shifts = hn::Set(d64, static_cast<double>(shift));
-  auto sum = hn::Zero(d64);
+  const auto shifts = hn::Set(kD64, static_cast<double>(shift));
+  auto sum = hn::Zero(kD64);
   int64_t i = 0;
-  for (; i + kStep <= count; i += kStep)
-    sum = hn::Add(sum, hn::Exp(d64, hn::Sub(hn::PromoteTo(d64, hn::LoadU(d32, x + i)), shifts)));
-  double total = hn::GetLane(hn::SumOfLanes(d64, sum));
+  for (; i + kDoubles <= count; i += kDoubles)
+    sum = hn::Add(sum, hn::Exp(kD64, hn::Sub(hn::PromoteTo(kD64, hn::LoadU(kHalf, x + i)), shifts)));
+  double total = hn::GetLane(hn::SumOfLanes(kD64, sum));
   for (; i < count; ++i) total += std::exp(static_cast<double>(x[i]) - shift);
   return total;
 }
@@ -432,6 +538,10 @@ HWY_EXPORT(MinMaxImpl);
 HWY_EXPORT(SnapImpl);
 HWY_EXPORT(QuantizeImpl);
 HWY_EXPORT(DequantizeImpl);
+HWY_EXPORT(CodesOf8BitsImpl);
+HWY_EXPORT(CodesOf16BitsImpl);
+HWY_EXPORT(SumOfCodesImpl);
+HWY_EXPORT(FinishIntegersImpl);
 HWY_EXPORT(BF16ToF32Impl);
 HWY_EXPORT(F32ToBF16Impl);
 HWY_EXPORT(BinaryImpl);
@@ -459,6 +569,17 @@ void Quantize(const float* x, int64_t count, const Grid& grid, int16_t* codes) {
 }
 void Dequantize(const int16_t* codes, int64_t count, float scale, int32_t zero_point, float* x) {
   HWY_DYNAMIC_DISPATCH(DequantizeImpl)(codes, count, scale, zero_point, x);
+}
+double CodesOf8Bits(const float* x, int64_t count, float scale, int32_t zero_point, uint8_t* codes) {
+  return HWY_DYNAMIC_DISPATCH(CodesOf8BitsImpl)(x, count, scale, zero_point, codes);
+}
+double CodesOf16Bits(const float* x, int64_t count, float scale, int32_t zero_point, uint8_t* high, uint8_t* low) {
+  return HWY_DYNAMIC_DISPATCH(CodesOf16BitsImpl)(x, count, scale, zero_point, high, low);
+}
+int64_t SumOfCodes(const int8_t* codes, int64_t count) { return HWY_DYNAMIC_DISPATCH(SumOfCodesImpl)(codes, count); }
+void FinishIntegers(const int32_t* sum, const int32_t* low, const IntegerColumns& columns, double row, int64_t count,
+                    float* y) {
+  HWY_DYNAMIC_DISPATCH(FinishIntegersImpl)(sum, low, columns, row, count, y);
 }
 void BF16ToF32(const uint16_t* in, int64_t count, float* out) { HWY_DYNAMIC_DISPATCH(BF16ToF32Impl)(in, count, out); }
 void F32ToBF16(const float* in, int64_t count, uint16_t* out) { HWY_DYNAMIC_DISPATCH(F32ToBF16Impl)(in, count, out); }

@@ -10,7 +10,7 @@
 
 namespace circlet::simd {
 
-// "AVX3" (AVX-512), "AVX2", "SSE4", "SSSE3" or "SCALAR": what the manifest names.
+// "AVX3" (AVX-512), "AVX2", "SSE4", "SSSE3" or "SCALAR".
 const char* InstructionSet();
 
 struct Range {
@@ -30,6 +30,19 @@ struct Grid {
 void Snap(float* x, int64_t count, const Grid& grid);
 void Quantize(const float* x, int64_t count, const Grid& grid, int16_t* codes);  // NaN gets the smallest code
 void Dequantize(const int16_t* codes, int64_t count, float scale, int32_t zero_point, float* x);
+
+// Codes of values that lie on their grid, rint(x / scale) + zero_point, as unsigned integers of 8 bits, or of 16 bits in
+// two digits, 256 high + low. Returns the sum of the codes, NaN when a value is NaN or an infinity. At most 2^15 values.
+double CodesOf8Bits(const float* x, int64_t count, float scale, int32_t zero_point, uint8_t* codes);
+double CodesOf16Bits(const float* x, int64_t count, float scale, int32_t zero_point, uint8_t* high, uint8_t* low);
+int64_t SumOfCodes(const int8_t* codes, int64_t count);
+// y[j] = (sum[j] + offset[j] - zero_point[j] * row) * scale[j] + bias[j], in float64 and rounded once; with `low`, 256 sum[j] + low[j]
+// stands for sum[j]. y may be where `sum` is.
+struct IntegerColumns {
+  const double *offset, *zero_point, *scale, *bias;
+};
+void FinishIntegers(const int32_t* sum, const int32_t* low, const IntegerColumns& columns, double row, int64_t count,
+                    float* y);
 
 void BF16ToF32(const uint16_t* in, int64_t count, float* out);
 void F32ToBF16(const float* in, int64_t count, uint16_t* out);  // to the nearest, ties to even; NaN stays NaN

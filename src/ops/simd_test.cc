@@ -352,5 +352,52 @@ TEST(SimdTest, SoftmaxOfNaNIsNaN) {
   });
 }
 
+// Values of a grid, as Snap makes them, and their codes.
+TEST(IntegersTest, CodesOfAGridAreFoundAgain) {
+  OnEveryTarget([] {
+    for (const int64_t count : kCounts) {
+      for (const auto& [scale, zero_point, max] :
+           {std::tuple{0.037f, 117, 255}, {1.0f, 0, 255}, {3.1e-5f, 32768, 65535}, {1e-8f, 65535, 65535}}) {
+        std::vector<float> x(static_cast<size_t>(count));
+        std::vector<uint32_t> expected(x.size());
+        double sum = 0;
+        for (size_t i = 0; i < x.size(); ++i) {
+          expected[i] = static_cast<uint32_t>(i * 7919 + (i % 3 == 0 ? 0 : max)) % static_cast<uint32_t>(max + 1);
+          x[i] = static_cast<float>(static_cast<int32_t>(expected[i]) - zero_point) * scale;
+          sum += expected[i];
+        }
+        std::vector<uint8_t> high(x.size() + 1, 0xa5), low(x.size() + 1, 0xa5);
+        const double found = max == 255 ? CodesOf8Bits(x.data(), count, scale, zero_point, low.data())
+                                        : CodesOf16Bits(x.data(), count, scale, zero_point, high.data(), low.data());
+        EXPECT_EQ(found, sum) << count;
+        for (size_t i = 0; i < x.size(); ++i)
+          EXPECT_EQ(max == 255 ? low[i] : 256u * high[i] + low[i], expected[i]) << i << " of " << count;
+        EXPECT_EQ(low.back(), 0xa5) << "written behind the end";
+        EXPECT_EQ(high.back(), 0xa5) << "written behind the end";
+        for (const float odd : {kNaN, kInf, -kInf}) {
+          if (count == 0) continue;
+          x[static_cast<size_t>(count / 2)] = odd;
+          EXPECT_TRUE(std::isnan(CodesOf8Bits(x.data(), count, scale, zero_point, low.data()))) << odd;
+        }
+      }
+    }
+  });
+}
+
+TEST(IntegersTest, SumsOfManyCodesStayWhole) {
+  OnEveryTarget([] {
+    constexpr int64_t kCount = 1 << 15;
+    const std::vector<float> x(kCount, 32767.0f);
+    std::vector<uint8_t> high(kCount), low(kCount);
+    EXPECT_EQ(CodesOf16Bits(x.data(), kCount, 1.0f, 32768, high.data(), low.data()), 65535.0 * kCount);
+    for (const int64_t count : kCounts) {
+      std::vector<int8_t> codes(static_cast<size_t>(count));
+      int64_t sum = 0;
+      for (size_t i = 0; i < codes.size(); ++i) sum += codes[i] = static_cast<int8_t>(i % 5 == 0 ? -128 : i * 53);
+      EXPECT_EQ(SumOfCodes(codes.data(), count), sum) << count;
+    }
+  });
+}
+
 }  // namespace
 }  // namespace circlet::simd

@@ -26,14 +26,15 @@ double SecondsOf(ProductShape shape) {
   constexpr int64_t kOperand = int64_t{1} << 26;
   const int64_t columns = shape.n;
   shape.n = std::min(columns, std::max<int64_t>(1, kOperand / shape.k));
-  const auto ones = [&](int64_t elements, bool bf16) {
+  const auto ones = [&](int64_t elements, Operand operand) {
     auto memory = hwy::AllocateAligned<float>(static_cast<size_t>(elements));
-    const uint32_t one = bf16 ? 0x3f803f80 : 0x3f800000;
-    std::fill_n(reinterpret_cast<uint32_t*>(memory.get()), bf16 ? (elements + 1) / 2 : elements, one);
+    const uint32_t one = operand == Operand::kF32 ? 0x3f800000 : operand == Operand::kBF16 ? 0x3f803f80 : 0x01010101;
+    const int64_t in_one = operand == Operand::kF32 ? 1 : operand == Operand::kBF16 ? 2 : 4;
+    std::fill_n(reinterpret_cast<uint32_t*>(memory.get()), (elements + in_one - 1) / in_one, one);
     return memory;
   };
-  const auto a = ones(shape.m * shape.k, shape.bf16), b = ones(shape.n * shape.k, shape.bf16),
-             y = ones(shape.m * shape.n, false);
+  const auto a = ones(shape.m * shape.k, shape.operand), b = ones(shape.n * shape.k, shape.operand),
+             y = ones(shape.m * shape.n, Operand::kF32);
   OneDnnProduct product(shape, false);
   double best = 0;
   const auto begin = std::chrono::steady_clock::now();

@@ -9,11 +9,16 @@
 
 namespace circlet::gemm {
 
+// What is multiplied: float32 or bf16 with its like, giving float32; unsigned bytes with signed ones, giving int32.
+enum class Operand : uint8_t { kF32, kBF16, kBytes };
+inline Operand FloatOperand(bool bf16) { return bf16 ? Operand::kBF16 : Operand::kF32; }
+
 // y[m,n] = a[m,k] b, with b stored as [n,k] (weights, keys) or as [k,n].
 struct ProductShape {
   int64_t m, n, k;
   bool transposed = true;
-  bool bf16 = false;  // both operands; y is float32
+  Operand operand = Operand::kF32;
+  int64_t y_stride = 0;  // of its rows; 0: n
   auto operator<=>(const ProductShape&) const = default;
 };
 

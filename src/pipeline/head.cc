@@ -87,8 +87,11 @@ class Head {
     }
   }
 
-  // A weight in the form that products take, converted once for all lengths.
-  Tensor Operand(const Tensor& rows) const { return s_.compute == Compute::kBf16 ? ToBF16(rows) : ToF32(rows); }
+  // A weight in the form that products take, converted once for all lengths; codes stay codes.
+  Tensor Operand(const Tensor& rows) const {
+    if (rows.Grid() != nullptr) return rows;
+    return s_.compute == Compute::kBf16 ? ToBF16(rows) : ToF32(rows);
+  }
   Tensor Rounded(const Tensor& rows, int64_t first) const {
     return c_.calibration.RoundedRows(kHeadWeight, rows, first);
   }

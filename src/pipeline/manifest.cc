@@ -5,7 +5,7 @@
 
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
-#include "ops/simd.h"
+#include "ops/integer_product.h"
 
 namespace circlet {
 namespace fs = std::filesystem;
@@ -144,7 +144,7 @@ void OutputRun::Finish(const Calibration& calibration, const UnitWriter& units, 
   for (const fs::path& path : files) outputs.push_back(FileEntry(path, path.filename()));
   WriteJson(partial_ / kManifestFile, {{"schema_version", 1},
                                        {"circlet_version", CIRCLET_VERSION},
-                                       {"instruction_set", simd::InstructionSet()},
+                                       {"instruction_set", InstructionSets()},
                                        {"model", result.model},
                                        {"recipe", result.recipe},
                                        {"dialect", result.dialect},

@@ -6,7 +6,7 @@
 
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
-#include "ops/simd.h"
+#include "ops/integer_product.h"
 #include "pipeline/exchange.h"
 
 namespace circlet {
@@ -110,7 +110,7 @@ nlohmann::json IdentityOf(const QuantizeOptions& options, const RunContext& cont
   nlohmann::json files = nlohmann::json::object();
   for (const nlohmann::json& input : inputs) files[input.at("file").get<std::string>()] = input.at("sha256");
   return {{"circlet version", CIRCLET_VERSION},
-          {"instruction set", simd::InstructionSet()},
+          {"instruction set", InstructionSets()},
           {"file", files},
           {"recipe", context.calibration.GetRecipe().EffectiveYaml()},
           {"number of processes", context.world.Size()},

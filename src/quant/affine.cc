@@ -8,6 +8,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
+#include "ops/codes.h"
 #include "ops/simd.h"
 
 namespace circlet {
@@ -233,6 +234,18 @@ QuantizedWeight QuantizeWeight(const Tensor& weight, const QParams& qparams, Rou
   RequireWeightType(qparams.dtype);
   QuantizedWeight result{qparams, Tensor::Uninitialized({qparams.dtype, weight.GetShape()})};
   QuantizeWeightBytes(weight, qparams, rounding, 0, {result.codes.Raw(), static_cast<size_t>(result.codes.Bytes())});
+  return result;
+}
+
+QuantizedWeight QuantizeWeightToBytes(const Tensor& weight, const QParams& qparams, Rounding rounding) {
+  QuantizedWeight result = QuantizeWeight(weight, qparams, rounding);
+  if (qparams.dtype == DType::kI8) return result;
+  const Tensor codes = Tensor::Uninitialized({DType::kI8, weight.GetShape()});
+  SignedCodes(result.codes, 0, codes.As<int8_t>());
+  if (qparams.dtype == DType::kU8)
+    for (int32_t& zero_point : result.qparams.zero_point) zero_point -= 128;
+  result.qparams.dtype = DType::kI8;
+  result.codes = codes;
   return result;
 }
 

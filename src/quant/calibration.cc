@@ -2,6 +2,7 @@
 
 #include "circlet/quant/affine.h"
 #include "circlet/quant/mx.h"
+#include "ops/integer_product.h"
 #include "ops/simd.h"
 
 namespace circlet {
@@ -89,14 +90,24 @@ Tensor Calibration::RoundedRows(const std::string& name, const Tensor& rows, int
     MxFakeQuantize(rounded, params->spec.mx);
     return rounded;
   }
-  if (!params->qparams.PerChannel()) return FakeQuantizeWeight(rows, params->qparams, dialect_.rounding);
   QParams grid = params->qparams;
-  const auto cut = [&](auto& values) {
-    values = {values.begin() + first_row, values.begin() + first_row + rows.GetShape()[0]};
-  };
-  cut(grid.scale);
-  cut(grid.zero_point);
-  return FakeQuantizeWeight(rows, grid, dialect_.rounding);
+  if (grid.PerChannel()) {
+    const auto cut = [&](auto& values) {
+      values = {values.begin() + first_row, values.begin() + first_row + rows.GetShape()[0]};
+    };
+    cut(grid.scale);
+    cut(grid.zero_point);
+  }
+  if (!MultipliedAsCodes(rows, grid)) return FakeQuantizeWeight(rows, grid, dialect_.rounding);
+  QuantizedWeight weight = QuantizeWeightToBytes(rows, grid, dialect_.rounding);
+  return weight.codes.WithGrid(std::make_shared<QParams>(std::move(weight.qparams)));
+}
+
+bool Calibration::MultipliedAsCodes(const Tensor& weight, const QParams& grid) const {
+  const QuantSpec& activation = recipe_.specs.activation;
+  if (weight.GetShape().Rank() != 2 || activation.kind != QuantKind::kAffine) return false;
+  const QParams usual{.dtype = activation.dtype.value_or(DType::kI16), .scale = {1}, .zero_point = {0}};
+  return SummedInIntegers(&usual, &grid, weight.GetShape()[1]);
 }
 
 // ---- Observing ----------------------------------------------------------------------------------------------------
@@ -206,6 +217,12 @@ PointVisitor* FakeQuantReading::At(const Point& point, const TensorType& type) {
     it->second = std::make_unique<AffineVisitor>(params.qparams, calibration_.GetDialect().rounding);
   }
   return it->second.get();
+}
+
+const QParams* FakeQuantReading::GridAt(const Point& point) {
+  const PointParams* params = calibration_.Params().Find(point.name);
+  const bool rounded = point.use != PointUse::kExportOnly && params != nullptr && params->spec.kind == QuantKind::kAffine;
+  return rounded ? &params->qparams : nullptr;
 }
 
 Tensor Rounded(const Calibration& calibration, const std::string& point, const Tensor& values) {

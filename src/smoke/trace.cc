@@ -53,6 +53,7 @@ class Capture final : public PointReading {
     return by_name_[point.name] = all_.back().get();
   }
   bool Writes() const override { return rounding_ != nullptr; }
+  const QParams* GridAt(const Point& point) override { return rounding_ ? rounding_->GridAt(point) : nullptr; }
   const Kept* Find(const std::string& name) const {
     const auto it = by_name_.find(name);
     return it == by_name_.end() ? nullptr : it->second;

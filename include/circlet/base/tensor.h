@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "circlet/base/dtype.h"
+#include "circlet/base/qparams.h"
 
 namespace circlet {
 
@@ -86,6 +87,12 @@ class Tensor {
   std::span<float> F32() const { return As<float>(); }
   std::span<int64_t> I64() const { return As<int64_t>(); }
 
+  // Of codes: the grid that says what they mean. Of float32: a grid that all values lie on. Null: none is known.
+  const QParams* Grid() const { return grid_.get(); }
+  Tensor WithGrid(std::shared_ptr<const QParams> grid) const;
+  // The grid must outlive every copy of the result. Null takes it away.
+  Tensor WithGrid(const QParams* grid) const { return WithGrid({std::shared_ptr<void>(), grid}); }
+
   // The same bytes under another shape of equally many elements.
   Tensor Reshaped(Shape shape) const;
   // Own, contiguous copy.
@@ -95,6 +102,7 @@ class Tensor {
   TensorType type_;
   std::byte* data_ = nullptr;
   std::shared_ptr<const void> owner_;
+  std::shared_ptr<const QParams> grid_;
 };
 
 // Any float type (f32, f16, bf16, f64) as new float32; float32 is returned as it is, without copying.

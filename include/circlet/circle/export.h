@@ -60,6 +60,7 @@ class FileReading final : public PointReading {
   ~FileReading() override;
   PointVisitor* At(const Point& point, const TensorType& type) override;
   bool Writes() const override { return true; }
+  const QParams* GridAt(const Point& point) override;
 
  private:
   struct State;

@@ -9,8 +9,8 @@
 
 namespace circlet {
 
-// Gives the float32 bytes of a parameter; the tensor must stay valid during the run. For an executor that computes in
-// bf16 it may be bf16 as well.
+// Gives a parameter: float32, or codes with their grid; the tensor must stay valid during the run. For an executor that
+// computes in bf16 it may be bf16 as well.
 using WeightSource = std::function<Tensor(const std::string& name)>;
 
 // What a reading does at the points of a graph. Null = the float reading.
@@ -21,6 +21,9 @@ class PointReading {
   virtual PointVisitor* At(const Point& point, const TensorType& type) = 0;
   // Whether visitors change values (fake-quantize) or only look (observe).
   virtual bool Writes() const = 0;
+  // The grid that the values of a point lie on when the reading is done with them; null: on none. It must stay valid as
+  // long as the reading.
+  virtual const QParams* GridAt(const Point&) { return nullptr; }
 };
 
 struct ExecutorOptions {
@@ -33,7 +36,9 @@ struct ExecutorOptions {
 Tensor ToBF16(const Tensor& tensor);
 
 // Runs one graph many times. Memory is planned once: buffers of dead values are reused, views share bytes, in-place
-// operators overwrite; nothing is allocated per operator at run time. Several threads may run executors at the same
+// operators overwrite; nothing is allocated per operator at run time. Parameters that are codes stay so where products
+// are summed in integers, where only rows are asked for, and where they would be large; else they are float32 for as long
+// as the executor lives. Several threads may run executors at the same
 // time, one each, in a SingleThreadScope.
 class Executor {
  public:

@@ -2,6 +2,8 @@
 
 // Fused kernels, each with the primitive graph that it stands for.
 
+#include <array>
+
 #include "circlet/ops/op.h"
 
 namespace circlet {
@@ -14,6 +16,7 @@ namespace circlet {
 struct Rope {
   static constexpr std::string_view kName = "rope";
   static constexpr bool kFused = true;
+  static constexpr std::array kOutputPoints{6};
   int32_t parts = 1;
   bool negated_sin = true;
 
@@ -31,6 +34,7 @@ struct Rope {
 struct Attention {
   static constexpr std::string_view kName = "attention";
   static constexpr bool kFused = true;
+  static constexpr std::array kOutputPoints{6, 4};
   // Keys whose mask value is at most half of `mask_fill` are kept out of products, statistics and rounding; their
   // probability is exactly 0. A row that keeps no key (a padded query) weighs all of them, as its expansion does, but
   // does not show them to visitors that only look. Otherwise every key is computed and observed (the reference).

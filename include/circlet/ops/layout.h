@@ -109,12 +109,11 @@ struct BroadcastTo {
 
 // Rows of a table: y[.., :] = table[ids[..], :]. Inputs: table [V,D], ids int32 or int64 [..]; output [.., D].
 // An id outside [0, V) is an Error that names it. (GATHER, axis 0.)
-// A table of a file may stay as it is stored, codes on `table_grid`; then only the rows asked for become float32.
+// Eval also takes a float table as codes of its Grid(); then only the rows asked for become float32.
 struct Gather {
   static constexpr std::string_view kName = "gather";
   static constexpr int32_t kCircleCode = 36;
   static constexpr bool kKeepsValues = true;
-  std::optional<QParams> table_grid;
 
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;

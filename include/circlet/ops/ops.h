@@ -50,6 +50,7 @@ struct Op {
   bool InPlace() const;
   bool KeepsValues() const;
   bool Fused() const;
+  std::span<const int> OutputPoints() const;
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;
   bool operator==(const Op&) const = default;

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <array>
+
 #include "circlet/ops/op.h"
 
 namespace circlet {
@@ -7,6 +9,7 @@ namespace circlet {
 // A quantization point: the identity, at which a reading may act. The point itself is on the node.
 struct QuantPoint {
   static constexpr std::string_view kName = "point";
+  static constexpr std::array kOutputPoints{0};
 
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;  // copies; the executor calls the visitor

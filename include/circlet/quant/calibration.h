@@ -60,7 +60,8 @@ class Calibration final {
   const PointParams& ParamsOf(const std::string& name) const;
 
   // Parameters rounded to their grids, once each; the float ones of parameters without a grid. `weights` must stay
-  // valid.
+  // valid. Matrices of at most 8 bits come as codes (int8, with their grid) where activations have grids as well and
+  // products are summed in integers, all others as float32.
   WeightSource RoundedWeights(WeightSource weights);
   // Rows of a parameter from `first_row` on, rounded to their grids. `rows` as stored.
   Tensor RoundedRows(const std::string& name, const Tensor& rows, int64_t first_row) const;
@@ -74,6 +75,7 @@ class Calibration final {
 
  private:
   void CheckFits(const Graph& graph, const WeightSource& weights) const;
+  bool MultipliedAsCodes(const Tensor& weight, const QParams& grid) const;
 
   Recipe recipe_;
   Dialect dialect_;
@@ -119,6 +121,7 @@ class FakeQuantReading final : public PointReading {
   ~FakeQuantReading() override;
   PointVisitor* At(const Point& point, const TensorType& type) override;
   bool Writes() const override { return true; }
+  const QParams* GridAt(const Point& point) override;
 
  private:
   const Calibration& calibration_;

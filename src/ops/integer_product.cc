@@ -1,0 +1,146 @@
+#include "ops/integer_product.h"
+
+#include <algorithm>
+
+#include "circlet/base/error.h"
+#include "circlet/base/threads.h"
+#include "ops/codes.h"
+#include "ops/internal.h"
+#include "ops/onednn_product.h"
+#include "ops/simd.h"
+#include "ops/thread_floats.h"
+
+namespace circlet {
+namespace {
+
+// So many products of two bytes, offsets included, stay below 2^31.
+constexpr int64_t kMostTerms = 1 << 15;
+
+int64_t Floats(int64_t bytes) { return (bytes + 3) / 4; }
+
+// Rows of x as unsigned codes; those of 16 bits in two digits, all the high ones first.
+class CodedRows {
+ public:
+  CodedRows(const float* x, int64_t rows, int64_t k, const QParams& grid)
+      : digits_(BitWidth(grid.dtype) == 16 ? 2 : 1),
+        count_(rows),
+        zero_point_(grid.zero_point[0] - static_cast<int32_t>(CodesOf(grid.dtype).min)),
+        scale_(grid.scale[0]) {
+    uint8_t* const codes = reinterpret_cast<uint8_t*>(ThreadFloats<struct RowCodes>(Floats(digits_ * rows * k)));
+    double* const sums = reinterpret_cast<double*>(ThreadFloats<struct RowSums>(2 * rows));
+    ParallelFor(rows, RowGrain(k), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const float* const from = x + row * k;
+        uint8_t *const to = codes + row * k, *const low = to + rows * k;
+        sums[row] = digits_ == 2 ? simd::CodesOf16Bits(from, k, scale_, zero_point_, to, low)
+                                 : simd::CodesOf8Bits(from, k, scale_, zero_point_, to);
+      }
+    });
+    codes_ = codes;
+    sums_ = sums;
+  }
+
+  int64_t Count() const { return count_; }
+  int64_t Digits() const { return digits_; }
+  double ZeroPoint() const { return zero_point_; }
+  double Scale() const { return scale_; }
+  double Sum(int64_t row) const { return sums_[row]; }
+  const uint8_t* Codes() const { return codes_; }
+
+ private:
+  int64_t digits_, count_;
+  int32_t zero_point_;
+  float scale_;
+  const uint8_t* codes_;
+  const double* sums_;
+};
+
+// Rows of W as signed bytes, and what every row of y needs of them.
+struct CodedColumns {
+  const int8_t* codes;
+  simd::IntegerColumns finish;
+
+  CodedColumns(const Tensor& w, int64_t first, int64_t count, const CodedRows& x, const float* bias) {
+    const QParams& grid = *w.Grid();
+    const int64_t k = w.GetShape()[1];
+    // Unsigned bytes move by half their range, and their zero points with them.
+    const int32_t shift = w.GetDType() == DType::kU8 ? 128 : 0;
+    codes = reinterpret_cast<const int8_t*>(w.Raw()) + first * k;
+    if (w.GetDType() != DType::kI8) {
+      auto* const bytes = reinterpret_cast<int8_t*>(ThreadFloats<struct ColumnCodes>(Floats(count * k)));
+      SignedCodes(w, first * k, {bytes, static_cast<size_t>(count * k)});
+      codes = bytes;
+    }
+    auto* const numbers = reinterpret_cast<double*>(ThreadFloats<struct ColumnNumbers>(8 * count));
+    double *const offset = numbers, *const zero_point = offset + count, *const scale = zero_point + count,
+                 *const biases = scale + count;
+    ParallelFor(count, RowGrain(k), [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        const auto channel = static_cast<size_t>(grid.PerChannel() ? first + j : 0);
+        zero_point[j] = grid.zero_point[channel] - shift;
+        const auto sum = static_cast<double>(simd::SumOfCodes(codes + j * k, k));
+        offset[j] = -x.ZeroPoint() * (sum - static_cast<double>(k) * zero_point[j]);
+        scale[j] = x.Scale() * grid.scale[channel];
+        biases[j] = bias == nullptr ? 0 : bias[first + j];
+      }
+    });
+    finish = {offset, zero_point, scale, biases};
+  }
+};
+
+// `count` columns of y, of row stride `stride`. The sums stand where their results will, unless each needs two.
+void Multiply(const CodedRows& x, const CodedColumns& w, int64_t count, int64_t k, float* y, int64_t stride) {
+  const bool in_place = x.Digits() == 1;
+  const int64_t rows = x.Count(), sum_stride = in_place ? stride : count;
+  auto* const sums =
+      reinterpret_cast<int32_t*>(in_place ? y : ThreadFloats<struct DigitSums>(x.Digits() * rows * count));
+  const gemm::ProductShape shape{
+      .m = x.Digits() * rows, .n = count, .k = k, .operand = gemm::Operand::kBytes, .y_stride = sum_stride};
+  gemm::ProductOf(shape).Run(x.Codes(), w.codes, nullptr, sums);
+  ParallelFor(rows, RowGrain(count), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int32_t* const sum = sums + row * sum_stride;
+      simd::FinishIntegers(sum, in_place ? nullptr : sum + rows * sum_stride, w.finish, x.Sum(row), count,
+                           y + row * stride);
+    }
+  });
+}
+
+bool MultipliesBytes() {
+  static const bool multiplies = gemm::MultipliesBytes();
+  return multiplies;
+}
+
+}  // namespace
+
+bool SummedInIntegers(const QParams* x, const QParams* w, int64_t k) {
+  if (!MultipliesBytes() || x == nullptr || w == nullptr || k == 0 || k > kMostTerms) return false;
+  const auto bytes = [](const QParams& grid) { return IsInteger(grid.dtype) && BitWidth(grid.dtype) <= 8; };
+  const bool x_fits = !x->PerChannel() && (bytes(*x) || x->dtype == DType::kI16);
+  return x_fits && bytes(*w) && w->axis <= 0;
+}
+
+// Rows of x in blocks whose codes and sums are a few MiB, and columns where W has to be unpacked.
+void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y) {
+  constexpr int64_t kBlockBytes = int64_t{16} << 20, kSliceBytes = int64_t{8} << 20, kFewestRows = 64;
+  const int64_t n = w.GetShape()[0], k = w.GetShape()[1], m = x.Elements() / k;
+  CIRCLET_CHECK(SummedInIntegers(x.Grid(), w.Grid(), k), "a product of codes that is not summed in integers");
+  if (y.Elements() == 0) return;
+  const int64_t digits = BitWidth(x.Grid()->dtype) == 16 ? 2 : 1;
+  gemm::Count({.m = digits * m, .n = n, .k = k, .operand = gemm::Operand::kBytes});
+  const int64_t slice = w.GetDType() == DType::kI8 ? n : std::clamp<int64_t>(kSliceBytes / k, 1, n);
+  const int64_t row_bytes = digits == 2 ? std::max(2 * k, 8 * slice) : k;
+  const int64_t block = std::max(kFewestRows, kBlockBytes / row_bytes);
+  for (int64_t row = 0; row < m; row += block) {
+    const CodedRows rows(x.F32().data() + row * k, std::min(block, m - row), k, *x.Grid());
+    for (int64_t first = 0; first < n; first += slice) {
+      const int64_t count = std::min(slice, n - first);
+      const CodedColumns columns(w, first, count, rows, bias);
+      Multiply(rows, columns, count, k, y.F32().data() + row * n + first, n);
+    }
+  }
+}
+
+std::string InstructionSets() { return std::string(simd::InstructionSet()) + (MultipliesBytes() ? " VNNI" : ""); }
+
+}  // namespace circlet

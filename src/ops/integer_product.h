@@ -1,0 +1,30 @@
+#pragma once
+
+// y = x W^T of operands on integer grids, summed in integers: exact, so that neither the order of the sum nor the kernel
+// can be seen in y, and four times (x of 8 bits) or twice (16 bits) as fast as in float32.
+//
+//   y[i,j] = scale_x scale_w[j] sum_k (x[i,k] - zero_x) (w[j,k] - zero_w[j]) + bias[j]      (circle_execution.md 4)
+//
+// with codes x and w; the integer times the scales plus the bias is rounded once, from float64.
+
+#include <cstdint>
+#include <string>
+
+#include "circlet/base/tensor.h"
+
+namespace circlet {
+
+// Whether a product of values on these grids (null: on none), `k` terms a sum, is summed in integers: x on one grid of at
+// most 8 bits or of int16; W of at most 8 bits, on one grid or one for each row; and the processor has the instructions
+// (AVX-512 VNNI or AMX; without them a float product is faster).
+bool SummedInIntegers(const QParams* x, const QParams* w, int64_t k);
+
+// x: float32 [..,k] whose values lie on x.Grid(). w: codes [n,k] of w.Grid(), a few MiB of which are unpacked at a time
+// where they are no signed bytes. bias [n] or null. A NaN in a row of x makes its row of y NaN.
+void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y);
+
+// What results depend on beside their inputs, for manifests: simd::InstructionSet(), and " VNNI" behind it where products are
+// summed in integers.
+std::string InstructionSets();
+
+}  // namespace circlet
