@@ -63,6 +63,7 @@ struct Executor::Plan {
   Graph graph;
   MemoryPlan memory;
   std::vector<std::vector<PointVisitor*>> visitors;  // by node
+  std::vector<std::vector<const QParams*>> point_grids;  // the same
   bool points_write = false;
   Compute compute = Compute::kFloat32;
   struct Reader {
@@ -198,19 +199,21 @@ Executor::Executor(const Graph& graph, PointReading* reading, ExecutorOptions op
   plan_->graph = graph;
   std::vector<PointUseOfNode> uses(graph.Nodes().size());
   plan_->visitors.resize(graph.Nodes().size());
+  plan_->point_grids.resize(graph.Nodes().size());
   plan_->points_write = reading != nullptr && reading->Writes();
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {
     const Node& node = graph.Nodes()[i];
     for (const Point& point : node.points) {
       const bool asked = reading != nullptr && !point.name.empty();
       plan_->visitors[i].push_back(asked ? reading->At(point, graph.TypeOf(node.out[0])) : nullptr);
+      plan_->point_grids[i].push_back(asked ? reading->GridAt(point) : nullptr);
       if (plan_->visitors[i].back() != nullptr) uses[i] = {true, reading->Writes()};
     }
   }
   plan_->memory = PlanMemory(graph, uses);
   plan_->FindReaders();
   plan_->grids = reading == nullptr ? std::vector<const QParams*>(graph.Values().size(), nullptr)
-                                    : GridsOfValues(plan_->graph, *reading, plan_->visitors);
+                                    : GridsOfValues(plan_->graph, plan_->visitors, plan_->point_grids, reading->Writes());
   plan_->tensors.resize(graph.Values().size());
   plan_->operands.resize(graph.Nodes().size());
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {
@@ -259,6 +262,7 @@ std::map<std::string, Tensor> Executor::RunInPlace(const std::map<std::string, T
         node.op.Eval({.in = operands.in,
                       .out = operands.out,
                       .points = plan.visitors[i],
+                      .grids = plan.point_grids[i],
                       .points_write = plan.points_write,
                       .compute = plan.compute});
       }

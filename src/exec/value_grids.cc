@@ -4,8 +4,8 @@
 
 namespace circlet {
 
-std::vector<const QParams*> GridsOfValues(const Graph& graph, PointReading& reading,
-                                          const std::vector<std::vector<PointVisitor*>>& visitors) {
+std::vector<const QParams*> GridsOfValues(const Graph& graph, const std::vector<std::vector<PointVisitor*>>& visitors,
+                                          const std::vector<std::vector<const QParams*>>& point_grids, bool writes) {
   std::vector<const QParams*> grids(graph.Values().size(), nullptr);
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {
     const Node& node = graph.Nodes()[i];
@@ -17,10 +17,9 @@ std::vector<const QParams*> GridsOfValues(const Graph& graph, PointReading& read
     }
     for (const int place : node.op.OutputPoints()) {
       if (place >= static_cast<int>(node.points.size()) || node.points[place].name.empty()) continue;
-      const QParams* const own = reading.GridAt(node.points[place]);
-      const bool changed = visitors[i][place] != nullptr && reading.Writes();
-      if (own == nullptr && !changed) continue;
-      grid = own;
+      const bool changes = visitors[i][place] != nullptr && writes;
+      if (point_grids[i][place] == nullptr && !changes) continue;
+      grid = point_grids[i][place];
       break;
     }
     for (const ValueId id : node.out) grids[id] = grid;

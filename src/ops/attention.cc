@@ -1,5 +1,7 @@
 #include "circlet/ops/attention.h"
 
+#include <array>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -7,6 +9,7 @@
 #include "circlet/ops/ops.h"
 #include "hwy/aligned_allocator.h"
 #include "ops/gemm.h"
+#include "ops/integer_product.h"
 #include "ops/internal.h"
 #include "ops/simd.h"
 #include "ops/tally.h"
@@ -75,21 +78,117 @@ RowKeys KeysOfRow(const float* mask, int64_t keys, bool skip_masked, float limit
   return row;
 }
 
+// What stands where a product takes one float: a value, two neighbours along k in bf16, or four in bytes.
+enum class Unit : uint8_t { kFloat, kPair, kQuad };
+
+// One of the two products of an attention, q k^T or p v, for all its blocks.
+class Product {
+ public:
+  // On the grids `left` and `right`, when they are known.
+  Product(Compute compute, const QParams* left, const QParams* right, int64_t k) : left_(left), right_(right), k_(k) {
+    if (BytesSummedInIntegers(left, right, k))
+      unit_ = Unit::kQuad;
+    else if (compute == Compute::kBf16)
+      unit_ = Unit::kPair;
+  }
+
+  gemm::Operand Operand() const {
+    return unit_ == Unit::kQuad ? gemm::Operand::kBytes : gemm::FloatOperand(unit_ == Unit::kPair);
+  }
+  bool Counts() const { return unit_ == Unit::kQuad; }
+  bool Converts() const { return unit_ != Unit::kFloat; }
+  // Floats that k terms take.
+  int64_t Depth(int64_t k) const {
+    return unit_ == Unit::kQuad ? gemm::Quads(k) : unit_ == Unit::kPair ? gemm::Pairs(k) : k;
+  }
+  int64_t Depth() const { return Depth(k_); }
+
+  // A row of the left operand, its terms [begin, end) at their places; the sum of the codes of bytes.
+  double Left(const float* x, int64_t begin, int64_t end, float* to) const {
+    if (unit_ == Unit::kFloat) return CopyShort(x + begin, end - begin, to + begin), 0;
+    if (unit_ == Unit::kPair) return gemm::PairAlongRows(x + begin, 0, 1, end - begin, to + begin / 2, 0), 0;
+    return Bytes(x + begin, end - begin, LeftZeroPoint(), left_->scale[0], to + begin / 4);
+  }
+  // A row of the right operand that lies along k, whole.
+  double RightAlongRow(const float* x, float* to) const {
+    if (unit_ == Unit::kPair) return gemm::PairAlongRows(x, 0, 1, k_, to, 0), 0;
+    return Bytes(x, k_, RightZeroPoint(), right_->scale[0], to);
+  }
+  // The right operand [k,n] that lies across k.
+  void RightAcrossRows(const float* x, int64_t n, float* to, double* row_sums) const {
+    if (unit_ == Unit::kPair)
+      return ParallelFor(Depth(), RowGrain(2 * n),
+                         [&](int64_t begin, int64_t end) { gemm::PairRows(x, k_, n, begin, end, to); });
+    const auto codes = hwy::AllocateAligned<int8_t>(static_cast<size_t>(k_ * n));
+    ParallelFor(k_, RowGrain(n), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        row_sums[row] = simd::CodesOf8Bits(x + row * n, n, right_->scale[0], RightZeroPoint(),
+                                           reinterpret_cast<uint8_t*>(codes.get() + row * n));
+    });
+    ParallelFor(Depth(), RowGrain(4 * n),
+                [&](int64_t begin, int64_t end) { gemm::QuadRows(codes.get(), k_, n, begin, end, to); });
+  }
+
+  void Multiply(const float* a, int64_t a_stride, int64_t m, const gemm::Panels& b, const gemm::Part& part, float* c,
+                int64_t c_stride) const {
+    const auto multiply = unit_ == Unit::kQuad   ? gemm::MultiplyQuads
+                          : unit_ == Unit::kPair ? gemm::MultiplyPairs
+                                                 : gemm::Multiply;
+    multiply(a, a_stride, m, b, part, c, c_stride);
+  }
+
+  int32_t LeftZeroPoint() const { return UnsignedZeroPoint(*left_); }
+  int32_t RightZeroPoint() const { return UnsignedZeroPoint(*right_) - 128; }
+  double Scale() const { return static_cast<double>(left_->scale[0]) * right_->scale[0]; }
+
+ private:
+  static double Bytes(const float* x, int64_t count, int32_t zero_point, float scale, float* to) {
+    auto* const bytes = reinterpret_cast<uint8_t*>(to);
+    const double sum = simd::CodesOf8Bits(x, count, scale, zero_point, bytes);
+    std::fill(bytes + count, bytes + 4 * gemm::Quads(count), uint8_t{0});
+    return sum;
+  }
+
+  Unit unit_ = Unit::kFloat;
+  const QParams *left_, *right_;
+  int64_t k_;
+};
+
+// What the sums of bytes need to become values, by column.
+struct Columns {
+  std::vector<double> offset, zero_point, scale, bias;
+
+  Columns(const Product& product, int64_t count) {
+    if (!product.Counts()) return;
+    offset.resize(static_cast<size_t>(count));
+    bias.resize(static_cast<size_t>(count));
+    zero_point.assign(static_cast<size_t>(count), product.RightZeroPoint());
+    scale.assign(static_cast<size_t>(count), product.Scale());
+  }
+  simd::IntegerColumns From(const double* offsets, int64_t first) const {
+    return {offsets, zero_point.data() + first, scale.data() + first, bias.data() + first};
+  }
+};
+
 // One run of Attention::Eval: operands, and for each kv head k^T and v packed for the products.
 class AttentionRun {
  public:
   AttentionRun(const Attention& op, const EvalContext& context)
       : context_(context),
-        bf16_(context.compute == Compute::kBf16),
         sizes_(context.in[0].GetShape(), context.in[1].GetShape()),
+        scores_(context.compute, context.in[0].Grid(), context.in[1].Grid(), sizes_.head_size),
+        out_(context.compute, GridAt(kSoftmax), context.in[2].Grid(), sizes_.keys),
         score_stride_((sizes_.keys + simd::kSoftmaxLanes - 1) / simd::kSoftmaxLanes * simd::kSoftmaxLanes +
                       simd::kSoftmaxLanes),  // not a power of two: rows must not share cache sets
-        k_floats_(gemm::PackedFloats(Depth(sizes_.head_size), sizes_.keys)),
-        v_floats_(gemm::PackedFloats(Depth(sizes_.keys), sizes_.head_size)),
+        k_floats_(gemm::PackedFloats(scores_.Depth(), sizes_.keys)),
+        v_floats_(gemm::PackedFloats(out_.Depth(), sizes_.head_size)),
         packed_(ThreadFloats<AttentionRun>(sizes_.kv_heads * (k_floats_ + v_floats_))),
-        row_keys_(static_cast<size_t>(sizes_.queries)) {
-    gemm::Count({sizes_.queries, sizes_.keys, sizes_.head_size, true, gemm::FloatOperand(bf16_)}, sizes_.heads);
-    gemm::Count({sizes_.queries, sizes_.head_size, sizes_.keys, false, gemm::FloatOperand(bf16_)}, sizes_.heads);
+        row_keys_(static_cast<size_t>(sizes_.queries)),
+        score_columns_(scores_, sizes_.kv_heads * sizes_.keys),
+        out_columns_(out_, sizes_.head_size),
+        value_sums_(out_.Counts() ? static_cast<size_t>(sizes_.kv_heads * sizes_.keys) : 0) {
+    gemm::Count({sizes_.queries, sizes_.keys, sizes_.head_size, true, scores_.Operand()}, sizes_.heads);
+    gemm::Count({sizes_.queries, sizes_.head_size, sizes_.keys, false, out_.Operand()}, sizes_.heads);
     if (PointVisitor* visitor = At(kScale)) visitor->Visit({&scale_, 1}, 0);
     PackAll();
     const float* mask = context.in[3].F32().data();
@@ -129,38 +228,36 @@ class AttentionRun {
   PointVisitor* At(AttentionPoint point) const {
     return static_cast<size_t>(point) < context_.points.size() ? context_.points[point] : nullptr;
   }
-
-  // Floats that k terms of a product take.
-  int64_t Depth(int64_t k) const { return bf16_ ? gemm::Pairs(k) : k; }
+  const QParams* GridAt(AttentionPoint point) const {
+    return static_cast<size_t>(point) < context_.grids.size() ? context_.grids[point] : nullptr;
+  }
 
   gemm::Panels KeyPanels(int64_t kv_head) const {
-    return {packed_ + kv_head * (k_floats_ + v_floats_), Depth(sizes_.head_size), sizes_.keys};
+    return {packed_ + kv_head * (k_floats_ + v_floats_), scores_.Depth(), sizes_.keys};
   }
   gemm::Panels ValuePanels(int64_t kv_head) const {
-    return {packed_ + kv_head * (k_floats_ + v_floats_) + k_floats_, Depth(sizes_.keys), sizes_.head_size};
+    return {packed_ + kv_head * (k_floats_ + v_floats_) + k_floats_, out_.Depth(), sizes_.head_size};
   }
 
-  void PackAll() const {
-    const int64_t elements = sizes_.keys * sizes_.head_size;
-    const int64_t key_panels = gemm::PanelCount(sizes_.keys), value_panels = gemm::PanelCount(sizes_.head_size);
+  void PackAll() {
+    const auto& [heads, kv_heads, queries, keys, head_size] = sizes_;
+    const int64_t key_panels = gemm::PanelCount(keys), value_panels = gemm::PanelCount(head_size);
     const int64_t panels = key_panels + value_panels;
+    const int64_t k_elements = keys * scores_.Depth(), v_elements = out_.Depth() * head_size;
     const float* all_k = context_.in[1].F32().data();
     const float* all_v = context_.in[2].F32().data();
-    int64_t k_elements = elements, v_elements = elements;
-    hwy::AlignedFreeUniquePtr<float[]> pairs;
-    if (bf16_) {
-      k_elements = sizes_.keys * Depth(sizes_.head_size);
-      v_elements = Depth(sizes_.keys) * sizes_.head_size;
-      pairs = hwy::AllocateAligned<float>(static_cast<size_t>(sizes_.kv_heads * (k_elements + v_elements)));
-      PairAll(pairs.get(), pairs.get() + sizes_.kv_heads * k_elements);
-      all_k = pairs.get();
-      all_v = all_k + sizes_.kv_heads * k_elements;
-    }
-    ParallelFor(sizes_.kv_heads * panels, 4, [&](int64_t begin, int64_t end) {
+    const int64_t k_converted = scores_.Converts() ? kv_heads * k_elements : 0;
+    const int64_t v_converted = out_.Converts() ? kv_heads * v_elements : 0;
+    hwy::AlignedFreeUniquePtr<float[]> converted;
+    if (k_converted + v_converted > 0)
+      converted = hwy::AllocateAligned<float>(static_cast<size_t>(k_converted + v_converted));
+    if (scores_.Converts()) all_k = ConvertKeys(converted.get());
+    if (out_.Converts()) all_v = ConvertValues(converted.get() + k_converted);
+    ParallelFor(kv_heads * panels, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t kv_head = i / panels, panel = i % panels;
         if (panel < key_panels)
-          gemm::Pack(all_k + kv_head * k_elements, Depth(sizes_.head_size), true, KeyPanels(kv_head), panel, panel + 1);
+          gemm::Pack(all_k + kv_head * k_elements, scores_.Depth(), true, KeyPanels(kv_head), panel, panel + 1);
         else
           gemm::Pack(all_v + kv_head * v_elements, sizes_.head_size, false, ValuePanels(kv_head), panel - key_panels,
                      panel - key_panels + 1);
@@ -168,20 +265,26 @@ class AttentionRun {
     });
   }
 
-  // k [KV,T,h] to k [KV,T,Depth(h)], and v [KV,T,h] to v [KV,Depth(T),h].
-  void PairAll(float* k, float* v) const {
-    const auto& [heads, kv_heads, queries, keys, head_size] = sizes_;
-    const float* k_from = context_.in[1].F32().data();
-    const float* v_from = context_.in[2].F32().data();
-    ParallelFor(kv_heads * keys, RowGrain(head_size), [&, width = head_size](int64_t begin, int64_t end) {
-      gemm::PairAlongRows(k_from + begin * width, width, end - begin, width, k + begin * Depth(width), Depth(width));
+  // k [KV,T,h] to k [KV,T,Depth(h)].
+  const float* ConvertKeys(float* to) {
+    const int64_t width = sizes_.head_size;
+    ParallelFor(sizes_.kv_heads * sizes_.keys, RowGrain(width), [&](int64_t begin, int64_t end) {
+      for (int64_t key = begin; key < end; ++key) {
+        const double sum = scores_.RightAlongRow(context_.in[1].F32().data() + key * width, to + key * scores_.Depth());
+        if (scores_.Counts())
+          score_columns_.offset[static_cast<size_t>(key)] =
+              -scores_.LeftZeroPoint() * (sum - static_cast<double>(width) * scores_.RightZeroPoint());
+      }
     });
-    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
-      const int64_t rows = keys, width = head_size;
-      ParallelFor(Depth(rows), RowGrain(2 * width), [&](int64_t begin, int64_t end) {
-        gemm::PairRows(v_from + kv_head * rows * width, rows, width, begin, end, v + kv_head * Depth(rows) * width);
-      });
-    }
+    return to;
+  }
+
+  // v [KV,T,h] to v [KV,Depth(T),h].
+  const float* ConvertValues(float* to) {
+    for (int64_t kv_head = 0; kv_head < sizes_.kv_heads; ++kv_head)
+      out_.RightAcrossRows(context_.in[2].F32().data() + kv_head * sizes_.keys * sizes_.head_size, sizes_.head_size,
+                           to + kv_head * out_.Depth() * sizes_.head_size, value_sums_.data() + kv_head * sizes_.keys);
+    return to;
   }
 
   void Visit(AttentionPoint point, const RowKeys& row, float* scores, int64_t first) const {
@@ -231,26 +334,29 @@ class AttentionRun {
     float* scores = scratch;                         // [rows, score_stride_]
     float* q = scores + kBlockRows * score_stride_;  // [rows, q_stride]
     float* out = q + kBlockRows * q_stride;          // [rows, head_size]
-    float* pairs = out + kBlockRows * head_size;     // [rows, score_stride_]: the probabilities, in bf16
+    float* units = out + kBlockRows * head_size;     // [rows, score_stride_]: the probabilities, where they are converted
+    const int64_t kv_head = sizes_.KvHead(head), columns = gemm::PanelColumns();
     const float* q_from = context_.in[0].F32().data() + (head * queries + first_row) * head_size;
-    if (bf16_)
-      gemm::PairAlongRows(q_from, head_size, rows, head_size, q, q_stride);
-    else
-      for (int64_t row = 0; row < rows; ++row) CopyShort(q_from + row * head_size, head_size, q + row * q_stride);
-
-    const int64_t columns = gemm::PanelColumns();
-    const auto multiply = bf16_ ? gemm::MultiplyPairs : gemm::Multiply;
-    multiply(q, q_stride, rows, KeyPanels(sizes_.KvHead(head)),
-             {range.begin / columns, (range.end + columns - 1) / columns, 0, Depth(head_size)}, scores, score_stride_);
+    std::array<double, kBlockRows> sums;
+    for (int64_t row = 0; row < rows; ++row)
+      sums[row] = scores_.Left(q_from + row * head_size, 0, head_size, q + row * q_stride);
+    scores_.Multiply(q, q_stride, rows, KeyPanels(kv_head),
+                     {range.begin / columns, (range.end + columns - 1) / columns, 0, scores_.Depth()}, scores,
+                     score_stride_);
+    if (scores_.Counts())
+      for (int64_t row = 0; row < rows; ++row)
+        Finish(score_columns_.From(score_columns_.offset.data() + kv_head * keys + range.begin, range.begin), sums[row],
+               range.end - range.begin, scores + row * score_stride_ + range.begin);
     const float* mask = context_.in[3].F32().data();
     for (int64_t row = 0; row < rows; ++row)
       SoftmaxRow(row_keys[row], mask + (first_row + row) * keys, scores + row * score_stride_,
                  (head * queries + first_row + row) * keys, range);
-    if (bf16_)
-      gemm::PairAlongRows(scores + range.begin, score_stride_, rows, range.end - range.begin, pairs + range.begin / 2,
-                          score_stride_);
-    multiply(bf16_ ? pairs : scores, score_stride_, rows, ValuePanels(sizes_.KvHead(head)),
-             {0, gemm::PanelCount(head_size), Depth(range.begin), Depth(range.end)}, out, head_size);
+    if (out_.Converts())
+      for (int64_t row = 0; row < rows; ++row)
+        sums[row] = out_.Left(scores + row * score_stride_, range.begin, range.end, units + row * score_stride_);
+    out_.Multiply(out_.Converts() ? units : scores, score_stride_, rows, ValuePanels(kv_head),
+                  {0, gemm::PanelCount(head_size), out_.Depth(range.begin), out_.Depth(range.end)}, out, head_size);
+    if (out_.Counts()) FinishOut(kv_head, range, rows, sums, out);
     if (PointVisitor* visitor = At(kAttnOut))
       visitor->Visit({out, static_cast<size_t>(rows * head_size)}, (head * queries + first_row) * head_size);
     float* to = context_.out[0].F32().data() + (first_row * heads + head) * head_size;
@@ -260,14 +366,45 @@ class AttentionRun {
       Visit(kAttnWeights, row_keys[row], scores + row * score_stride_, (head * queries + first_row + row) * keys);
   }
 
+  static void Finish(const simd::IntegerColumns& columns, double row_sum, int64_t count, float* values) {
+    simd::FinishIntegers(reinterpret_cast<const int32_t*>(values), nullptr, columns, row_sum, count, values);
+  }
+
+  // Sums over a range of keys: probabilities outside of it are 0, so that they add nothing.
+  void FinishOut(int64_t kv_head, KeyRun range, int64_t rows, const std::array<double, kBlockRows>& sums,
+                 float* out) const {
+    const int64_t head_size = sizes_.head_size;
+    const double zero_point = out_.LeftZeroPoint();
+    const double* const value_sums = value_sums_.data() + kv_head * sizes_.keys;
+    std::vector<double> offset(static_cast<size_t>(head_size));
+    if (zero_point != 0) OffsetsOf(kv_head, range, offset);
+    for (int64_t key = range.begin; key < range.end; ++key)
+      if (std::isnan(value_sums[key])) std::ranges::fill(offset, value_sums[key]);
+    for (int64_t row = 0; row < rows; ++row)
+      Finish(out_columns_.From(offset.data(), 0), sums[row], head_size, out + row * head_size);
+  }
+
+  void OffsetsOf(int64_t kv_head, KeyRun range, std::vector<double>& offset) const {
+    const int64_t head_size = sizes_.head_size;
+    const float* const v = context_.in[2].F32().data() + kv_head * sizes_.keys * head_size;
+    for (int64_t column = 0; column < head_size; ++column) {
+      double sum = 0;  // of v / scale
+      for (int64_t key = range.begin; key < range.end; ++key)
+        sum += std::rint(static_cast<double>(v[key * head_size + column]) / context_.in[2].Grid()->scale[0]);
+      offset[static_cast<size_t>(column)] = -out_.LeftZeroPoint() * sum;
+    }
+  }
+
   const EvalContext& context_;
-  bool bf16_;
   Sizes sizes_;
+  Product scores_, out_;
   int64_t score_stride_;
   float scale_ = 1.0f;  // on its grid
   int64_t k_floats_, v_floats_;
   float* packed_;
   std::vector<RowKeys> row_keys_;
+  Columns score_columns_, out_columns_;
+  std::vector<double> value_sums_;  // of v's rows, NaN where one has a NaN
 };
 
 }  // namespace

@@ -42,6 +42,16 @@ struct Bf16Pairs {
   }
 };
 
+// int32 sum + the four products of unsigned bytes of a and signed ones of b, by lane; all in the bits of floats.
+struct ByteQuads {
+  static HWY_INLINE V MulAdd([[maybe_unused]] V a, [[maybe_unused]] V b, V sum) {
+#if HWY_TARGET == HWY_AVX3
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
+#endif
+    return sum;
+  }
+};
+
 // c[r][0, kVectors * kLanes) (+)= a[r][0, steps) b, for kRows rows; `fresh`: c holds nothing yet.
 template <class Type, int kRows, int kVectors>
 HWY_INLINE void Tile(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTRICT b, int64_t steps,
@@ -130,6 +140,11 @@ void MultiplyPairsImpl(const float* a, int64_t a_stride, int64_t m, const Panels
   CIRCLET_CHECK(HWY_TARGET == HWY_AVX3, "bf16 products need AVX-512");
   MultiplyWith<Bf16Pairs>(a, a_stride, m, b, part, c, c_stride);
 }
+void MultiplyQuadsImpl(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
+                       int64_t c_stride) {
+  CIRCLET_CHECK(HWY_TARGET == HWY_AVX3, "products of bytes need AVX-512");
+  MultiplyWith<ByteQuads>(a, a_stride, m, b, part, c, c_stride);
+}
 
 // One panel from rows of the transposed operand. They go through a small tile: rows whose distance is a multiple of
 // 4096 bytes share their cache sets, so each line must be read in one go.
@@ -170,6 +185,7 @@ namespace circlet::gemm {
 HWY_EXPORT(PanelColumnsImpl);
 HWY_EXPORT(MultiplyImpl);
 HWY_EXPORT(MultiplyPairsImpl);
+HWY_EXPORT(MultiplyQuadsImpl);
 HWY_EXPORT(PackImpl);
 
 int64_t PanelColumns() { return HWY_DYNAMIC_DISPATCH(PanelColumnsImpl)(); }
@@ -186,6 +202,11 @@ void Multiply(const float* a, int64_t a_stride, int64_t m, const Panels& b, cons
 void MultiplyPairs(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
                    int64_t c_stride) {
   HWY_DYNAMIC_DISPATCH(MultiplyPairsImpl)(a, a_stride, m, b, part, c, c_stride);
+}
+
+void MultiplyQuads(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
+                   int64_t c_stride) {
+  HWY_DYNAMIC_DISPATCH(MultiplyQuadsImpl)(a, a_stride, m, b, part, c, c_stride);
 }
 
 void PairAlongRows(const float* x, int64_t x_stride, int64_t rows, int64_t k, float* pairs, int64_t stride) {
@@ -206,6 +227,16 @@ void PairRows(const float* x, int64_t k, int64_t n, int64_t first, int64_t last,
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t both = upper[static_cast<size_t>(i)] | static_cast<uint32_t>(lower[i]) << 16;
       std::memcpy(pairs + pair * n + i, &both, sizeof(both));
+    }
+  }
+}
+
+void QuadRows(const int8_t* x, int64_t k, int64_t n, int64_t first, int64_t last, float* quads) {
+  for (int64_t quad = first; quad < last; ++quad) {
+    auto* const to = reinterpret_cast<int8_t*>(quads + quad * n);
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t row = 4 * quad + i;
+      for (int64_t column = 0; column < n; ++column) to[4 * column + i] = row < k ? x[row * n + column] : int8_t{0};
     }
   }
 }

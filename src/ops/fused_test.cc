@@ -7,8 +7,12 @@
 #include <mutex>
 
 #include "circlet/base/threads.h"
+#include "circlet/exec/executor.h"
+#include "circlet/graph/builder.h"
 #include "circlet/ops/ops.h"
+#include "ops/gemm.h"
 #include "ops/simd.h"
+#include "ops/tally.h"
 #include "ops/test_values.h"
 
 namespace circlet {
@@ -251,6 +255,81 @@ TEST(AttentionTest, EqualsItsExpansionWhenPointsSnap) {
           SCOPED_TRACE(c.Text(mask) + (wide ? " int16" : " uint8") + (skip ? " skip" : ""));
           ExpectSameWhenSnapped(Attention{.skip_masked = skip}, Operands(c, mask, 11), Named(kAttentionPoints),
                                 AttentionGrids(c, wide));
+        }
+}
+
+// Puts values on grids of points by name, and names them.
+class Grids final : public PointReading {
+ public:
+  explicit Grids(std::map<std::string, QParams> grids) : grids_(std::move(grids)) {
+    for (const auto& [name, grid] : grids_) {
+      const CodeRange codes = CodesOf(grid.dtype);
+      snappers_.try_emplace(name, simd::Grid{grid.scale[0], grid.zero_point[0], static_cast<int32_t>(codes.min),
+                                             static_cast<int32_t>(codes.max), Rounding::kHalfAwayDivide});
+    }
+  }
+  PointVisitor* At(const Point& point, const TensorType&) override { return &snappers_.at(point.name); }
+  bool Writes() const override { return true; }
+  const QParams* GridAt(const Point& point) override { return &grids_.at(point.name); }
+
+ private:
+  std::map<std::string, QParams> grids_;
+  std::map<std::string, Snapper> snappers_;
+};
+
+// Where q, k and v, or the probabilities and v, lie on grids of 8 bits, both ways sum codes: in other kernels, and the
+// expansion over all keys.
+TEST(AttentionTest, EqualsItsExpansionInIntegers) {
+  if (!gemm::MultipliesBytes()) GTEST_SKIP() << "without AVX-512 VNNI no product is summed in integers";
+  std::vector<Case> cases = kCases;
+  cases.push_back({2, 1, 50, 33, 7});  // odd: quads are not full
+  const auto grid = [](DType dtype, float scale, int32_t zero_point) {
+    return QParams{.dtype = dtype, .scale = {scale}, .zero_point = {zero_point}};
+  };
+  const QParams wide = grid(DType::kI16, 1e-4f, 0);
+  for (const Case& c : cases)
+    for (const Mask mask : kMasks)
+      for (const bool batched : {false, true})
+        for (const auto& [softmax, v] : {std::pair{grid(DType::kU8, 1 / 255.0f, 0), grid(DType::kU8, 0.025f, 120)},
+                                         {grid(DType::kI8, 1 / 255.0f, -128), grid(DType::kI8, 0.025f, 3)},
+                                         {grid(DType::kU8, 1 / 250.0f, 5), grid(DType::kI4, 0.4f, 1)},
+                                         {wide, grid(DType::kU8, 0.025f, 120)}}) {
+          if (batched && c.mask_of_rank_3) continue;
+          SCOPED_TRACE(c.Text(mask) + (batched ? " batched " : " ") + std::string(Name(softmax.dtype)));
+          const std::vector<Tensor> in = Operands(c, mask, 11);
+          Graph graph;
+          const Builder b(graph);
+          const auto input = [&](const char* name, const Tensor& tensor) {
+            return b.Point(name, graph.AddInput(name, tensor.Type()));
+          };
+          const ValueId q = input("q", in[0]), k = input("k", in[1]), values = input("v", in[2]);
+          const Attention op{.skip_masked = !batched,
+                             .explicit_transpose = batched,
+                             .form = batched ? Attention::Form::kBatched : Attention::Form::kByHead};
+          graph.AddOutput("y", graph.Add(op, {q, k, values, graph.AddInput("mask", in[3].Type())},
+                                         Named({"logits_raw", "logits", "mask_add", "softmax", "attn_out"}))
+                                   .front());
+          const float logit = 0.002f * std::sqrt(static_cast<float>(c.head_size));
+          Grids grids({{"q", grid(DType::kU8, 0.03f, 100)},
+                       {"k", grid(DType::kI8, 0.025f, 7)},
+                       {"v", v},
+                       {"logits_raw", grid(DType::kI16, logit, 0)},
+                       {"logits", grid(DType::kI16, logit, 0)},
+                       {"mask_add", grid(DType::kI16, 0.01f, 0)},
+                       {"softmax", softmax},
+                       {"attn_out", grid(DType::kI16, 1e-5f, 0)}});
+          const std::map<std::string, Tensor> inputs{{"q", in[0]}, {"k", in[1]}, {"v", in[2]}, {"mask", in[3]}};
+          gemm::Tally tally;
+          const auto run = [&](const Graph& of) {
+            const gemm::TallyScope scope(tally);
+            return Executor(of, &grids).Run(inputs, nullptr).at("y");
+          };
+          EXPECT_TRUE(SameBits(run(graph).F32(), run(Expanded(graph)).F32()));
+          int64_t counted = 0, others = 0;
+          for (const auto& [shape, count] : tally.Counts())
+            (shape.operand == gemm::Operand::kBytes ? counted : others) += count;
+          EXPECT_EQ(counted, 2 * c.heads * (softmax == wide ? 1 : 2));
+          EXPECT_EQ(others, 2 * c.heads * (softmax == wide ? 1 : 0));
         }
 }
 

@@ -22,6 +22,16 @@ bool IsTrivial(const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
 
 }  // namespace
 
+bool MultipliesBytes() {
+  static const bool multiplies = [] {
+    // What oneDNN goes by, which the environment may lower.
+    const dnnl::cpu_isa isa = dnnl::get_effective_cpu_isa();
+    return isa == dnnl::cpu_isa::avx512_core_vnni || isa == dnnl::cpu_isa::avx512_core_bf16 ||
+           isa == dnnl::cpu_isa::avx512_core_amx;
+  }();
+  return multiplies;
+}
+
 // By groups of columns, each packed by the thread that multiplies with it.
 void LinearByPanels(const float* x, const float* w, const float* bias, int64_t m, int64_t n, int64_t k, float* y) {
   const int64_t columns = 4 * PanelColumns();

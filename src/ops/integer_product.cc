@@ -1,10 +1,12 @@
 #include "ops/integer_product.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
 #include "ops/codes.h"
+#include "ops/gemm.h"
 #include "ops/internal.h"
 #include "ops/onednn_product.h"
 #include "ops/simd.h"
@@ -18,13 +20,15 @@ constexpr int64_t kMostTerms = 1 << 15;
 
 int64_t Floats(int64_t bytes) { return (bytes + 3) / 4; }
 
+bool IsBytes(const QParams& grid) { return IsInteger(grid.dtype) && BitWidth(grid.dtype) <= 8; }
+
 // Rows of x as unsigned codes; those of 16 bits in two digits, all the high ones first.
 class CodedRows {
  public:
   CodedRows(const float* x, int64_t rows, int64_t k, const QParams& grid)
       : digits_(BitWidth(grid.dtype) == 16 ? 2 : 1),
         count_(rows),
-        zero_point_(grid.zero_point[0] - static_cast<int32_t>(CodesOf(grid.dtype).min)),
+        zero_point_(UnsignedZeroPoint(grid)),
         scale_(grid.scale[0]) {
     uint8_t* const codes = reinterpret_cast<uint8_t*>(ThreadFloats<struct RowCodes>(Floats(digits_ * rows * k)));
     double* const sums = reinterpret_cast<double*>(ThreadFloats<struct RowSums>(2 * rows));
@@ -88,6 +92,42 @@ struct CodedColumns {
   }
 };
 
+// A computed right operand as signed bytes, and what every row of y needs of it. A NaN in it reaches its column of y, or
+// all of y when it is not transposed.
+struct CodedMatrix {
+  const int8_t* codes;
+  simd::IntegerColumns finish;
+
+  CodedMatrix(const float* b, const QParams& grid, bool transposed, int64_t n, int64_t k, const CodedRows& a) {
+    const int64_t rows = transposed ? n : k, width = transposed ? k : n;
+    auto* const bytes = reinterpret_cast<int8_t*>(ThreadFloats<struct MatrixCodes>(Floats(rows * width)));
+    auto* const numbers = reinterpret_cast<double*>(ThreadFloats<struct MatrixNumbers>(2 * (4 * n + rows)));
+    double *const offset = numbers, *const zero_points = offset + n, *const scales = zero_points + n,
+                 *const biases = scales + n, *const row_sums = biases + n;
+    const int32_t zero_point = UnsignedZeroPoint(grid) - 128;
+    ParallelFor(rows, RowGrain(width), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        row_sums[row] = simd::CodesOf8Bits(b + row * width, width, grid.scale[0], zero_point,
+                                           reinterpret_cast<uint8_t*>(bytes + row * width));
+    });
+    std::fill_n(zero_points, n, zero_point);
+    std::fill_n(scales, n, a.Scale() * grid.scale[0]);
+    std::fill_n(biases, n, 0.0);
+    const double of_zero_points = static_cast<double>(k) * zero_point;
+    if (transposed) {
+      for (int64_t j = 0; j < n; ++j) offset[j] = -a.ZeroPoint() * (row_sums[j] - of_zero_points);
+    } else {
+      std::fill_n(offset, n, a.ZeroPoint() * of_zero_points);
+      for (int64_t row = 0; row < k; ++row)
+        for (int64_t j = 0; j < n; ++j) offset[j] -= a.ZeroPoint() * bytes[row * n + j];
+      for (int64_t row = 0; row < k; ++row)
+        if (std::isnan(row_sums[row])) std::fill_n(offset, n, row_sums[row]);
+    }
+    codes = bytes;
+    finish = {offset, zero_points, scales, biases};
+  }
+};
+
 // `count` columns of y, of row stride `stride`. The sums stand where their results will, unless each needs two.
 void Multiply(const CodedRows& x, const CodedColumns& w, int64_t count, int64_t k, float* y, int64_t stride) {
   const bool in_place = x.Digits() == 1;
@@ -106,18 +146,35 @@ void Multiply(const CodedRows& x, const CodedColumns& w, int64_t count, int64_t 
   });
 }
 
-bool MultipliesBytes() {
-  static const bool multiplies = gemm::MultipliesBytes();
-  return multiplies;
-}
-
 }  // namespace
 
 bool SummedInIntegers(const QParams* x, const QParams* w, int64_t k) {
-  if (!MultipliesBytes() || x == nullptr || w == nullptr || k == 0 || k > kMostTerms) return false;
-  const auto bytes = [](const QParams& grid) { return IsInteger(grid.dtype) && BitWidth(grid.dtype) <= 8; };
-  const bool x_fits = !x->PerChannel() && (bytes(*x) || x->dtype == DType::kI16);
-  return x_fits && bytes(*w) && w->axis <= 0;
+  if (!gemm::MultipliesBytes() || x == nullptr || w == nullptr || k == 0 || k > kMostTerms) return false;
+  const bool x_fits = !x->PerChannel() && (IsBytes(*x) || x->dtype == DType::kI16);
+  return x_fits && IsBytes(*w) && w->axis <= 0;
+}
+
+bool BytesSummedInIntegers(const QParams* a, const QParams* b, int64_t k) {
+  return SummedInIntegers(a, b, k) && IsBytes(*a) && !b->PerChannel();
+}
+
+int32_t UnsignedZeroPoint(const QParams& grid) {
+  return grid.zero_point[0] - static_cast<int32_t>(CodesOf(grid.dtype).min);
+}
+
+void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const QParams& b_grid, bool transposed, int64_t m,
+                   int64_t n, int64_t k, float* y) {
+  CIRCLET_CHECK(BytesSummedInIntegers(&a_grid, &b_grid, k), "a product of bytes that is not summed in integers");
+  const CodedRows rows(a, m, k, a_grid);
+  const CodedMatrix matrix(b, b_grid, transposed, n, k, rows);
+  gemm::ProductOf({.m = m, .n = n, .k = k, .transposed = transposed, .operand = gemm::Operand::kBytes})
+      .Run(rows.Codes(), matrix.codes, nullptr, y);
+  ParallelFor(m, RowGrain(n), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* const to = y + row * n;
+      simd::FinishIntegers(reinterpret_cast<const int32_t*>(to), nullptr, matrix.finish, rows.Sum(row), n, to);
+    }
+  });
 }
 
 // Rows of x in blocks whose codes and sums are a few MiB, and columns where W has to be unpacked.
@@ -141,6 +198,6 @@ void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Te
   }
 }
 
-std::string InstructionSets() { return std::string(simd::InstructionSet()) + (MultipliesBytes() ? " VNNI" : ""); }
+std::string InstructionSets() { return std::string(simd::InstructionSet()) + (gemm::MultipliesBytes() ? " VNNI" : ""); }
 
 }  // namespace circlet

@@ -19,6 +19,16 @@ namespace circlet {
 // (AVX-512 VNNI or AMX; without them a float product is faster).
 bool SummedInIntegers(const QParams* x, const QParams* w, int64_t k);
 
+// The same for two computed operands: both on one grid of at most 8 bits.
+bool BytesSummedInIntegers(const QParams* a, const QParams* b, int64_t k);
+// The zero point of a grid of at most 8 bits whose codes count from 0 up, as products of bytes want their left operand;
+// the right one is less by 128.
+int32_t UnsignedZeroPoint(const QParams& grid);
+
+// y = a b of matrices [m,k] and [k,n] (`transposed`: [n,k]) on those grids, row by row without gaps.
+void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const QParams& b_grid, bool transposed, int64_t m,
+                   int64_t n, int64_t k, float* y);
+
 // x: float32 [..,k] whose values lie on x.Grid(). w: codes [n,k] of w.Grid(), a few MiB of which are unpacked at a time
 // where they are no signed bytes. bias [n] or null. A NaN in a row of x makes its row of y NaN.
 void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y);

@@ -10,7 +10,7 @@
 #include "circlet/base/threads.h"
 #include "circlet/ops/matmul.h"
 #include "ops/codes.h"
-#include "ops/onednn_product.h"
+#include "ops/gemm.h"
 #include "ops/test_values.h"
 
 namespace circlet {

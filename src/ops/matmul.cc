@@ -174,6 +174,16 @@ void BatchMatMul::Eval(const EvalContext& context) const {
   const Shape batch = Leading(y_shape);
   const std::vector<int64_t> a_index = BatchIndices(Leading(a_shape), batch);
   const std::vector<int64_t> b_index = BatchIndices(Leading(b_shape), batch);
+  const Tensor &a_tensor = context.in[0], &b_tensor = context.in[1];
+  if (BytesSummedInIntegers(a_tensor.Grid(), b_tensor.Grid(), a_shape[-1])) {
+    const int64_t depth = a_shape[-1];
+    gemm::Count({m, n, depth, transpose_b, gemm::Operand::kBytes}, static_cast<int64_t>(a_index.size()));
+    for (size_t i = 0; i < a_index.size(); ++i)
+      IntegerMatMul(a_tensor.F32().data() + a_index[i] * m * depth, *a_tensor.Grid(),
+                    b_tensor.F32().data() + b_index[i] * depth * n, *b_tensor.Grid(), transpose_b, m, n, depth,
+                    y + static_cast<int64_t>(i) * m * n);
+    return;
+  }
   const Operands operands(context, transpose_b);
   const int64_t k = operands.k;
   const auto buffer = hwy::AllocateAligned<float>(static_cast<size_t>(gemm::PackedFloats(k, n)));

@@ -60,15 +60,4 @@ OneDnnProduct& ProductOf(const ProductShape& shape, bool with_bias) {
   return products.try_emplace(key, shape, with_bias).first->second;
 }
 
-bool MultipliesBytes() {
-  switch (dnnl::get_effective_cpu_isa()) {
-    case dnnl::cpu_isa::avx512_core_vnni:
-    case dnnl::cpu_isa::avx512_core_bf16:
-    case dnnl::cpu_isa::avx512_core_amx:
-      return true;
-    default:
-      return false;
-  }
-}
-
 }  // namespace circlet::gemm

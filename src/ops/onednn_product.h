@@ -30,7 +30,4 @@ class OneDnnProduct {
 // The calling thread's, made at the first call: creating one costs more than a small product. Valid until the next call.
 OneDnnProduct& ProductOf(const ProductShape& shape, bool with_bias = false);
 
-// Whether products of bytes are exact (older kernels saturate sums of two) and faster than those of float32.
-bool MultipliesBytes();
-
 }  // namespace circlet::gemm

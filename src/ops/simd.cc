@@ -226,7 +226,7 @@ HWY_INLINE double CodesOfGrid(const float* x, int64_t count, float scale, int32_
     store(i, codes, count - i);
   }
   const uint32_t total = hn::GetLane(hn::SumOfLanes(d32, sum)) - static_cast<uint32_t>(count) * kShiftBits;
-  return static_cast<double>(total) + static_cast<double>(hn::GetLane(hn::SumOfLanes(kD, odd)));
+  return static_cast<double>(static_cast<int32_t>(total)) + static_cast<double>(hn::GetLane(hn::SumOfLanes(kD, odd)));
 }
 
 // The low bytes of the first `count` elements.

@@ -31,8 +31,9 @@ void Snap(float* x, int64_t count, const Grid& grid);
 void Quantize(const float* x, int64_t count, const Grid& grid, int16_t* codes);  // NaN gets the smallest code
 void Dequantize(const int16_t* codes, int64_t count, float scale, int32_t zero_point, float* x);
 
-// Codes of values that lie on their grid, rint(x / scale) + zero_point, as unsigned integers of 8 bits, or of 16 bits in
-// two digits, 256 high + low. Returns the sum of the codes, NaN when a value is NaN or an infinity. At most 2^15 values.
+// Codes of values that lie on their grid, rint(x / scale) + zero_point, as bytes (below 0 in two's complement), or as
+// unsigned integers of 16 bits in two digits, 256 high + low. Returns the sum of the codes, NaN when a value is NaN or an
+// infinity. At most 2^15 values.
 double CodesOf8Bits(const float* x, int64_t count, float scale, int32_t zero_point, uint8_t* codes);
 double CodesOf16Bits(const float* x, int64_t count, float scale, int32_t zero_point, uint8_t* high, uint8_t* low);
 int64_t SumOfCodes(const int8_t* codes, int64_t count);

@@ -71,6 +71,7 @@ struct EvalContext {
   std::span<const Tensor> in;
   std::span<const Tensor> out;                  // allocated, typed by Infer
   std::span<PointVisitor* const> points;        // of a fused kernel, in the order of its node; null: pass
+  std::span<const QParams* const> grids;        // that visitors put values on, in the order of `points`; null: none
   bool points_write = false;                    // whether visitors change values (fake-quantize) or only look
   Compute compute = Compute::kFloat32;          // of products of computed values; a linear goes by its weight's type
 };
