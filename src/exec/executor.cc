@@ -191,12 +191,13 @@ Tensor ToBF16(const Tensor& tensor) {
   return result;
 }
 
-Executor::Executor(const Graph& graph, PointReading* reading, ExecutorOptions options)
+Executor::Executor(Graph given, PointReading* reading, ExecutorOptions options)
     : plan_(std::make_unique<Plan>()) {
   if (options.compute == Compute::kBf16 && !Bf16Supported())
     Fail("bf16: this processor does not multiply bf16; that needs AVX-512 BF16 (avx512_bf16); compute in float32");
   plan_->compute = options.compute;
-  plan_->graph = graph;
+  plan_->graph = std::move(given);
+  const Graph& graph = plan_->graph;
   std::vector<PointUseOfNode> uses(graph.Nodes().size());
   plan_->visitors.resize(graph.Nodes().size());
   plan_->point_grids.resize(graph.Nodes().size());

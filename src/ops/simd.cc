@@ -472,48 +472,66 @@ HWY_INLINE V MaxOf(const float* x, int64_t count, V high) {
   return hn::Max(high, other);
 }
 
+// The sum of kSoftmaxLanes chains, each half added to the other: the same tree whatever the width of a vector.
+template <class D>
+HWY_INLINE float SumOfChains([[maybe_unused]] D d, hn::Vec<D> chains) {
+#if HWY_TARGET == HWY_SCALAR
+  return hn::GetLane(chains);
+#else
+  if constexpr (hn::MaxLanes(d) > 4) {
+    const hn::Half<D> half;
+    return SumOfChains(half, hn::Add(hn::LowerHalf(half, chains), hn::UpperHalf(half, chains)));
+  } else {
+    HWY_ALIGN float lanes[4];
+    hn::Store(chains, d, lanes);
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  }
+#endif
+}
+
 // Sums run in kSoftmaxLanes interleaved chains, whatever the width of a vector.
 void SoftmaxRowImpl(float* x, int64_t count) {
   if (count == 0) return;
   constexpr int64_t kVectors = kSoftmaxLanes / kLanes;
   const int64_t whole = count / kSoftmaxLanes * kSoftmaxLanes;
-  HWY_ALIGN float rest[kSoftmaxLanes];
-  std::fill_n(rest, kSoftmaxLanes, -kInf);
-  std::memcpy(rest, x + whole, static_cast<size_t>(count - whole) * sizeof(float));
-
-  V high = hn::Load(kD, rest);
-  for (int64_t v = 1; v < kVectors; ++v) high = hn::Max(high, hn::Load(kD, rest + v * kLanes));
+  V rest[kVectors], sums[kVectors], high = hn::Set(kD, -kInf);
+  const auto rest_count = [&](int64_t v) { return std::clamp<int64_t>(count - whole - v * kLanes, 0, kLanes); };
+  for (int64_t v = 0; v < kVectors; ++v) {
+    const auto taken = hn::FirstN(kD, static_cast<size_t>(rest_count(v)));
+    rest[v] = hn::IfThenElse(taken, LoadRest(x + whole + v * kLanes, rest_count(v)), hn::Set(kD, -kInf));
+    high = hn::Max(high, rest[v]);
+    sums[v] = hn::Zero(kD);
+  }
   const V max = hn::MaxOfLanes(kD, MaxOf(x, whole, high));
 
-  V sums[kVectors];
-  for (int64_t v = 0; v < kVectors; ++v) sums[v] = hn::Zero(kD);
   const V cut = hn::Set(kD, -28.0f);
-  const auto grow = [&](float* values) HWY_ATTR {
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const V below = hn::Sub(hn::LoadU(kD, values + v * kLanes), max);
-      const V term = hn::IfThenZeroElse(hn::Lt(below, cut), ExpOfSoftmax(below));
-      sums[v] = hn::Add(sums[v], term);
-      hn::StoreU(term, kD, values + v * kLanes);
-    }
+  const auto grown = [&](V value, V& sum) HWY_ATTR {
+    const V below = hn::Sub(value, max);
+    const V term = hn::IfThenZeroElse(hn::Lt(below, cut), ExpOfSoftmax(below));
+    sum = hn::Add(sum, term);
+    return term;
   };
-  for (int64_t i = 0; i < whole; i += kSoftmaxLanes) grow(x + i);
-  if (whole < count) grow(rest);
+  for (int64_t i = 0; i < whole; i += kSoftmaxLanes)
+    for (int64_t v = 0; v < kVectors; ++v)
+      hn::StoreU(grown(hn::LoadU(kD, x + i + v * kLanes), sums[v]), kD, x + i + v * kLanes);
+  if (whole < count)
+    for (int64_t v = 0; v < kVectors; ++v) rest[v] = grown(rest[v], sums[v]);
 
-  HWY_ALIGN float chains[kSoftmaxLanes];
-  for (int64_t v = 0; v < kVectors; ++v) hn::Store(sums[v], kD, chains + v * kLanes);
-  for (int64_t n = kSoftmaxLanes / 2; n > 0; n /= 2)
-    for (int64_t i = 0; i < n; ++i) chains[i] += chains[i + n];
+  for (int64_t n = kVectors / 2; n > 0; n /= 2)
+    for (int64_t v = 0; v < n; ++v) sums[v] = hn::Add(sums[v], sums[v + n]);
+  const float total = SumOfChains(kD, sums[0]);
 
   // The quotients that a division gives, at the price of three products: the first is off by little, and its remainder,
   // which the fused product has exactly, corrects it (Markstein). Terms are 0 or at least exp(-28), sums at least 1.
-  const V sum = hn::Set(kD, chains[0]), reciprocal = hn::Set(kD, 1.0f / chains[0]);
+  const V sum = hn::Set(kD, total), reciprocal = hn::Set(kD, 1.0f / total);
   const auto divided = [&](V term) HWY_ATTR {
     if constexpr (!kFused) return hn::Div(term, sum);
     const V quotient = hn::Mul(term, reciprocal);
     return hn::MulAdd(hn::NegMulAdd(quotient, sum, term), reciprocal, quotient);
   };
   for (int64_t i = 0; i < whole; i += kLanes) hn::StoreU(divided(hn::LoadU(kD, x + i)), kD, x + i);
-  for (int64_t i = whole; i < count; ++i) x[i] = rest[i - whole] / chains[0];
+  for (int64_t v = 0; v < kVectors && rest_count(v) > 0; ++v)
+    StoreRest(divided(rest[v]), rest_count(v), x + whole + v * kLanes);
 }
 
 double SumOfExpImpl(const float* x, int64_t count, float shift) {

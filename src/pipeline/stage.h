@@ -120,10 +120,9 @@ class StageRunner {
 
 // A graph with its reading, ready to run.
 struct ReadyGraph {
-  ReadyGraph(Graph g, std::unique_ptr<PointReading> r, ExecutorOptions options)
-      : reading(std::move(r)), graph(std::move(g)), executor(graph, reading.get(), options) {}
+  ReadyGraph(Graph graph, std::unique_ptr<PointReading> r, ExecutorOptions options)
+      : reading(std::move(r)), executor(std::move(graph), reading.get(), options) {}
   std::unique_ptr<PointReading> reading;  // null: float
-  Graph graph;
   Executor executor;
 };
 

@@ -43,7 +43,7 @@ Tensor ToBF16(const Tensor& tensor);
 class Executor {
  public:
   // `reading` may be null and must outlive the executor. Throws Error when the processor lacks what `options` asks for.
-  Executor(const Graph& graph, PointReading* reading, ExecutorOptions options = {});
+  Executor(Graph graph, PointReading* reading, ExecutorOptions options = {});
   ~Executor();
   Executor(Executor&&) noexcept;
 
