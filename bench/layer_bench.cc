@@ -2,7 +2,7 @@
 // processor), observing, fake-quantized and export, beside the float32 matrix products alone in oneDNN. Prints one
 // table; `--json` prints it as JSON. Ratios are of minima in one run.
 //
-//   layer_bench [--json] [--threads N] [--tokens 2048] [--rounds 5]
+//   layer_bench [--json] [--threads N] [--tokens 2048] [--rounds 5] [--recipe default]
 
 #include <algorithm>
 #include <array>
@@ -24,6 +24,7 @@
 #include "circlet/model/tables.h"
 #include "circlet/model/text.h"
 #include "circlet/model/vision.h"
+#include "circlet/quant/affine.h"
 #include "circlet/quant/calibration.h"
 #include "ops/gemm.h"
 
@@ -112,7 +113,7 @@ struct Row {
   double products, observe, floats, bf16, rounded, write;
 };
 
-Row Measure(Case& c, int rounds) {
+Row Measure(Case& c, int rounds, const Recipe& recipe) {
   std::map<std::string, Tensor> parameters;
   uint32_t seed = 10;
   for (const Value& value : c.graph.Values()) {
@@ -134,7 +135,7 @@ Row Measure(Case& c, int rounds) {
   for (const auto& [count, m, n, k] : c.products)
     products.push_back({count, m, n, k, Normal({m, k}, 1, 3), Normal({n, k}, 1, 4), Tensor(TensorType{DType::kF32, {m, n}})});
 
-  Calibration calibration(Recipe::Load("default"), kDefault);
+  Calibration calibration(recipe, kDefault);
   ObserveReading observe(calibration);
   Executor plain(c.graph, nullptr), observing(c.graph, &observe);
   std::optional<Executor> bf16;
@@ -153,7 +154,7 @@ Row Measure(Case& c, int rounds) {
     keep(row.observe, Seconds([&] { observing.Run(c.inputs, weights); }));
     observe.End();
   }
-  Calibration frozen(Recipe::Load("default"), kDefault);
+  Calibration frozen(recipe, kDefault);
   {
     // Boundary points belong to other graphs; a wide grid stands for what a whole run would know by now.
     calibration.Freeze(c.graph, weights);
@@ -165,7 +166,7 @@ Row Measure(Case& c, int rounds) {
           PointParams params{.spec = calibration.GetRecipe().SpecFor(point, kDefault)};
           params.min = {-120.0f};
           params.max = {120.0f};
-          params.qparams = {.dtype = DType::kI16, .scale = {120.0f / 32767.0f}, .zero_point = {0}};
+          params.qparams = ComputeQParams(-120.0f, 120.0f, params.spec.dtype, params.spec.scheme.symmetric);
           store.Set(params);
         }
     frozen.UseFrozen(std::move(store));
@@ -192,12 +193,14 @@ int main(int argc, char** argv) {
   bool json = false;
   int64_t tokens = 2048;
   int rounds = 5;
+  std::string recipe = "default";
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--json") == 0) json = true;
     if (i + 1 >= argc) continue;
     if (std::strcmp(argv[i], "--threads") == 0) SetThreads(std::atoi(argv[i + 1]));
     if (std::strcmp(argv[i], "--tokens") == 0) tokens = std::atoll(argv[i + 1]);
     if (std::strcmp(argv[i], "--rounds") == 0) rounds = std::atoi(argv[i + 1]);
+    if (std::strcmp(argv[i], "--recipe") == 0) recipe = argv[i + 1];
   }
   std::vector<Case> cases;
   cases.push_back(TextCase(false, tokens));
@@ -207,7 +210,7 @@ int main(int argc, char** argv) {
     std::printf("%-30s %9s %9s %9s %9s %9s %8s | %7s %8s %7s %7s\n", "", "products", "float", "bf16", "observe",
                 "rounded", "export", "flt/prd", "flt/bf16", "obs/flt", "rnd/flt");
   for (Case& c : cases) {
-    const Row r = Measure(c, rounds);
+    const Row r = Measure(c, rounds, Recipe::Load(recipe));
     if (json)
       std::printf(
           "{\"case\": \"%s\", \"products_s\": %.4f, \"float_s\": %.4f, \"bf16_s\": %.4f, "

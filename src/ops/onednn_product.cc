@@ -56,7 +56,7 @@ OneDnnProduct& ProductOf(const ProductShape& shape, bool with_bias) {
   const std::tuple key(shape, with_bias, Threads());
   if (const auto it = products.find(key); it != products.end()) return it->second;
   // Prompts of many lengths must not collect products for ever.
-  if (products.size() >= 256) products.clear();
+  if (products.size() >= 1024) products.clear();
   return products.try_emplace(key, shape, with_bias).first->second;
 }
 
