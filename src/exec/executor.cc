@@ -69,8 +69,12 @@ struct Executor::Plan {
   struct Reader {
     const Node* node;  // null: the graph's output
     size_t operand;
-    bool LinearWeight() const { return node != nullptr && std::holds_alternative<FullyConnected>(node->op.kind) && operand == 1; }
-    bool Table() const { return node != nullptr && std::holds_alternative<Gather>(node->op.kind) && operand == 0; }
+    template <typename T>
+    bool Is(size_t place) const {
+      return node != nullptr && std::holds_alternative<T>(node->op.kind) && operand == place;
+    }
+    bool LinearWeight() const { return Is<FullyConnected>(1); }
+    bool Table() const { return Is<Gather>(0); }
   };
   std::vector<std::vector<Reader>> readers;  // by value, of inputs, parameters and constants: who looks at the bytes
   std::vector<const QParams*> grids;         // by value
@@ -213,8 +217,7 @@ Executor::Executor(Graph given, PointReading* reading, ExecutorOptions options)
   }
   plan_->memory = PlanMemory(graph, uses);
   plan_->FindReaders();
-  plan_->grids = reading == nullptr ? std::vector<const QParams*>(graph.Values().size(), nullptr)
-                                    : GridsOfValues(plan_->graph, plan_->visitors, plan_->point_grids, reading->Writes());
+  plan_->grids = GridsOfValues(graph, plan_->visitors, plan_->point_grids, plan_->points_write);
   plan_->tensors.resize(graph.Values().size());
   plan_->operands.resize(graph.Nodes().size());
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {

@@ -217,7 +217,8 @@ std::vector<float> ProductOf(PointReading* reading, const std::function<ValueId(
   for (float& v : values.F32()) v = static_cast<float>(static_cast<int16_t>(random())) * 0.01f;
   for (int8_t& v : codes.As<int8_t>()) v = static_cast<int8_t>(random());
   const QParams grid{.dtype = DType::kI8, .scale = {0.003f}, .zero_point = {5}};
-  return List(Executor(graph, reading).Run({{"x", values}}, [&](const std::string&) { return codes.WithGrid(&grid); }).at("y"));
+  const WeightSource weights = [&](const std::string&) { return codes.WithGrid(&grid); };
+  return List(Executor(graph, reading).Run({{"x", values}}, weights).at("y"));
 }
 
 TEST(ExecutorTest, ProductsAreSummedInIntegersWhereBothSidesLieOnGrids) {
@@ -231,8 +232,10 @@ TEST(ExecutorTest, ProductsAreSummedInIntegersWhereBothSidesLieOnGrids) {
   EXPECT_EQ(ProductOf(&grids, plain), floats);
   EXPECT_EQ(ProductOf(&grids, at("unknown")), floats);
   EXPECT_EQ(ProductOf(&grids, [](const Builder& b, ValueId x) { return b.Point("off", b.Point("a", x)); }), floats);
-  EXPECT_EQ(ProductOf(&grids, [](const Builder& b, ValueId x) { return b.Add(Neg{}, {b.Add(Neg{}, {b.Point("a", x)})}); }),
-            floats) << "arithmetic leaves the grid";
+  const auto twice_negated = [](const Builder& b, ValueId x) {
+    return b.Add(Neg{}, {b.Add(Neg{}, {b.Point("a", x)})});
+  };
+  EXPECT_EQ(ProductOf(&grids, twice_negated), floats) << "arithmetic leaves the grid";
   const auto joined = [](const char* first, const char* second) {
     return [=](const Builder& b, ValueId x) {
       const ValueId upper = b.Add(Slice{{0, 0}, {1, 300}}, {x}), lower = b.Add(Slice{{1, 0}, {4, 300}}, {x});
@@ -270,16 +273,15 @@ TEST(ExecutorTest, CodesAreFloatsForThoseWhoWantFloats) {
   const std::vector<int64_t> rows{1, 0};
   const QParams grid{.dtype = DType::kU8, .axis = 0, .scale = {1, 10}, .zero_point = {1, 0}};
   const Tensor codes = Tensor::Of<uint8_t>({2, 3}, bytes).WithGrid(&grid);
-  const auto out = Executor(graph, nullptr).Run({{"x", Values({2, 3}, {1, 1, 1, 0, 1, 0})}, {"ids", Tensor::Of<int64_t>({2}, rows)}},
-                                                [&](const std::string&) { return codes; });
+  const std::map<std::string, Tensor> inputs{{"x", Values({2, 3}, {1, 1, 1, 0, 1, 0})},
+                                             {"ids", Tensor::Of<int64_t>({2}, rows)}};
+  const auto out = Executor(graph, nullptr).Run(inputs, [&](const std::string&) { return codes; });
   EXPECT_THAT(List(out.at("product")), testing::ElementsAre(3, 150, 1, 50));
   EXPECT_THAT(List(out.at("sum")), testing::ElementsAre(1, 2, 3, 40, 51, 60));
   EXPECT_THAT(List(out.at("rows")), testing::ElementsAre(40, 50, 60, 0, 1, 2));
   EXPECT_THAT(List(out.at("flat")), testing::ElementsAre(0, 1, 2, 40, 50, 60));
-  EXPECT_THROW(Executor(graph, nullptr).Run({{"x", Values({2, 3}, {1, 1, 1, 0, 1, 0})}, {"ids", Tensor::Of<int64_t>({2}, rows)}},
-                                            [&](const std::string&) { return Tensor::Of<uint8_t>({2, 3}, bytes); }),
-               Error)
-      << "codes without a grid";
+  const WeightSource bare = [&](const std::string&) { return Tensor::Of<uint8_t>({2, 3}, bytes); };
+  EXPECT_THROW(Executor(graph, nullptr).Run(inputs, bare), Error) << "codes without a grid";
 }
 
 }  // namespace

@@ -186,7 +186,7 @@ class AttentionRun {
         row_keys_(static_cast<size_t>(sizes_.queries)),
         score_columns_(scores_, sizes_.kv_heads * sizes_.keys),
         out_columns_(out_, sizes_.head_size),
-        value_sums_(out_.Counts() ? static_cast<size_t>(sizes_.kv_heads * sizes_.keys) : 0) {
+        value_sums_(out_.Converts() ? static_cast<size_t>(sizes_.kv_heads * sizes_.keys) : 0) {
     gemm::Count({sizes_.queries, sizes_.keys, sizes_.head_size, true, scores_.Operand()}, sizes_.heads);
     gemm::Count({sizes_.queries, sizes_.head_size, sizes_.keys, false, out_.Operand()}, sizes_.heads);
     if (PointVisitor* visitor = At(kScale)) visitor->Visit({&scale_, 1}, 0);
@@ -334,7 +334,7 @@ class AttentionRun {
     float* scores = scratch;                         // [rows, score_stride_]
     float* q = scores + kBlockRows * score_stride_;  // [rows, q_stride]
     float* out = q + kBlockRows * q_stride;          // [rows, head_size]
-    float* units = out + kBlockRows * head_size;     // [rows, score_stride_]: the probabilities, where they are converted
+    float* units = out + kBlockRows * head_size;     // [rows, score_stride_]: the probabilities, if converted
     const int64_t kv_head = sizes_.KvHead(head), columns = gemm::PanelColumns();
     const float* q_from = context_.in[0].F32().data() + (head * queries + first_row) * head_size;
     std::array<double, kBlockRows> sums;

@@ -1,7 +1,7 @@
 #pragma once
 
-// The matrix products of circlet (architecture.md, rule 6): float32, bf16 operands whose products are summed in float32, or
-// bytes that are summed in int32.
+// The matrix products of circlet (architecture.md, rule 6): float32, bf16 operands whose products are summed in float32,
+// or bytes that are summed in int32.
 //
 // Linear is for weights: oneDNN where its order of summation depends on the shape alone (its AVX-512 kernels, and
 // single rows), else Multiply; the same bits for every thread count. Panels and Multiply are for attention and
@@ -58,16 +58,16 @@ void PairAlongRows(const float* x, int64_t x_stride, int64_t rows, int64_t k, fl
 void PairRows(const float* x, int64_t k, int64_t n, int64_t first, int64_t last, float* pairs);
 
 
-// The same in bytes (needs MultipliesBytes()): four neighbours along k, unsigned ones in a and signed ones in b, stand where
-// one float32 stands otherwise, zeros behind the last; c holds int32 sums. Their order cannot be seen.
+// The same in bytes (needs MultipliesBytes()): four neighbours along k, unsigned ones in a and signed ones in b, stand
+// where one float32 stands otherwise, zeros behind the last; c holds int32 sums. Their order cannot be seen.
 inline int64_t Quads(int64_t k) { return (k + 3) / 4; }
 void MultiplyQuads(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
                    int64_t c_stride);
 // The quads [first, last) of rows of x [k,n]: quads [Quads(k),n].
 void QuadRows(const int8_t* x, int64_t k, int64_t n, int64_t first, int64_t last, float* quads);
 
-// Whether the processor multiplies bytes, sums them exactly (older instructions saturate) and is faster so: AVX-512 VNNI,
-// which processors with AMX have too.
+// Whether the processor multiplies bytes, sums them exactly (older instructions saturate) and is faster so: AVX-512
+// VNNI, which processors with AMX have too.
 bool MultipliesBytes();
 
 }  // namespace circlet::gemm

@@ -118,7 +118,7 @@ struct CodedMatrix {
       for (int64_t j = 0; j < n; ++j) offset[j] = -a.ZeroPoint() * (row_sums[j] - of_zero_points);
     } else {
       std::fill_n(offset, n, a.ZeroPoint() * of_zero_points);
-      for (int64_t row = 0; row < k; ++row)
+      for (int64_t row = 0; a.ZeroPoint() != 0 && row < k; ++row)
         for (int64_t j = 0; j < n; ++j) offset[j] -= a.ZeroPoint() * bytes[row * n + j];
       for (int64_t row = 0; row < k; ++row)
         if (std::isnan(row_sums[row])) std::fill_n(offset, n, row_sums[row]);
@@ -162,8 +162,8 @@ int32_t UnsignedZeroPoint(const QParams& grid) {
   return grid.zero_point[0] - static_cast<int32_t>(CodesOf(grid.dtype).min);
 }
 
-void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const QParams& b_grid, bool transposed, int64_t m,
-                   int64_t n, int64_t k, float* y) {
+void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const QParams& b_grid, bool transposed,
+                   int64_t m, int64_t n, int64_t k, float* y) {
   CIRCLET_CHECK(BytesSummedInIntegers(&a_grid, &b_grid, k), "a product of bytes that is not summed in integers");
   const CodedRows rows(a, m, k, a_grid);
   const CodedMatrix matrix(b, b_grid, transposed, n, k, rows);

@@ -1,7 +1,7 @@
 #pragma once
 
-// y = x W^T of operands on integer grids, summed in integers: exact, so that neither the order of the sum nor the kernel
-// can be seen in y, and four times (x of 8 bits) or twice (16 bits) as fast as in float32.
+// y = x W^T of operands on integer grids, summed in integers: exact, so that neither the order of the sum nor the
+// kernel can be seen in y, and four times (x of 8 bits) or twice (16 bits) as fast as in float32.
 //
 //   y[i,j] = scale_x scale_w[j] sum_k (x[i,k] - zero_x) (w[j,k] - zero_w[j]) + bias[j]      (circle_execution.md 4)
 //
@@ -14,9 +14,8 @@
 
 namespace circlet {
 
-// Whether a product of values on these grids (null: on none), `k` terms a sum, is summed in integers: x on one grid of at
-// most 8 bits or of int16; W of at most 8 bits, on one grid or one for each row; and the processor has the instructions
-// (AVX-512 VNNI or AMX; without them a float product is faster).
+// Whether a product of values on these grids (null: on none), `k` terms a sum, is summed in integers: x on one grid of
+// at most 8 bits or of int16; W of at most 8 bits, on one grid or one for each row; and gemm::MultipliesBytes().
 bool SummedInIntegers(const QParams* x, const QParams* w, int64_t k);
 
 // The same for two computed operands: both on one grid of at most 8 bits.
@@ -26,15 +25,15 @@ bool BytesSummedInIntegers(const QParams* a, const QParams* b, int64_t k);
 int32_t UnsignedZeroPoint(const QParams& grid);
 
 // y = a b of matrices [m,k] and [k,n] (`transposed`: [n,k]) on those grids, row by row without gaps.
-void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const QParams& b_grid, bool transposed, int64_t m,
-                   int64_t n, int64_t k, float* y);
+void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const QParams& b_grid, bool transposed,
+                   int64_t m, int64_t n, int64_t k, float* y);
 
 // x: float32 [..,k] whose values lie on x.Grid(). w: codes [n,k] of w.Grid(), a few MiB of which are unpacked at a time
 // where they are no signed bytes. bias [n] or null. A NaN in a row of x makes its row of y NaN.
 void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y);
 
-// What results depend on beside their inputs, for manifests: simd::InstructionSet(), and " VNNI" behind it where products are
-// summed in integers.
+// What results depend on beside their inputs, for manifests: simd::InstructionSet(), and " VNNI" behind it where
+// products are summed in integers.
 std::string InstructionSets();
 
 }  // namespace circlet

@@ -65,7 +65,8 @@ struct Operands {
     const auto channel = static_cast<size_t>(w_grid.PerChannel() ? column : 0);
     int64_t sum = 0;
     for (int64_t i = 0; i < k; ++i)
-      sum += (CodeAt(x_codes, row * k + i) - x_grid.zero_point[0]) * (CodeAt(w, column * k + i) - w_grid.zero_point[channel]);
+      sum += (CodeAt(x_codes, row * k + i) - x_grid.zero_point[0]) *
+             (CodeAt(w, column * k + i) - w_grid.zero_point[channel]);
     const double scale = static_cast<double>(x_grid.scale[0]) * w_grid.scale[channel];
     return static_cast<float>(std::fma(static_cast<double>(sum), scale, with_bias ? bias.F32()[column] : 0.0));
   }
@@ -105,7 +106,8 @@ TEST(IntegerProductTest, BlocksAndThreadsChangeNoBit) {
     }
     IntegerLinear(o.x, o.w, nullptr, y);
     EXPECT_TRUE(SameBits(y.F32(), alone.F32()));
-    for (const auto& [row, column] : {std::pair<int64_t, int64_t>{0, 0}, {1199, 4999}, {640, 4096}, {7, 2500}, {1100, 1}})
+    for (const auto& [row, column] :
+         {std::pair<int64_t, int64_t>{0, 0}, {1199, 4999}, {640, 4096}, {7, 2500}, {1100, 1}})
       EXPECT_EQ(y.F32()[row * 5000 + column], o.Expected(row, column, false)) << row << ", " << column;
   }
 }

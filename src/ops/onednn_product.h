@@ -27,7 +27,8 @@ class OneDnnProduct {
   std::vector<dnnl_exec_arg_t> args_;
 };
 
-// The calling thread's, made at the first call: creating one costs more than a small product. Valid until the next call.
+// The calling thread's, made at the first call: creating one costs more than a small product. Valid until the next
+// call.
 OneDnnProduct& ProductOf(const ProductShape& shape, bool with_bias = false);
 
 }  // namespace circlet::gemm

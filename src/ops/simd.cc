@@ -201,18 +201,18 @@ void DequantizeImpl(const int16_t* codes, int64_t count, float scale, int32_t ze
   for (; i < count; ++i) x[i] = static_cast<float>(codes[i] - zero_point) * scale;
 }
 
-// Calls store(i, codes of x[i, i + lanes), how many of them) for all of them; the codes' sum, or NaN. A whole number added
-// to 1.5 * 2^23 stands in the low bits of the float.
+// Calls store(i, codes of x[i, i + lanes), how many of them) for all of them; the codes' sum, or NaN. A whole number
+// added to 1.5 * 2^23 stands in the low bits of the float.
 template <class Store>
 HWY_INLINE double CodesOfGrid(const float* x, int64_t count, float scale, int32_t zero_point, Store store) {
   const hn::RebindToUnsigned<Floats> d32;
   const V reciprocal = hn::Set(kD, 1.0f / scale), shift = hn::Set(kD, 0x1.8p23f + static_cast<float>(zero_point));
-  constexpr uint32_t kShiftBits = 0x4b400000;
+  const auto shift_bits = hn::Set(d32, 0x4b400000u);
   auto sum = hn::Zero(d32);
   V odd = hn::Zero(kD);  // x - x is 0, or NaN
   const auto convert = [&](V v) HWY_ATTR {
     odd = hn::Add(odd, hn::Sub(v, v));
-    return hn::BitCast(d32, hn::MulAdd(v, reciprocal, shift));
+    return hn::Sub(hn::BitCast(d32, hn::MulAdd(v, reciprocal, shift)), shift_bits);
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -225,8 +225,8 @@ HWY_INLINE double CodesOfGrid(const float* x, int64_t count, float scale, int32_
     sum = hn::Add(sum, hn::IfThenElseZero(hn::FirstN(d32, static_cast<size_t>(count - i)), codes));
     store(i, codes, count - i);
   }
-  const uint32_t total = hn::GetLane(hn::SumOfLanes(d32, sum)) - static_cast<uint32_t>(count) * kShiftBits;
-  return static_cast<double>(static_cast<int32_t>(total)) + static_cast<double>(hn::GetLane(hn::SumOfLanes(kD, odd)));
+  const auto total = static_cast<int32_t>(hn::GetLane(hn::SumOfLanes(d32, sum)));
+  return static_cast<double>(total) + static_cast<double>(hn::GetLane(hn::SumOfLanes(kD, odd)));
 }
 
 // The low bytes of the first `count` elements.
@@ -268,15 +268,16 @@ int64_t SumOfCodesImpl(const int8_t* codes, int64_t count) {
   return sum;
 }
 
-void FinishIntegersImpl(const int32_t* sum, const int32_t* low, const IntegerColumns& columns, double row, int64_t count,
-                        float* y) {
+void FinishIntegersImpl(const int32_t* sum, const int32_t* low, const IntegerColumns& columns, double row,
+                        int64_t count, float* y) {
   const hn::Rebind<int32_t, Doubles> d32;
   const auto rows = hn::Set(kD64, row), high_digit = hn::Set(kD64, 256.0);
   int64_t j = 0;
   for (; j + kDoubles <= count; j += kDoubles) {
     auto total = hn::PromoteTo(kD64, hn::LoadU(d32, sum + j));
     if (low != nullptr) total = hn::MulAdd(total, high_digit, hn::PromoteTo(kD64, hn::LoadU(d32, low + j)));
-    total = hn::NegMulAdd(hn::LoadU(kD64, columns.zero_point + j), rows, hn::Add(total, hn::LoadU(kD64, columns.offset + j)));
+    total = hn::Add(total, hn::LoadU(kD64, columns.offset + j));
+    total = hn::NegMulAdd(hn::LoadU(kD64, columns.zero_point + j), rows, total);
     total = hn::MulAdd(total, hn::LoadU(kD64, columns.scale + j), hn::LoadU(kD64, columns.bias + j));
     hn::StoreU(hn::DemoteTo(kHalf, total), kHalf, y + j);
   }

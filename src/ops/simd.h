@@ -32,13 +32,13 @@ void Quantize(const float* x, int64_t count, const Grid& grid, int16_t* codes); 
 void Dequantize(const int16_t* codes, int64_t count, float scale, int32_t zero_point, float* x);
 
 // Codes of values that lie on their grid, rint(x / scale) + zero_point, as bytes (below 0 in two's complement), or as
-// unsigned integers of 16 bits in two digits, 256 high + low. Returns the sum of the codes, NaN when a value is NaN or an
-// infinity. At most 2^15 values.
+// unsigned integers of 16 bits in two digits, 256 high + low. Returns the sum of the codes, NaN when a value is NaN or
+// an infinity. At most 2^15 values.
 double CodesOf8Bits(const float* x, int64_t count, float scale, int32_t zero_point, uint8_t* codes);
 double CodesOf16Bits(const float* x, int64_t count, float scale, int32_t zero_point, uint8_t* high, uint8_t* low);
 int64_t SumOfCodes(const int8_t* codes, int64_t count);
-// y[j] = (sum[j] + offset[j] - zero_point[j] * row) * scale[j] + bias[j], in float64 and rounded once; with `low`, 256 sum[j] + low[j]
-// stands for sum[j]. y may be where `sum` is.
+// y[j] = (sum[j] + offset[j] - zero_point[j] * row) * scale[j] + bias[j], in float64 and rounded once; with `low`,
+// 256 sum[j] + low[j] stands for sum[j]. y may be where `sum` is.
 struct IntegerColumns {
   const double *offset, *zero_point, *scale, *bias;
 };

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 
@@ -101,6 +102,40 @@ TEST(CalibratedGridsTest, AWeightThatNoFileCanStoreIsNamed) {
   const CalibratedGrids grids(calibration, [&](const std::string&) { return table; });
   EXPECT_THAT(ErrorText([&] { circle::ToCircle(GatherGraph(table.GetShape()), grids); }),
               HasSubstr("table.weight: weights cannot be stored as uint16"));
+}
+
+// Codes of every type come as int8 codes or as values; either way they are the values of the grid.
+TEST(RoundedWeightsTest, AreTheValuesOfTheirGrids) {
+  const Tensor table = Table(12, 33);
+  for (const DType dtype : {DType::kI4, DType::kU4, DType::kI8, DType::kU8, DType::kI16}) {
+    const QParams grid = RowGrids(table, dtype);
+    Calibration calibration = CalibrationWith(grid);
+    const WeightSource rounded = calibration.RoundedWeights([&](const std::string&) { return table; });
+    Tensor whole = rounded("table.weight"), rows = calibration.RoundedRows("table.weight", table, 0);
+    const Tensor expected = FakeQuantizeWeight(table, grid, calibration.GetDialect().rounding);
+    for (Tensor* tensor : {&whole, &rows}) {
+      if (tensor->GetDType() == DType::kF32) {
+        EXPECT_TRUE(std::ranges::equal(tensor->F32(), expected.F32())) << Name(dtype);
+        continue;
+      }
+      EXPECT_NE(dtype, DType::kI16);
+      ASSERT_EQ(tensor->Type(), (TensorType{DType::kI8, table.GetShape()})) << Name(dtype);
+      const QParams& own = *tensor->Grid();
+      for (int64_t i = 0; i < table.Elements(); ++i) {
+        const auto row = static_cast<size_t>(i / 33);
+        ASSERT_EQ(static_cast<float>(tensor->As<int8_t>()[i] - own.zero_point[row]) * own.scale[row], expected.F32()[i])
+            << Name(dtype) << " " << i;
+      }
+    }
+  }
+}
+
+TEST(RoundedWeightsTest, ANaNUnderGridsFromAFileIsNamed) {
+  const Tensor table = Table(12, 33);
+  const Calibration calibration = CalibrationWith(RowGrids(table, DType::kU8));
+  table.As<uint16_t>()[5 * 33 + 7] = 0x7fc0;  // NaN
+  EXPECT_THAT(ErrorText([&] { calibration.RoundedRows("table.weight", table, 0); }),
+              HasSubstr("table.weight: row 5, column 7 of the weight is nan"));
 }
 
 }  // namespace

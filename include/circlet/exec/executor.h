@@ -36,10 +36,9 @@ struct ExecutorOptions {
 Tensor ToBF16(const Tensor& tensor);
 
 // Runs one graph many times. Memory is planned once: buffers of dead values are reused, views share bytes, in-place
-// operators overwrite; nothing is allocated per operator at run time. Parameters that are codes stay so where products
-// are summed in integers, where only rows are asked for, and where they would be large; else they are float32 for as long
-// as the executor lives. Several threads may run executors at the same
-// time, one each, in a SingleThreadScope.
+// operators overwrite; no value is allocated per operator at run time. Parameters that are codes stay so where products
+// are summed in integers, where only rows are asked for, and where they would be large; else they are float32 for as
+// long as the executor lives. Several threads may run executors at the same time, one each, in a SingleThreadScope.
 class Executor {
  public:
   // `reading` may be null and must outlive the executor. Throws Error when the processor lacks what `options` asks for.

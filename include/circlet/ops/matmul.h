@@ -5,9 +5,9 @@
 namespace circlet {
 
 // y = x W^T (+ b). Inputs: x [.., K], W [N,K], optional b [N]; output [.., N] (keep_num_dims).
-// Eval also takes W in bf16 (Compute::kBf16): x is rounded to bf16 then, and sums stay float32. And it takes W as codes of
-// W.Grid(): where x lies on a grid as well, sums are exact, in integers (architecture.md, rule 6); else at most 64 MiB of W
-// are float32 at a time.
+// Eval also takes W in bf16 (Compute::kBf16): x is rounded to bf16 then, and sums stay float32. And it takes W as codes
+// of W.Grid(): where x lies on a grid as well, sums are exact, in integers (architecture.md, rule 6); else at most
+// 64 MiB of W are float32 at a time.
 struct FullyConnected {
   static constexpr std::string_view kName = "fully_connected";
   static constexpr int32_t kCircleCode = 9;
