@@ -177,15 +177,17 @@ void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const 
   });
 }
 
-// Rows of x in blocks whose codes and sums are a few MiB, and columns where W has to be unpacked.
+// Rows of x in blocks whose codes and sums are a few MiB, and so many columns that 64 rows of sums are; fewer where W has
+// to be unpacked.
 void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y) {
   constexpr int64_t kBlockBytes = int64_t{16} << 20, kSliceBytes = int64_t{8} << 20, kFewestRows = 64;
+  constexpr int64_t kMostColumns = kBlockBytes / (8 * kFewestRows);
   const int64_t n = w.GetShape()[0], k = w.GetShape()[1], m = x.Elements() / k;
   CIRCLET_CHECK(SummedInIntegers(x.Grid(), w.Grid(), k), "a product of codes that is not summed in integers");
   if (y.Elements() == 0) return;
   const int64_t digits = BitWidth(x.Grid()->dtype) == 16 ? 2 : 1;
   gemm::Count({.m = digits * m, .n = n, .k = k, .operand = gemm::Operand::kBytes});
-  const int64_t slice = w.GetDType() == DType::kI8 ? n : std::clamp<int64_t>(kSliceBytes / k, 1, n);
+  const int64_t slice = std::min(n, w.GetDType() == DType::kI8 ? kMostColumns : std::max<int64_t>(1, kSliceBytes / k));
   const int64_t row_bytes = digits == 2 ? std::max(2 * k, 8 * slice) : k;
   const int64_t block = std::max(kFewestRows, kBlockBytes / row_bytes);
   for (int64_t row = 0; row < m; row += block) {

@@ -79,7 +79,8 @@ TEST(IntegerProductTest, ElementsAreExactSumsRoundedOnce) {
                         {kI16, kU4, 17, 70, 129}, {kI16, kI4, 1, 200, 64}, {kI16, kU8, 70, 33, 1536}, {kU4, kI8, 2, 5, 9},
                         {kI16, kI8, 2, 3, 1 << 15}, {kU8, kU8, 2, 3, 1 << 15}, {kI8, kU8, 2, 3, 1 << 15},
                         {kI16, kU8, 4, 6, 77, false}, {kU8, kI8, 4, 6, 77, false, true},
-                        {kU8, kU4, 3, 600, 16001}, {kI16, kU8, 150, 2100, 16}}) {
+                        {kU8, kU4, 3, 600, 16001}, {kI16, kU8, 150, 2100, 16},
+                        {kI16, kI8, 70, 33000, 4}}) {
     const Operands o(c);
     const Tensor plain({DType::kF32, {c.m, c.n}}), biased({DType::kF32, {c.m, c.n}});
     ASSERT_TRUE(SummedInIntegers(o.x.Grid(), o.w.Grid(), c.k));
