@@ -10,8 +10,8 @@
 
 #include "circlet/io/file.h"
 #include "circlet/io/safetensors.h"
-#include "circlet/model/config.h"
-#include "circlet/model/weights.h"
+#include "circlet/model/gemma4/config.h"
+#include "circlet/model/gemma4/weights.h"
 
 namespace circlet {
 

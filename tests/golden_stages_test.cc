@@ -3,7 +3,7 @@
 
 #include <gmock/gmock.h>
 
-#include "circlet/model/tables.h"
+#include "circlet/model/gemma4/tables.h"
 #include "circlet/quant/params.h"
 #include "golden_run.h"
 

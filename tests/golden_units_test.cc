@@ -8,9 +8,9 @@
 
 #include "circlet/circle/export.h"
 #include "circlet/io/file.h"
-#include "circlet/model/blocks.h"
-#include "circlet/model/text.h"
-#include "circlet/model/weights.h"
+#include "circlet/model/gemma4/blocks.h"
+#include "circlet/model/gemma4/text.h"
+#include "circlet/model/gemma4/weights.h"
 #include "circlet/quant/calibration.h"
 #include "golden_run.h"
 

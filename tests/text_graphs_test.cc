@@ -7,8 +7,8 @@
 #include <numeric>
 
 #include "circlet/exec/executor.h"
-#include "circlet/model/tables.h"
-#include "circlet/model/text.h"
+#include "circlet/model/gemma4/tables.h"
+#include "circlet/model/gemma4/text.h"
 #include "fnv_checkpoint.h"
 #include "temp_directory.h"
 

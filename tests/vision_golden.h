@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "circlet/exec/executor.h"
-#include "circlet/model/tables.h"
-#include "circlet/model/vision.h"
-#include "circlet/model/weights.h"
+#include "circlet/model/gemma4/tables.h"
+#include "circlet/model/gemma4/vision.h"
+#include "circlet/model/gemma4/weights.h"
 #include "circlet/quant/calibration.h"
 #include "golden.h"
 

@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "circlet/io/file.h"
-#include "circlet/model/make_checkpoint.h"
+#include "circlet/model/gemma4/make_checkpoint.h"
 #include "cli/commands.h"
 
 namespace circlet {

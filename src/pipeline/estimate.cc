@@ -8,9 +8,10 @@
 #include "circlet/base/threads.h"
 #include "circlet/io/file.h"
 #include "ops/gemm.h"
-#include "pipeline/head.h"
+#include "pipeline/gemma4/head.h"
 
 namespace circlet {
+using namespace gemma4;
 namespace {
 
 // Readings that an item goes through: float, and rounded once or twice (alone and so far).

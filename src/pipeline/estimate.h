@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "pipeline/stage.h"
-#include "pipeline/text_run.h"
+#include "pipeline/gemma4/text_stages.h"
 
 namespace circlet {
 
@@ -26,13 +26,13 @@ struct StageEstimate {
 double ProductFlops(const Graph& graph);
 
 StageEstimate EstimateStage(const Stage& stage, const std::vector<Item>& items, int rank);
-StageEstimate EstimateHead(const RunContext& context);
+StageEstimate EstimateHead(const gemma4::RunContext& context);
 
 // Activations that live at a time at most, of all items of this process.
-int64_t ActivationBytes(const RunContext& context);
+int64_t ActivationBytes(const gemma4::RunContext& context);
 
 // The Circle files, and verify.safetensors.
-int64_t OutputBytes(const RunContext& context, bool whole_model);
+int64_t OutputBytes(const gemma4::RunContext& context, bool whole_model);
 
 // Floating-point operations a second that products of this machine reach, measured in a fraction of a second.
 double MeasuredFlops();

@@ -16,14 +16,15 @@
 #include "circlet/report/terminal.h"
 #include "ops/tally.h"
 #include "pipeline/estimate.h"
-#include "pipeline/head.h"
+#include "pipeline/gemma4/head.h"
 #include "pipeline/manifest.h"
-#include "pipeline/run_items.h"
+#include "pipeline/gemma4/items.h"
 #include "pipeline/run_state.h"
-#include "pipeline/text_run.h"
-#include "pipeline/vision_run.h"
+#include "pipeline/gemma4/text_stages.h"
+#include "pipeline/gemma4/vision_stages.h"
 
 namespace circlet {
+using namespace gemma4;
 namespace {
 
 double SecondsSince(std::chrono::steady_clock::time_point begin) {

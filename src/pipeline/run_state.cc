@@ -10,6 +10,7 @@
 #include "pipeline/exchange.h"
 
 namespace circlet {
+using namespace gemma4;
 namespace fs = std::filesystem;
 namespace {
 

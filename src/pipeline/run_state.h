@@ -14,14 +14,14 @@
 #include "circlet/pipeline/quantize.h"
 #include "circlet/quant/calibration.h"
 #include "pipeline/activations.h"
-#include "pipeline/head.h"
+#include "pipeline/gemma4/head.h"
 #include "pipeline/units.h"
 
 namespace circlet {
 
 // What must be the same for a run to go on: the program, what it reads, and everything that its outputs depend on.
 // `inputs` are files by content; samples are taken as they were read, so that what their files name counts too.
-nlohmann::json IdentityOf(const QuantizeOptions& options, const RunContext& context, const nlohmann::json& inputs);
+nlohmann::json IdentityOf(const QuantizeOptions& options, const gemma4::RunContext& context, const nlohmann::json& inputs);
 
 // Everything that a phase changes.
 struct RunParts {
@@ -29,7 +29,7 @@ struct RunParts {
   ActivationStore& store;
   UnitWriter& units;
   std::vector<StageError>& errors;
-  std::optional<HeadResult>& head;
+  std::optional<gemma4::HeadResult>& head;
   std::optional<ComputeChange>& change;
   std::map<std::string, double>& seconds;
 };

@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "circlet/base/threads.h"
-#include "circlet/model/tables.h"
-#include "circlet/model/vision.h"
+#include "circlet/model/gemma4/tables.h"
+#include "circlet/model/gemma4/vision.h"
 #include "model/gemma4/text_parts.h"
 #include "smoke/random.h"
 

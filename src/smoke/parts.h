@@ -2,7 +2,7 @@
 
 // Builders of a case's graphs and samples at given sizes.
 
-#include "circlet/model/text.h"
+#include "circlet/model/gemma4/text.h"
 #include "circlet/smoke/smoke.h"
 #include "smoke/sizes.h"
 

@@ -8,7 +8,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
-#include "circlet/model/weights.h"
+#include "circlet/model/gemma4/weights.h"
 
 namespace circlet {
 namespace {

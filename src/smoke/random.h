@@ -7,7 +7,7 @@
 #include <string_view>
 
 #include "circlet/exec/executor.h"
-#include "circlet/model/config.h"
+#include "circlet/model/gemma4/config.h"
 
 namespace circlet {
 

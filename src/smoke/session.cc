@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "circlet/model/vision.h"
+#include "circlet/model/gemma4/vision.h"
 
 namespace circlet {
 namespace {

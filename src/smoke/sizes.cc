@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "circlet/base/error.h"
-#include "circlet/model/vision.h"
+#include "circlet/model/gemma4/vision.h"
 #include "model/gemma4/vision_profile.h"
 
 namespace circlet {

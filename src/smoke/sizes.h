@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "circlet/model/config.h"
+#include "circlet/model/gemma4/config.h"
 #include "circlet/smoke/smoke.h"
 
 namespace circlet {

@@ -10,8 +10,8 @@
 
 #include "circlet/base/error.h"
 #include "circlet/io/names.h"
-#include "circlet/model/vision.h"
-#include "circlet/model/weights.h"
+#include "circlet/model/gemma4/vision.h"
+#include "circlet/model/gemma4/weights.h"
 #include "circlet/preprocess/samples.h"
 #include "circlet/report/terminal.h"
 #include "smoke/session.h"

@@ -1,4 +1,4 @@
-#include "circlet/model/blocks.h"
+#include "circlet/model/gemma4/blocks.h"
 
 #include <vector>
 

@@ -1,4 +1,4 @@
-#include "circlet/model/config.h"
+#include "circlet/model/gemma4/config.h"
 
 #include <gmock/gmock.h>
 

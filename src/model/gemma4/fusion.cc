@@ -4,8 +4,8 @@
 #include <cstring>
 #include <numeric>
 
-#include "circlet/model/tables.h"
-#include "circlet/model/vision.h"
+#include "circlet/model/gemma4/tables.h"
+#include "circlet/model/gemma4/vision.h"
 #include "model/gemma4/text_parts.h"
 #include "model/gemma4/vision_parts.h"
 

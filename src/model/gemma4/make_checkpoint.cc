@@ -1,4 +1,4 @@
-#include "circlet/model/make_checkpoint.h"
+#include "circlet/model/gemma4/make_checkpoint.h"
 
 #include <fmt/format.h>
 

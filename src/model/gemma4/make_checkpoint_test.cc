@@ -1,4 +1,4 @@
-#include "circlet/model/make_checkpoint.h"
+#include "circlet/model/gemma4/make_checkpoint.h"
 
 #include <gmock/gmock.h>
 
@@ -9,7 +9,7 @@
 #include "circlet/base/threads.h"
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
-#include "circlet/model/weights.h"
+#include "circlet/model/gemma4/weights.h"
 #include "circlet/preprocess/image.h"
 #include "circlet/preprocess/tokenizer.h"
 #include "model/gemma4/presets.h"

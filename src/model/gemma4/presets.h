@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include "circlet/model/weights.h"
+#include "circlet/model/gemma4/weights.h"
 
 namespace circlet {
 

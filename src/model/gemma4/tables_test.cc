@@ -1,4 +1,4 @@
-#include "circlet/model/tables.h"
+#include "circlet/model/gemma4/tables.h"
 
 #include <gmock/gmock.h>
 

@@ -1,9 +1,9 @@
-#include "circlet/model/text.h"
+#include "circlet/model/gemma4/text.h"
 
 #include <cmath>
 #include <map>
 
-#include "circlet/model/blocks.h"
+#include "circlet/model/gemma4/blocks.h"
 #include "model/gemma4/text_parts.h"
 
 namespace circlet {

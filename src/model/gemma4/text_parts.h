@@ -5,7 +5,7 @@
 #include <map>
 #include <string>
 
-#include "circlet/model/text.h"
+#include "circlet/model/gemma4/text.h"
 
 namespace circlet {
 

@@ -1,8 +1,8 @@
-#include "circlet/model/vision.h"
+#include "circlet/model/gemma4/vision.h"
 
 #include <cmath>
 
-#include "circlet/model/blocks.h"
+#include "circlet/model/gemma4/blocks.h"
 #include "model/gemma4/vision_parts.h"
 
 namespace circlet {

@@ -2,7 +2,7 @@
 
 // The vision side as functions of values, for the graphs that put its parts together.
 
-#include "circlet/model/vision.h"
+#include "circlet/model/gemma4/vision.h"
 
 namespace circlet {
 

@@ -7,7 +7,7 @@
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
 #include "circlet/io/names.h"
-#include "circlet/model/vision.h"
+#include "circlet/model/gemma4/vision.h"
 
 namespace circlet {
 namespace {

@@ -10,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "circlet/model/config.h"
+#include "circlet/model/gemma4/config.h"
 #include "circlet/quant/recipe.h"
 
 namespace circlet {

@@ -1,7 +1,7 @@
 // The vision side against the reference's recordings (tests/data/golden/README.md), and our own dialect against the
 // files that it is exported to.
 
-#include "circlet/model/vision.h"
+#include "circlet/model/gemma4/vision.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -13,7 +13,7 @@
 #include <sstream>
 
 #include "circlet/circle/export.h"
-#include "circlet/model/text.h"
+#include "circlet/model/gemma4/text.h"
 #include "circlet/quant/calibration.h"
 #include "error_text.h"
 #include "golden.h"

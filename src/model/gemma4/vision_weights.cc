@@ -2,7 +2,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
-#include "circlet/model/vision.h"
+#include "circlet/model/gemma4/vision.h"
 #include "circlet/quant/affine.h"
 
 namespace circlet {

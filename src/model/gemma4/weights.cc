@@ -1,4 +1,4 @@
-#include "circlet/model/weights.h"
+#include "circlet/model/gemma4/weights.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>

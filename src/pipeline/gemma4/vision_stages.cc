@@ -1,13 +1,13 @@
-#include "pipeline/vision_run.h"
+#include "pipeline/gemma4/vision_stages.h"
 
 #include <mutex>
 #include <nlohmann/json.hpp>
 
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
-#include "circlet/model/tables.h"
+#include "circlet/model/gemma4/tables.h"
 
-namespace circlet {
+namespace circlet::gemma4 {
 namespace {
 
 std::string HiddenKey(int layer) { return fmt::format("vision.hidden.{}", layer); }
@@ -295,4 +295,4 @@ void VisionRun::WriteFullUnit(UnitWriter& writer) {
   writer.Write(std::move(spec), s.UnitWeights());
 }
 
-}  // namespace circlet
+}  // namespace circlet::gemma4

@@ -1,4 +1,4 @@
-#include "pipeline/text_run.h"
+#include "pipeline/gemma4/text_stages.h"
 
 #include <algorithm>
 #include <cstring>
@@ -6,12 +6,12 @@
 #include <numeric>
 #include <set>
 
-#include "circlet/model/tables.h"
-#include "circlet/model/vision.h"
+#include "circlet/model/gemma4/tables.h"
+#include "circlet/model/gemma4/vision.h"
 #include "circlet/quant/affine.h"
-#include "pipeline/head.h"
+#include "pipeline/gemma4/head.h"
 
-namespace circlet {
+namespace circlet::gemma4 {
 namespace {
 
 std::string HiddenKey(int layer) { return layer == 0 ? "inputs_embeds" : fmt::format("hidden.{}", layer); }
@@ -584,4 +584,4 @@ std::vector<Point> TextRun::Points() {
   return points;
 }
 
-}  // namespace circlet
+}  // namespace circlet::gemma4

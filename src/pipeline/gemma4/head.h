@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "pipeline/stage.h"
-#include "pipeline/text_run.h"
+#include "pipeline/gemma4/text_stages.h"
 
-namespace circlet {
+namespace circlet::gemma4 {
 
 struct HeadResult {
   StageError error;
@@ -39,4 +39,4 @@ int64_t HeadWork(const RunContext& context);
 // Fake-quantized logits [1,S,V] of the final norm's output.
 Tensor RoundedLogits(const RunContext& context, const Tensor& normed);
 
-}  // namespace circlet
+}  // namespace circlet::gemma4

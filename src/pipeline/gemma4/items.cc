@@ -1,4 +1,4 @@
-#include "pipeline/run_items.h"
+#include "pipeline/gemma4/items.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -7,9 +7,9 @@
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
-#include "circlet/model/vision.h"
+#include "circlet/model/gemma4/vision.h"
 
-namespace circlet {
+namespace circlet::gemma4 {
 namespace {
 
 constexpr int64_t kLongestSequence = int64_t{1} << 20;
@@ -408,4 +408,4 @@ std::optional<VisionProfile> ExportedProfile(const RunContext& context) {
   return ProfileOf(context, *verify);
 }
 
-}  // namespace circlet
+}  // namespace circlet::gemma4

@@ -16,8 +16,8 @@
 
 #include "circlet/exec/executor.h"
 #include "circlet/graph/builder.h"
-#include "circlet/model/config.h"
-#include "circlet/model/tables.h"
+#include "circlet/model/gemma4/config.h"
+#include "circlet/model/gemma4/tables.h"
 #include "circlet/quant/dialect.h"
 
 namespace circlet {

@@ -1,4 +1,4 @@
-#include "pipeline/head.h"
+#include "pipeline/gemma4/head.h"
 
 #include <algorithm>
 #include <cmath>
@@ -9,11 +9,11 @@
 #include <tuple>
 
 #include "circlet/base/threads.h"
-#include "circlet/model/text.h"
+#include "circlet/model/gemma4/text.h"
 #include "ops/simd.h"
 #include "pipeline/exchange.h"
 
-namespace circlet {
+namespace circlet::gemma4 {
 namespace {
 
 // What is left of one position's logits once a slice of the vocabulary is gone.
@@ -374,4 +374,4 @@ HeadSlices SlicesOf(const RunContext& context) {
   return {rows, std::max<int64_t>(1, logit_bytes / (4 * rows)), side_by_side};
 }
 
-}  // namespace circlet
+}  // namespace circlet::gemma4

@@ -6,14 +6,14 @@
 #include <string>
 #include <vector>
 
-#include "circlet/model/config.h"
-#include "circlet/model/text.h"
-#include "circlet/model/weights.h"
+#include "circlet/model/gemma4/config.h"
+#include "circlet/model/gemma4/text.h"
+#include "circlet/model/gemma4/weights.h"
 #include "circlet/preprocess/samples.h"
 #include "pipeline/stage.h"
 #include "pipeline/units.h"
 
-namespace circlet {
+namespace circlet::gemma4 {
 
 // A picture as the vision stages read it.
 struct ImageItem {
@@ -89,4 +89,4 @@ class TextRun {
   std::unique_ptr<State> state_;
 };
 
-}  // namespace circlet
+}  // namespace circlet::gemma4

@@ -6,9 +6,9 @@
 #include "circlet/pipeline/quantize.h"
 #include "circlet/preprocess/samples.h"
 #include "model/gemma4/vision_profile.h"
-#include "pipeline/text_run.h"
+#include "pipeline/gemma4/text_stages.h"
 
-namespace circlet {
+namespace circlet::gemma4 {
 
 struct RunData {
   std::vector<Sample> calibration, evaluation;
@@ -37,4 +37,4 @@ void ReleasePictures(RunData& data);
 // The layout that the exported vision units are made for; none without pictures.
 std::optional<VisionProfile> ExportedProfile(const RunContext& context);
 
-}  // namespace circlet
+}  // namespace circlet::gemma4

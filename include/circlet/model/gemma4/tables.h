@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "circlet/base/tensor.h"
-#include "circlet/model/config.h"
+#include "circlet/model/gemma4/config.h"
 
 namespace circlet {
 

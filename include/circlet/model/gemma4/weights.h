@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "circlet/io/safetensors.h"
-#include "circlet/model/config.h"
+#include "circlet/model/gemma4/config.h"
 
 namespace circlet {
 

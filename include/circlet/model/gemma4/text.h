@@ -8,7 +8,7 @@
 #include <optional>
 
 #include "circlet/graph/builder.h"
-#include "circlet/model/config.h"
+#include "circlet/model/gemma4/config.h"
 #include "circlet/quant/dialect.h"
 
 namespace circlet {

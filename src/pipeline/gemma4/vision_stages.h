@@ -4,10 +4,10 @@
 
 #include <memory>
 
-#include "circlet/model/vision.h"
-#include "pipeline/text_run.h"
+#include "circlet/model/gemma4/vision.h"
+#include "pipeline/gemma4/text_stages.h"
 
-namespace circlet {
+namespace circlet::gemma4 {
 
 class VisionRun {
  public:
@@ -36,4 +36,4 @@ class VisionRun {
   std::unique_ptr<State> state_;
 };
 
-}  // namespace circlet
+}  // namespace circlet::gemma4
