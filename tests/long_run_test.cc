@@ -316,29 +316,24 @@ TEST_F(LongRunTest, ADamagedStateIsAnError) {
 TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
   const TempDirectory directory;
   const auto run = [&](const std::string& name, const std::string& limit) {
-    return RunProgram({"quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--recipe", "w8a16",
-                       "--eval-text", std::string(kTiny) + "/eval/heldout.txt", "--eval-windows", "10", "--output",
-                       directory.Path() / name, "--memory-limit", limit});
+    // What a stage takes grows with the threads that run items side by side.
+    return RunProgram({"--threads", "2", "quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl",
+                       "--recipe", "w8a16", "--eval-text", std::string(kTiny) + "/eval/heldout.txt", "--eval-windows",
+                       "10", "--output", directory.Path() / name, "--memory-limit", limit});
   };
   const ProgramResult all = run("all", "3GB");
   ASSERT_EQ(all.exit_code, 0) << all.err;
   EXPECT_THAT(all.out, Not(HasSubstr("memory limit")));
   // Less than the activations, and so little that the head runs in slices of the vocabulary.
-  const ProgramResult little = run("little", "90MiB");
+  const ProgramResult little = run("little", "60MiB");
   ASSERT_EQ(little.exit_code, 0) << little.err;
   EXPECT_THAT(little.err, AllOf(HasSubstr("pass the memory limit"), HasSubstr("goes to files")));
   EXPECT_THAT(little.out, HasSubstr("activations past the memory limit went to files: "));
   for (const auto& entry : fs::directory_iterator(directory.Path() / "all")) {
     const std::string name = entry.path().filename();
-    // Sums over slices of the vocabulary are taken in another order: perplexity and mean errors differ in the last
-    // digits.
-    if (name == "timings.json" || name == "report.json" || name == "manifest.json") continue;
+    if (name == "timings.json") continue;
     EXPECT_EQ(Sha256File(entry.path()), Sha256File(directory.Path() / "little" / name)) << name;
   }
-  const auto report = [&](const char* name) { return ReadJson(directory.Path() / name / "report.json"); };
-  EXPECT_NEAR(report("all")["perplexity"]["quantized"].get<double>(),
-              report("little")["perplexity"]["quantized"].get<double>(), 1e-9);
-  EXPECT_EQ(report("all")["output"]["error"]["max_abs_diff"], report("little")["output"]["error"]["max_abs_diff"]);
 
   const ProgramResult refused = run("refused", "20MiB");
   EXPECT_EQ(refused.exit_code, 2);

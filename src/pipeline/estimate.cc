@@ -83,12 +83,13 @@ StageEstimate EstimateStage(const Stage& stage, const std::vector<Item>& items, 
 StageEstimate EstimateHead(const RunContext& context) {
   const int64_t width = context.config.text.hidden_size, vocab = context.config.text.vocab_size;
   StageEstimate estimate{.name = "logits"};
-  int64_t longest = 0;
+  int64_t longest = 0, measured_positions = 0;  // whose errors are summed one by one
   const ItemKind measured = MeasuredKind(context.items);
   for (const Item& item : context.items) {
     if (item.rank != context.world.Rank()) continue;
     // Observed, or followed in both chains; and two or three times to be measured.
     int readings = item.kind == measured ? 2 + item.alone : 0;
+    if (item.kind == measured) measured_positions += item.length;
     if (item.kind == ItemKind::kCalibration) readings += 1;
     if (item.kind == ItemKind::kWindow || item.kind == ItemKind::kCaption || item.kind == ItemKind::kControl)
       readings += 2;
@@ -98,7 +99,8 @@ StageEstimate EstimateHead(const RunContext& context) {
   // A slice of the head in float32 and rounded; the float logits of a slice, and the others' beside them.
   const HeadSlices slices = SlicesOf(context);
   estimate.weight_bytes = 2 * 4 * slices.rows * width;
-  estimate.working_bytes = 4 * (5 * slices.rows * std::min(slices.positions, longest) + 4 * longest * width);
+  estimate.working_bytes = 4 * (5 * slices.rows * std::min(slices.positions, longest) + 4 * longest * width) +
+                           2 * static_cast<int64_t>(sizeof(ErrorMetrics)) * measured_positions;
   return estimate;
 }
 

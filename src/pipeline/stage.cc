@@ -126,12 +126,14 @@ std::map<std::string, Tensor> RunItem(const Step& step, const Item& item, Chain 
   });
 }
 
-// The values of positions that are no padding: a prefix of axis 1 of a [1,S,..] tensor.
-std::span<const float> RealPart(const Item& item, const Tensor& tensor) {
-  const Shape& shape = tensor.GetShape();
-  const std::span<const float> values = tensor.F32();
-  if (shape.Rank() < 3 || shape[1] != item.length) return values;
-  return values.first(values.size() / item.length * item.real);
+// The errors at positions that are no padding, of [1,S,..] tensors; of tensors of another form all count.
+void AddReal(const Item& item, const Tensor& expected, const Tensor& found, ErrorMetrics& metrics) {
+  const Shape& shape = found.GetShape();
+  if (shape.Rank() < 3 || shape[1] != item.length) return metrics.Add(expected, found);
+  const int64_t width = found.Elements() / item.length;
+  for (const auto& [begin, end] : item.real)
+    metrics.Add(expected.F32().subspan(begin * width, (end - begin) * width),
+                found.F32().subspan(begin * width, (end - begin) * width));
 }
 
 bool Observed(const Item& item) { return item.kind == ItemKind::kCalibration; }
@@ -319,7 +321,7 @@ StageError StageRunner::Round(const Step& step) {
     const Tensor& found = results.at(main.output);
     const Tensor expected = main.by_layer ? JoinLayers(c_.store, item, Chain::kFloat, main.key, found.GetShape()[2])
                                           : c_.store.Get(item.id, Chain::kFloat, main.key);
-    metrics.Add(RealPart(item, expected), RealPart(item, found));
+    AddReal(item, expected, found, metrics);
   };
   std::vector<size_t> lone;
   std::ranges::copy_if(mine, std::back_inserter(lone), [&](size_t i) { return c_.items[i].alone; });

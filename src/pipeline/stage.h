@@ -32,7 +32,8 @@ struct Item {
   ItemKind kind = ItemKind::kCalibration;
   int64_t index = 0;  // among its kind
   int64_t length = 0;  // positions or patches, padding included
-  int64_t real = 0;    // leading positions that are no padding: those whose errors count
+  // Runs [begin, end) of positions that are no padding: those whose errors count.
+  std::vector<std::pair<int64_t, int64_t>> real;
   std::string variant;  // what else shapes a graph: a picture's patch grid, whether a sequence has pictures
   std::string label;  // "calib.3", "eval.0"
   int rank = 0;       // the process that runs it

@@ -25,6 +25,35 @@ struct Tail {
 };
 using Tails = std::vector<Tail>;
 
+// Columns of the vocabulary that are summed at a time. Slices are whole blocks, and sums of a position grow from block
+// to block, so that no figure depends on where the head is cut, and so on the memory limit.
+constexpr int64_t kBlock = 512;
+
+// Errors of one item by position.
+using PositionErrors = std::vector<ErrorMetrics>;
+
+ErrorMetrics Total(const PositionErrors& of_positions) {
+  ErrorMetrics total;
+  for (const ErrorMetrics& errors : of_positions) total.Merge(errors);
+  return total;
+}
+
+// Adds logits [1,n,rows] of positions begin .. begin + n - 1, those that are no padding.
+void AddErrors(const Item& item, int64_t begin, const Tensor& expected, const Tensor& found, PositionErrors& errors) {
+  errors.resize(item.length);
+  const int64_t count = found.GetShape()[1], rows = found.GetShape()[2];
+  for (const auto& [first, last] : item.real) {
+    const int64_t from = std::max(first, begin), to = std::min(last, begin + count);
+    ParallelFor(to - from, std::max<int64_t>(1, (1 << 16) / rows), [&](int64_t a, int64_t b) {
+      for (int64_t position = from + a; position < from + b; ++position)
+        for (int64_t column = 0; column < rows; column += kBlock) {
+          const int64_t at = (position - begin) * rows + column, width = std::min(kBlock, rows - column);
+          errors[position].Add(expected.F32().subspan(at, width), found.F32().subspan(at, width));
+        }
+    });
+  }
+}
+
 // Figures of one item, in a form that can be sent.
 struct Figures {
   ErrorMetrics alone, accumulated;
@@ -36,6 +65,11 @@ struct ScatterPoint {
   int64_t item = 0;
   float reference = 0, quantized = 0;
 };
+
+bool IsReal(const Item& item, int64_t position) {
+  return std::ranges::any_of(item.real,
+                             [&](const auto& run) { return run.first <= position && position < run.second; });
+}
 
 enum class Reading { kFloat, kObserve, kRound };
 
@@ -63,6 +97,8 @@ class Head {
 
   HeadResult Run() {
     figures_.resize(c_.items.size());
+    alone_.resize(c_.items.size());
+    accumulated_.resize(c_.items.size());
     scatter_.resize(c_.items.size());
     float_tails_.resize(c_.items.size());
     quantized_tails_.resize(c_.items.size());
@@ -196,9 +232,9 @@ class Head {
       const int64_t length = normed.GetShape()[1];
       ReadyGraph& rounding = PlanFor(worker, item, length, rows, Reading::kRound);
       const Tensor expected = Logits(PlanFor(worker, item, length, rows, Reading::kFloat), normed, weight).Clone();
-      if (item.alone) figures_[item.id].alone.Add(expected, Logits(rounding, normed, rounded));
+      if (item.alone) AddErrors(item, begin, expected, Logits(rounding, normed, rounded), alone_[item.id]);
       const Tensor found = Logits(rounding, Positions(quantized, begin, begin + length), rounded);
-      figures_[item.id].accumulated.Add(expected, found);
+      AddErrors(item, begin, expected, found, accumulated_[item.id]);
       Scatter(item, expected, found, begin, first);
       Capture(item, Chain::kFloat, expected, begin, first);
       Capture(item, Chain::kQuant, found, begin, first);
@@ -212,8 +248,10 @@ class Head {
     ForPositions(control, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
       const int64_t length = normed.GetShape()[1];
       const Tensor exact = Logits(PlanFor(worker, control, length, rows, Reading::kFloat), normed, weight).Clone();
-      s_.change->logits.Add(exact, Logits(PlanFor(worker, repeated, length, rows, Reading::kFloat),
-                                          Positions(other, begin, begin + length), operand));
+      AddErrors(control, begin, exact,
+                Logits(PlanFor(worker, repeated, length, rows, Reading::kFloat),
+                       Positions(other, begin, begin + length), operand),
+                accumulated_[control.id]);
     });
   }
 
@@ -223,6 +261,7 @@ class Head {
     const int64_t stride = std::max<int64_t>(1, item.length * vocab_ * static_cast<int64_t>(c_.items.size()) / kPoints);
     const int64_t rows = expected.GetShape()[2];
     for (int64_t row = 0; row < expected.GetShape()[1]; ++row) {
+      if (!IsReal(item, begin + row)) continue;
       const int64_t flat = (begin + row) * vocab_ + first;
       for (int64_t column = (stride - flat % stride) % stride; column < rows; column += stride)
         scatter_[item.id].push_back({item.id, expected.F32()[row * rows + column], found.F32()[row * rows + column]});
@@ -248,20 +287,23 @@ class Head {
     for (int64_t row = 0; row < logits.GetShape()[1]; ++row) {
       const int64_t position = begin + row, next = position + 1;
       const std::span<const float> values = logits.F32().subspan(row * rows, rows);
-      const float top = simd::MinMax(values.data(), rows).max;
       Tail& tail = tails[position];
-      if (item.kind == ItemKind::kWindow) {
-        const double larger = std::max(tail.top, top);
-        tail.sum = tail.sum * std::exp(tail.top - larger) +
-                   simd::SumOfExp(values.data(), rows, top) * std::exp(top - larger);
-        const int64_t target = next < item.length ? text.ids[next] - first : -1;
-        if (target >= 0 && target < rows) tail.target = values[target];
-      }
-      if (top > tail.top) {
-        tail.top = top;
-        tail.choice = first + (std::ranges::find(values, top) - values.begin());
-      }
+      for (int64_t column = 0; column < rows; column += kBlock)
+        FollowBlock(values.subspan(column, std::min(kBlock, rows - column)), first + column, tail);
+      const int64_t target = next < item.length ? text.ids[next] - first : -1;
+      if (target >= 0 && target < rows) tail.target = values[target];
     }
+  }
+
+  static void FollowBlock(std::span<const float> values, int64_t first, Tail& tail) {
+    const auto count = static_cast<int64_t>(values.size());
+    const float top = simd::MinMax(values.data(), count).max;
+    const double larger = std::max(tail.top, top);
+    tail.sum =
+        tail.sum * std::exp(tail.top - larger) + simd::SumOfExp(values.data(), count, top) * std::exp(top - larger);
+    if (top <= tail.top) return;
+    tail.top = top;
+    tail.choice = first + (std::ranges::find(values, top) - values.begin());
   }
 
   double NegativeLogLikelihood(const Tails& tails) const {
@@ -286,6 +328,9 @@ class Head {
     for (const Item& item : c_.items) {
       Figures& own = figures_[item.id];
       if (item.rank != s_.world.Rank()) continue;
+      own.alone = Total(alone_[item.id]);
+      own.accumulated = Total(accumulated_[item.id]);
+      if (item.kind == ItemKind::kControl) s_.change->logits.Merge(std::exchange(own.accumulated, {}));
       if (item.kind == ItemKind::kWindow) {
         own.float_nll = NegativeLogLikelihood(float_tails_[item.id]);
         own.quantized_nll = NegativeLogLikelihood(quantized_tails_[item.id]);
@@ -324,6 +369,7 @@ class Head {
   const int64_t vocab_;
   HeadSlices slices_;
   std::vector<Figures> figures_;  // by item id, like the following
+  std::vector<PositionErrors> alone_, accumulated_;
   std::vector<std::vector<ScatterPoint>> scatter_;
   std::vector<Tails> float_tails_, quantized_tails_;
   std::mutex captured_mutex_;
@@ -369,7 +415,7 @@ HeadSlices SlicesOf(const RunContext& context) {
   if (OrderMatters(context.calibration, LogitsGraph(context, 1, vocab))) return {vocab, longest, false};
   constexpr int64_t kSmallHidden = int64_t{1} << 20, kSmallLogits = int64_t{4} << 20;
   const bool side_by_side = longest * width * 4 <= kSmallHidden;
-  const int64_t rows = std::clamp<int64_t>(context.head_slice_bytes / (4 * width) / 64 * 64, 1, vocab);
+  const int64_t rows = std::min(vocab, std::max<int64_t>(1, context.head_slice_bytes / (4 * width) / kBlock) * kBlock);
   const int64_t logit_bytes = side_by_side ? kSmallLogits : context.head_slice_bytes;
   return {rows, std::max<int64_t>(1, logit_bytes / (4 * rows)), side_by_side};
 }

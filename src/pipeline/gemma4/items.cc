@@ -53,6 +53,17 @@ Tensor ImageRow(const Tensor& tensor, int64_t image) {
   return Tensor({tensor.GetDType(), shape}, tensor.Raw() + image * bytes, std::make_shared<Tensor>(tensor));
 }
 
+// Runs [begin, end) of ones.
+std::vector<std::pair<int64_t, int64_t>> RunsOf(const std::vector<int64_t>& keep) {
+  std::vector<std::pair<int64_t, int64_t>> runs;
+  for (int64_t i = 0; i < static_cast<int64_t>(keep.size()); ++i) {
+    if (keep[i] == 0) continue;
+    if (runs.empty() || runs.back().second < i) runs.emplace_back(i, i);
+    runs.back().second = i + 1;
+  }
+  return runs;
+}
+
 class ItemMaker {
  public:
   explicit ItemMaker(RunContext& context) : context_(context) {}
@@ -77,7 +88,7 @@ class ItemMaker {
     Within(sample == nullptr ? label : sample->source,
            [&] { text.places = CheckPlaceholders(context_.config, ids, soft_tokens); });
     text.ids = WithoutPlaceholders(context_.config, ids);
-    text.item.real = text.Last() + 1;
+    text.item.real = RunsOf(text.keep);
     if (!text.images.empty()) text.item.variant = "pictures";
     if (text.FirstRead() > 0) text.item.variant += fmt::format(" from {}", text.FirstRead());
     context_.items.push_back(text.item);
@@ -114,7 +125,7 @@ class ItemMaker {
                  .rank = text.rank};
     if (text.control_of >= 0) SetControl(item.item, context_.texts[text.control_of].images[image]);
     if (text.rank != context_.world.Rank()) item.pixel_values = Tensor();
-    item.item.real = LayoutOf(*context_.config.vision, item.positions).valid;
+    item.item.real = {{0, LayoutOf(*context_.config.vision, item.positions).valid}};
     item.item.variant.assign(reinterpret_cast<const char*>(item.positions.data()), item.positions.size() * sizeof(int64_t));
     item.item.label = image == 0 ? label : fmt::format("{}.image.{}", label, image);
     context_.image_items.push_back(item.item);
