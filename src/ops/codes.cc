@@ -27,6 +27,20 @@ void UnpackNibbles(const uint8_t* bytes, int64_t first, int64_t count, bool is_s
   if ((count - i) % 2 != 0) out[2 * pairs] = code(in[pairs] & 15);
 }
 
+void PackNibbles(const int16_t* codes, int64_t count, int64_t first, uint8_t* bytes) {
+  int64_t i = 0;
+  if (first % 2 != 0 && count > 0) {
+    bytes[first / 2] |= static_cast<uint8_t>(codes[0] << 4);
+    i = 1;
+  }
+  uint8_t* out = bytes + (first + i) / 2;
+  const int64_t pairs = (count - i) / 2;
+  const int16_t* in = codes + i;
+#pragma omp simd
+  for (int64_t p = 0; p < pairs; ++p) out[p] = static_cast<uint8_t>((in[2 * p] & 15) | (in[2 * p + 1] << 4));
+  if ((count - i) % 2 != 0) out[pairs] = static_cast<uint8_t>(in[2 * pairs] & 15);
+}
+
 // Codes of at most 8 bits, widened.
 void Widen(const Tensor& codes, int64_t first, int64_t count, int16_t* out) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(codes.Raw());
@@ -61,6 +75,17 @@ void DequantizeRun(const Tensor& codes, int64_t first, float scale, int32_t zero
 }
 
 }  // namespace
+
+void StoreCodes(const int16_t* codes, int64_t count, int64_t first, DType dtype, std::byte* storage) {
+  if (BitWidth(dtype) == 4) return PackNibbles(codes, count, first, reinterpret_cast<uint8_t*>(storage));
+  if (dtype == DType::kI16) {
+    std::copy_n(codes, count, reinterpret_cast<int16_t*>(storage) + first);
+    return;
+  }
+  auto* out = reinterpret_cast<uint8_t*>(storage) + first;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint8_t>(codes[i]);
+}
 
 int64_t CodeAt(const Tensor& codes, int64_t index) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(codes.Raw());

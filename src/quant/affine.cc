@@ -115,29 +115,6 @@ Tensor AsMatrix(const Tensor& weight, int axis) {
   return weight;
 }
 
-void PackNibbles(const int16_t* codes, int64_t count, int64_t first, uint8_t* bytes) {
-  int64_t i = 0;
-  if (first % 2 != 0 && count > 0) {
-    bytes[first / 2] |= static_cast<uint8_t>(codes[0] << 4);
-    i = 1;
-  }
-  uint8_t* out = bytes + (first + i) / 2;
-  const int64_t pairs = (count - i) / 2;
-  const int16_t* in = codes + i;
-#pragma omp simd
-  for (int64_t p = 0; p < pairs; ++p) out[p] = static_cast<uint8_t>((in[2 * p] & 15) | (in[2 * p + 1] << 4));
-  if ((count - i) % 2 != 0) out[pairs] = static_cast<uint8_t>(in[2 * pairs] & 15);
-}
-
-// Codes into storage; `first` is the flat index of the first.
-void Store(const int16_t* codes, int64_t count, int64_t first, DType dtype, std::byte* storage) {
-  if (BitWidth(dtype) == 4) return PackNibbles(codes, count, first, reinterpret_cast<uint8_t*>(storage));
-  if (dtype == DType::kI16) return std::copy_n(codes, count, reinterpret_cast<int16_t*>(storage) + first), void();
-  auto* out = reinterpret_cast<uint8_t*>(storage) + first;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint8_t>(codes[i]);
-}
-
 }  // namespace
 
 QParams ComputeQParams(float min, float max, DType dtype, bool symmetric) {
@@ -161,8 +138,12 @@ QParams ComputeQParams(float min, float max, DType dtype, bool symmetric) {
 }
 
 QParams ComputeQParams(std::span<const float> min, std::span<const float> max, DType dtype, bool symmetric, int axis) {
+  return ComputeQParams(min, max, dtype, CodesOf(dtype), symmetric, axis);
+}
+
+QParams ComputeQParams(std::span<const float> min, std::span<const float> max, DType dtype, CodeRange codes,
+                       bool symmetric, int axis) {
   CIRCLET_CHECK(min.size() == max.size() && axis >= 0, "{} minima, {} maxima, axis {}", min.size(), max.size(), axis);
-  const CodeRange codes = CodesOf(dtype);
   const auto qmin = static_cast<float>(codes.min);
   const auto qmax = static_cast<float>(codes.max);
   QParams qparams{dtype, axis, std::vector<float>(min.size()), std::vector<int32_t>(min.size())};
@@ -266,7 +247,7 @@ void QuantizeWeightBytes(const Tensor& weight, const QParams& qparams, Rounding 
       const int64_t at = row * rows.Width() + column - origin;
       codes.resize(static_cast<size_t>(length));
       simd::Quantize(rows.Get(row, column, length, buffer), length, GridOf(qparams, row, rounding), codes.data());
-      Store(codes.data(), length, at, qparams.dtype, out.data());
+      StoreCodes(codes.data(), length, at, qparams.dtype, out.data());
     });
   });
 }

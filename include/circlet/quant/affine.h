@@ -20,6 +20,9 @@ inline constexpr float kScaleFloor = 1e-8f;
 QParams ComputeQParams(float min, float max, DType dtype, bool symmetric);
 // One grid for each index along `axis`: min[c], max[c]; constant channels are no special case.
 QParams ComputeQParams(std::span<const float> min, std::span<const float> max, DType dtype, bool symmetric, int axis);
+// The same with fewer codes than the type holds.
+QParams ComputeQParams(std::span<const float> min, std::span<const float> max, DType dtype, CodeRange codes,
+                       bool symmetric, int axis);
 
 // Hands over a parameter of any float type as float32: parts of rows with the flat index of their first value, in any
 // order, from several threads.

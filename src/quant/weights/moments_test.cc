@@ -1,0 +1,85 @@
+#include "quant/weights/moments.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "circlet/base/error.h"
+#include "circlet/base/threads.h"
+#include "error_text.h"
+
+namespace circlet::weights {
+namespace {
+
+using testing::HasSubstr;
+
+Tensor Random(Shape shape, int seed, float scale = 1) {
+  Tensor tensor({DType::kF32, shape});
+  std::mt19937 random(static_cast<unsigned>(seed));
+  std::normal_distribution<float> normal(0, scale);
+  for (float& value : tensor.F32()) value = normal(random);
+  return tensor;
+}
+
+double PlainSum(const Tensor& a, const Tensor& x, int64_t row, int64_t column, std::span<const float> weights = {}) {
+  const int64_t rows = a.GetShape()[-1], columns = x.GetShape()[-1];
+  double sum = 0;
+  for (int64_t t = 0; t < x.Elements() / columns; ++t)
+    sum += (weights.empty() ? 1.0 : weights[t]) * a.F32()[t * rows + row] * x.F32()[t * columns + column];
+  return sum;
+}
+
+TEST(MomentTest, IsTheSumOfProducts) {
+  const Tensor x = Random({1, 70, 37}, 1), a = Random({70, 5}, 2);
+  std::vector<float> weights(70);
+  for (size_t t = 0; t < weights.size(); ++t) weights[t] = static_cast<float>(t % 4) / 3;
+  Moment plain = Moment::Symmetric(37, 8, 100), weighted = plain, cross = Moment::Cross(5, 37, 8, 100);
+  plain.Add(x);
+  weighted.Add(x, weights);
+  cross.Add(a, x);
+  // float32 sums of 70 terms of size 1: a few times 70 * 2^-24.
+  for (int64_t i = 0; i < 37; ++i)
+    for (int64_t j = 0; j < 37; ++j) {
+      EXPECT_NEAR(plain.At(i, j), PlainSum(x, x, i, j), 3e-5);
+      EXPECT_NEAR(weighted.At(i, j), PlainSum(x, x, i, j, weights), 3e-5);
+      EXPECT_EQ(plain.At(i, j), plain.At(j, i));
+      if (i < 5) EXPECT_NEAR(cross.At(i, j), PlainSum(a, x, i, j), 3e-5);
+    }
+  EXPECT_EQ(plain.Positions(), 70);
+}
+
+TEST(MomentTest, AnyOrderAnyThreadsAndAnyProcessGiveTheSameBits) {
+  const std::vector<Tensor> samples = {Random({40, 300}, 1), Random({9, 300}, 2, 30), Random({300, 300}, 3)};
+  const auto sum_of = [&](const std::vector<int>& order) {
+    Moment moment = Moment::Symmetric(300, 500, 1000);
+    for (const int i : order) moment.Add(samples[i]);
+    return moment;
+  };
+  const Moment together = sum_of({0, 1, 2});
+  Moment merged = sum_of({2});
+  merged.Merge(sum_of({1, 0}));
+  const int threads = Threads();
+  SetThreads(threads == 1 ? 2 : 1);
+  const Moment otherwise = sum_of({1, 2, 0});
+  SetThreads(threads);
+  Moment restored = Moment::Symmetric(300, 500, 1000);
+  restored.Restore(together.Raw(), together.Positions());
+  for (const Moment* other : std::initializer_list<const Moment*>{&merged, &otherwise, &restored}) {
+    EXPECT_EQ(other->Positions(), 349);
+    EXPECT_TRUE(std::ranges::equal(other->Raw(), together.Raw()));
+  }
+}
+
+TEST(MomentTest, ValuesBeyondTheBoundAndNaNAreErrors) {
+  Moment moment = Moment::Symmetric(2, 4, 10);
+  const float big[] = {1, -5}, nan[] = {std::nanf(""), 0};
+  EXPECT_THAT(ErrorText([&] { moment.Add(Tensor::Of<float>({1, 2}, big)); }), HasSubstr("-5 at the input of a matrix"));
+  EXPECT_THAT(ErrorText([&] { moment.Add(Tensor::Of<float>({1, 2}, nan)); }), HasSubstr("nan at the input"));
+  EXPECT_THAT(ErrorText([] { Moment::Symmetric(2, INFINITY, 10); }), HasSubstr("must be finite"));
+  EXPECT_THAT(ErrorText([&] { moment.Restore(std::as_bytes(std::span(big)), 1); }),
+              HasSubstr("8 bytes over 1 positions"));
+}
+
+}  // namespace
+}  // namespace circlet::weights

@@ -1,0 +1,92 @@
+#pragma once
+
+// Rounding a matrix W [rows, columns] to codes so that its products change least, given the second moments of what it
+// is multiplied with. Knows matrices and moments; no graph, no model, no files.
+//
+// The loss of a row's rounded values Q is (Q - T) H' (Q - T)^T: T is the target, W itself or what stands in for it
+// (CorrectedTarget), H' = H + damping * mean(diag H) I the damped moment. Steps, each of which may be left out:
+//   1. a range a row, out of factors of the row's extremes, by sum_j H_jj (W_j - Q_j)^2;
+//   2. columns rounded in order of descending H_jj, each given the errors before it (GPTQ; here in the form that needs
+//      the factor H' = L^T L alone: column i makes (L e)_i least);
+//   3. cyclic coordinate descent on the codes;
+//   4. the scale that is best for the codes, s = u H' T / u H' u with u = code - zero_point, and again 3.
+// A row that comes out no better than rounded to the nearest on its min/max grid keeps that rounding.
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "circlet/base/dtype.h"
+#include "circlet/base/tensor.h"
+#include "circlet/quant/affine.h"
+#include "quant/weights/moments.h"
+
+namespace circlet::weights {
+
+struct RoundingOptions {
+  enum class Range : uint8_t {
+    kMinMax,
+    kMse,      // all columns count the same. Ruin beside rounding to the nearest where inputs have outliers
+    kMoments,  // column j counts H_jj
+  };
+  DType dtype = DType::kU4;        // element type of the codes
+  std::optional<CodeRange> codes;  // fewer codes than the type holds: {0, 7} are 3 bits
+  bool symmetric = false;
+  Range range = Range::kMoments;
+  int range_factors = 25;  // from lowest_factor to 1, both ends of the range alike
+  double lowest_factor = 0.4;
+  bool compensate = true;  // step 2; without it columns are rounded to the nearest
+  int solved_ranges = 0;   // so many ranges more, from lowest_factor to 1, go through step 2; the best is kept
+  int descent_passes = 2;  // step 3, before and after each refit
+  int scale_refits = 1;    // step 4
+
+  CodeRange Codes() const { return codes.value_or(CodesOf(dtype)); }
+};
+
+// A damped moment in the order in which columns are rounded, with its factor. One for all matrices that read the same
+// inputs. 8 bytes an element while it is made for up to 4096 columns, 4 beyond, and 8 kept (two float32 matrices).
+class Metric {
+ public:
+  struct Options {
+    double damping = 0.05;        // of the mean of the diagonal, added to it
+    bool order_by_moment = true;  // columns by descending H_jj; else as they are
+  };
+  Metric(const Moment& moment, const Options& options);
+
+  int64_t Columns() const { return n_; }
+  double Damping() const { return damping_; }    // that was used: ten times more when the matrix was not positive
+  int64_t DeadColumns() const { return dead_; }  // whose inputs are all zero: rounded to the nearest
+  const std::vector<int32_t>& Order() const { return order_; }
+  const float* Damped() const { return damped_.data(); }            // [n,n], rows and columns in Order()
+  const float* Factor() const { return factor_.data(); }            // [n,n], lower half: L
+  const std::vector<float>& Diagonal() const { return diagonal_; }  // of H, undamped, in Order()
+
+ private:
+  int64_t n_;
+  double damping_;
+  int64_t dead_ = 0;
+  std::vector<int32_t> order_;
+  std::vector<float> damped_, factor_, diagonal_;
+};
+
+struct RoundedMatrix {
+  QuantizedWeight weight;
+  std::vector<double> loss, nearest_loss;  // by row: of the result, and of rounding to the nearest by min/max
+  int64_t rows_to_nearest = 0;             // that kept the latter
+};
+
+// `weight` [rows, columns] of any float type; `target` (float32, same shape) null: the weight itself. Throws Error for
+// NaN and infinity. The same codes for any number of threads.
+RoundedMatrix Round(const Tensor& weight, const Tensor* target, const Metric& metric, const RoundingOptions& options);
+
+// The target that also takes up what the inputs' own rounding has changed: with x the inputs and x_f those of the float
+// model, W* = W + (sum_t W (x_f - x) x^T) (H + damping mean(diag H) I)^-1. `change` is that sum, [rows, columns].
+// Little damping extrapolates from few positions; 0.3 is known to be safe on real weights. float32 [rows, columns].
+Tensor CorrectedTarget(const Tensor& weight, const Moment& change, const Moment& moment, double damping);
+
+// Of two roundings of a matrix the better one, row by row: by the true loss E |W x_f - Q x|^2, which differs from
+// e H' e - 2 e . change (e = Q - W) by nothing that depends on Q. Returns how many rows `b` won.
+int64_t TakeBetterRows(const Tensor& weight, const Moment& change, const Metric& metric, RoundedMatrix& a,
+                       const RoundedMatrix& b);
+
+}  // namespace circlet::weights
