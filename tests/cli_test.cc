@@ -336,7 +336,7 @@ TEST_F(CliTest, SamplesWithoutTheExpectedNamesAreRefused) {
 
 TEST_F(CliTest, AnEmptyDataFileIsRefused) {
   const std::string data = Lines("");
-  ExpectRefused(QuantizeText({"--data", data}), AllOf(HasSubstr(data), HasSubstr("one JSON object a line")));
+  ExpectRefused(QuantizeText({"--data", data}), AllOf(HasSubstr(data), HasSubstr("a JSON object on each line")));
 }
 
 TEST_F(CliTest, ALineThatIsNotJsonIsNamedByItsNumber) {
@@ -358,9 +358,30 @@ TEST_F(CliTest, DataOfPicturesOnlyIsRefusedInATextOnlyRun) {
                 AllOf(HasSubstr(data), HasSubstr("images"), HasSubstr("add text samples")));
 }
 
-TEST_F(CliTest, ASampleLongerThanTheSequenceLengthIsNamed) {
-  ExpectRefused(Quantize({"--max-seq-len", "8"}), AllOf(HasSubstr("calib.0"), HasSubstr("16 tokens"),
-                                                        HasSubstr("limit of 8"), HasSubstr("raise the limit")));
+TEST_F(CliTest, SamplesLongerThanTheSequenceLengthAreCountedWithTheFlagsThatHelp) {
+  ExpectRefused(Quantize({"--max-seq-len", "8"}),
+                AllOf(HasSubstr("samples are longer than the limit of 8 tokens"), HasSubstr("--max-seq-len 16 takes all"),
+                      HasSubstr("--truncate or --chunk shortens them")));
+  ExpectRefused(Quantize({"--truncate"}), HasSubstr("give that too"));
+}
+
+TEST_F(CliTest, DataFromAPipeGiveTheResultOfTheFile) {
+  const std::string data = Lines(R"({"type": "text", "text": "Emma was glad."})"
+                                 "\n");
+  const auto inputs = [&](const std::string& source, const std::string& shell) {
+    const ProgramResult result =
+        RunProgram(QuantizeText({"--data", source, "--recipe", "w8a16", "--units", "deployment"}), shell);
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    nlohmann::json manifest = ReadJson(fs::path(out_) / "manifest.json");
+    fs::remove_all(out_);
+    for (nlohmann::json& input : manifest["inputs"])
+      if (input["file"] == "data.jsonl" || input["file"] == "stdin") input["file"] = "DATA";
+    std::sort(manifest["inputs"].begin(), manifest["inputs"].end());
+    return std::pair(manifest["inputs"], manifest["outputs"]);
+  };
+  EXPECT_EQ(inputs("-", "cat '" + data + "' | "), inputs(data, ""));
+  ExpectRefused(QuantizeText({"--data", "-", "--recipe", "w8a16"}), HasSubstr("standard input: has no samples"),
+                "exec < /dev/null; ");
 }
 
 TEST_F(CliTest, SequenceLengthsWithoutMeaningAreRefused) {

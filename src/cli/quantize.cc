@@ -16,7 +16,7 @@ namespace {
 // What quantize and evaluate share: the data, the recipe, and what is measured.
 void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.add_option("MODEL_DIR", options.model, "Checkpoint directory (config.json, safetensors, tokenizer.json)");
-  command.add_option("--data", options.data, "Calibration samples, JSON lines");
+  command.add_option("--data", options.data, "Calibration samples: JSON lines, an array of them, or gzip of either; - is standard input");
   command.add_option("--samples", options.samples, "Calibration (calib.N.*) and evaluation (eval.N.*) samples, safetensors");
   command.add_option("--random-samples", options.random_samples, "NxLENGTH samples of random ids, to try the machinery");
   command.add_option("--random-images", options.random_images, "As many of them with a picture each beside those")
@@ -28,6 +28,13 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
       ->capture_default_str();
   command.add_option("--qparams", options.qparams, "Frozen grids instead of calibration");
   command.add_option("--max-seq-len", options.max_seq_len, "Positions of the exported units, and longest sample");
+  CLI::Option* truncate = command.add_flag_callback(
+      "--truncate", [&options] { options.long_samples = LongSamples::kTruncate; },
+      "Cut longer calibration samples to --max-seq-len tokens");
+  command
+      .add_flag_callback("--chunk", [&options] { options.long_samples = LongSamples::kChunk; },
+                         "Split longer calibration samples into parts of --max-seq-len tokens")
+      ->excludes(truncate);
   command.add_option("--eval-text", options.eval_text, "Text for perplexity, float against quantized");
   command.add_option("--eval-windows", options.eval_windows, "Only the first N windows of it")->check(CLI::PositiveNumber);
   command.add_option("--eval-captions", options.eval_captions, "Pictures with questions and captions, JSON lines");

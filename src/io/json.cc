@@ -9,6 +9,7 @@
 #include "circlet/base/error.h"
 #include "circlet/io/names.h"
 #include "circlet/io/yaml.h"
+#include "io/json_line.h"
 
 namespace circlet {
 namespace {
@@ -42,8 +43,9 @@ class TrackingIterator {
 // Builds the tree; the library's own builder accepts any depth and keeps the last of two equal keys.
 class TreeBuilder : public nlohmann::json_sax<Json> {
  public:
-  TreeBuilder(std::string_view text, std::string_view file, const size_t* consumed)
-      : text_(text), file_(file), consumed_(consumed) {}
+  // `first_line`: the number of the text's first line in the file; 0 = the text is the whole file.
+  TreeBuilder(std::string_view text, std::string_view file, const size_t* consumed, int64_t first_line)
+      : text_(text), file_(file), consumed_(consumed), first_line_(first_line) {}
 
   Json Take() { return std::move(root_); }
 
@@ -98,12 +100,14 @@ class TreeBuilder : public nlohmann::json_sax<Json> {
     const std::string_view before = text_.substr(0, std::min(position == 0 ? 0 : position - 1, text_.size()));
     const auto line = 1 + std::ranges::count(before, '\n');
     const size_t column = before.size() - (before.rfind('\n') == before.npos ? 0 : before.rfind('\n') + 1) + 1;
+    if (first_line_ > 0) Fail("{}:{}: column {}: {}", file_, first_line_ + line - 1, column, what);
     Fail("{}: line {}, column {}: {}", file_, line, column, what);
   }
 
   std::string_view text_;
   std::string_view file_;
   const size_t* consumed_;
+  int64_t first_line_;
   Json root_;
   std::vector<Json*> open_;  // stable: a container is only grown while it is the last one
   Json* slot_ = nullptr;     // where the value of the key just read goes
@@ -111,13 +115,15 @@ class TreeBuilder : public nlohmann::json_sax<Json> {
 
 }  // namespace
 
-Json ParseJson(std::string_view text, std::string_view file) {
+Json ParseJsonLine(std::string_view text, std::string_view file, int64_t first_line) {
   size_t consumed = 0;
-  TreeBuilder builder(text, file, &consumed);
+  TreeBuilder builder(text, file, &consumed, first_line);
   const TrackingIterator begin(text.data(), &consumed), end(text.data() + text.size(), &consumed);
   Json::sax_parse(begin, end, &builder);
   return builder.Take();
 }
+
+Json ParseJson(std::string_view text, std::string_view file) { return ParseJsonLine(text, file, 0); }
 
 Json ReadJson(const std::filesystem::path& path, int64_t limit_bytes) {
   return ParseJson(ReadFile(path, limit_bytes), path.string());

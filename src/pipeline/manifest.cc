@@ -1,6 +1,7 @@
 #include "pipeline/manifest.h"
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "circlet/io/file.h"
@@ -29,18 +30,22 @@ nlohmann::json FileEntry(const fs::path& path, const std::string& name) {
 }
 
 // Checkpoint files by content, so that a manifest tells what it was made from.
-nlohmann::json InputEntries(const QuantizeOptions& options) {
-  nlohmann::json inputs = nlohmann::json::array();
+nlohmann::json InputEntries(const QuantizeOptions& options, std::span<const DataFile> data) {
+  std::map<fs::path, nlohmann::json> entries;  // in the order of the paths
   std::vector<fs::path> files;
   for (const auto& entry : fs::directory_iterator(options.model)) {
     const std::string extension = entry.path().extension();
     if (entry.is_regular_file() && (extension == ".json" || extension == ".safetensors" || extension == ".jinja"))
       files.push_back(entry.path());
   }
-  for (const fs::path& path : {options.data, options.samples, options.qparams, options.eval_text, options.eval_captions})
+  for (const fs::path& path : {options.samples, options.qparams, options.eval_text})
     if (!path.empty()) files.push_back(path);
-  std::sort(files.begin(), files.end());
-  for (const fs::path& path : files) inputs.push_back(FileEntry(path, path.filename()));
+  for (const fs::path& path : files) entries.emplace(path, FileEntry(path, path.filename()));
+  // What was read, since a pipe cannot be read again.
+  for (const DataFile& file : data)
+    entries.emplace(file.place, nlohmann::json{{"file", file.name}, {"bytes", file.bytes}, {"sha256", file.sha256}});
+  nlohmann::json inputs = nlohmann::json::array();
+  for (auto& [path, entry] : entries) inputs.push_back(std::move(entry));
   return inputs;
 }
 
@@ -70,13 +75,13 @@ void RemoveRun(const fs::path& partial) {
 
 }  // namespace
 
-OutputRun::OutputRun(const QuantizeOptions& options, Communicator& world)
+OutputRun::OutputRun(const QuantizeOptions& options, std::span<const DataFile> data, Communicator& world)
     : final_(WithoutSlash(options.output)),
       partial_(final_.string() + ".partial"),
       aside_(final_.string() + ".unfinished"),
       world_(world),
       force_(options.force) {
-  inputs_ = InputEntries(options);
+  inputs_ = InputEntries(options, data);
   if (world_.Rank() == 0) {
     SettleAside();
     // With `force` an earlier result stays until this run has succeeded.

@@ -2,9 +2,11 @@
 
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <span>
 
 #include "circlet/base/communicator.h"
 #include "circlet/pipeline/quantize.h"
+#include "circlet/preprocess/data_file.h"
 #include "circlet/quant/calibration.h"
 #include "pipeline/units.h"
 
@@ -16,8 +18,8 @@ class OutputRun {
  public:
   // Throws Error when the directory exists and is not ours to replace, cannot be written, or when an unfinished run
   // lies in "NAME.partial" and neither `resume` nor `force` says what to do with it. In a run of several processes the
-  // others use what the first has prepared.
-  OutputRun(const QuantizeOptions& options, Communicator& world);
+  // others use what the first has prepared. `data`: the JSON lines that were read.
+  OutputRun(const QuantizeOptions& options, std::span<const DataFile> data, Communicator& world);
   ~OutputRun();
 
   const std::filesystem::path& Directory() const { return partial_; }

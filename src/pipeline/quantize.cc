@@ -369,7 +369,7 @@ QuantizeResult Run::Compute() {
   std::optional<ScratchDirectory> scratch;
   std::optional<RunState> state;
   if (writes) {
-    output.emplace(options_, world_);
+    output.emplace(options_, data_.files, world_);
     RequireFreeSpace(output->Directory(), std::max<int64_t>(0, NeededDisk() - output->Bytes()));
     state.emplace(output->StateDirectory(), IdentityOf(options_, context_, output->Inputs()), options_.save_every,
                   world_);
@@ -472,6 +472,7 @@ void Run::FillResult() {
   result_.evaluation_samples = static_cast<int64_t>(data_.evaluation.size());
   result_.random_data = data_.random;
   result_.skipped = data_.skipped;
+  result_.shortened = data_.shortened;
   result_.points = static_cast<int64_t>(calibration_.Params().Size());
   result_.max_seq_len = context_.max_seq_len;
   result_.unknown_keys = config_.unknown_keys;

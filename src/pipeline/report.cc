@@ -31,6 +31,7 @@ std::string ReportText(const QuantizeResult& result) {
                       result.output_name,
                       result.output_on_calibration_data ? "the calibration samples" : "samples not calibrated on");
   if (result.random_data) text += "The samples were RANDOM token ids: ranges of real text differ.\n";
+  if (!result.shortened.empty()) text += result.shortened + "\n";
   for (const std::string& skipped : result.skipped) text += fmt::format("left out: {}\n", skipped);
 
   std::vector<float> reference, quantized;
@@ -93,6 +94,7 @@ std::string ReportJson(const QuantizeResult& result) {
                       {"evaluation_samples", result.evaluation_samples},
                       {"random_data", result.random_data},
                       {"skipped", result.skipped},
+                      {"shortened", result.shortened},
                       {"points", result.points},
                       {"max_seq_len", result.max_seq_len},
                       {"unused_tensors", result.unused_tensors},

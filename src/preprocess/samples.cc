@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
 #include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
-#include "circlet/io/file.h"
 #include "circlet/io/json.h"
 #include "preprocess/check_sample.h"
+#include "preprocess/data_lines.h"
 
 namespace circlet {
 namespace {
@@ -50,6 +49,7 @@ Tensor Concatenate(const std::vector<Tensor>& parts) {
 Sample TextSample(std::string_view text, const Tokenizer& tokenizer, const SampleOptions& options, std::string source) {
   Sample sample;
   sample.source = std::move(source);
+  if (text.empty()) Fail("the text is empty, which would calibrate on <bos> alone; fill it in or take the line out");
   sample.input_ids = tokenizer.Encode(text, true);
   sample.token_types = TokenTypes(sample.input_ids, options.placeholders);
   if (std::ranges::any_of(sample.token_types, [](int64_t type) { return type != 0; }))
@@ -58,51 +58,7 @@ Sample TextSample(std::string_view text, const Tokenizer& tokenizer, const Sampl
   return sample;
 }
 
-struct Line {
-  std::string place;   // "/data/calib.jsonl:7", for errors
-  std::string source;  // "calib.jsonl:7"
-};
-
-// Calls `body` with each line that is not blank.
-void ForEachLine(const std::filesystem::path& path,
-                 const std::function<void(const JsonObject& object, const Line& line)>& body) {
-  constexpr std::string_view kBlank = " \t\r\n";
-  const std::string text = ReadFile(path);
-  int64_t number = 0, lines = 0;
-  for (size_t begin = 0; begin < text.size();) {
-    const size_t end = std::min(text.find('\n', begin), text.size());
-    const std::string_view line = std::string_view(text).substr(begin, end - begin);
-    begin = end + 1;
-    ++number;
-    if (line.find_first_not_of(kBlank) == std::string_view::npos) continue;
-    ++lines;
-    const Line where{fmt::format("{}:{}", path.string(), number),
-                     fmt::format("{}:{}", path.filename().string(), number)};
-    const json value = ParseJson(line, where.place);
-    body(JsonObject(value, where.place), where);
-  }
-  if (lines == 0) Fail("{}: the file has no lines; it needs one JSON object a line", path.string());
-}
-
 }  // namespace
-
-void CheckSample(const Sample& sample, const SampleOptions& options) {
-  const int64_t length = static_cast<int64_t>(sample.input_ids.size());
-  if (length == 0) Fail("the sample has no tokens; take it out");
-  if (options.max_length > 0 && length > options.max_length)
-    Fail("{} tokens are more than the limit of {}; shorten the sample or raise the limit", length, options.max_length);
-  for (int64_t i = 0; i < length; ++i) {
-    const int64_t id = sample.input_ids[i];
-    const bool past_table = options.vocab_size > 0 && id >= options.vocab_size && sample.token_types[i] == 0;
-    if (id < 0 || past_table) {
-      Fail(
-          "token {} has id {}, but the vocabulary has {} entries (vocab_size of config.json); do the data belong to "
-          "this "
-          "model?",
-          i, id, options.vocab_size);
-    }
-  }
-}
 
 Processor LoadProcessor(const std::filesystem::path& directory) {
   return {Tokenizer::Load(directory), LoadChatFormat(directory), LoadImageRules(directory)};
@@ -132,16 +88,16 @@ Sample ChatSample(const json& messages, const ChatOptions& chat, const Processor
   return sample;
 }
 
-SampleSet LoadJsonl(const std::filesystem::path& path, const Processor& processor, const SampleOptions& options) {
+SampleSet LoadJsonl(const DataFile& data, const Processor& processor, const SampleOptions& options) {
   SampleOptions resolved = options;
   resolved.placeholders = Resolve(processor.tokenizer, options.placeholders);
+  LengthLimit limit(resolved);
   SampleSet set;
-  ForEachLine(path, [&](const JsonObject& object, const Line& line) {
+  ForEachLine(data, [&](const JsonObject& object, const DataLine& line) {
     const std::string type = object.Required<std::string>("type");
     if (type == "text") {
       const std::string text = object.Required<std::string>("text");
-      set.samples.push_back(
-          Within(line.place, [&] { return TextSample(text, processor.tokenizer, resolved, line.source); }));
+      Within(line.place, [&] { limit.Add(TextSample(text, processor.tokenizer, resolved, line.source), set.samples); });
     } else if (type == "chat") {
       const json& messages = object.Raw("messages");
       Within(line.place, [&] {
@@ -149,34 +105,54 @@ SampleSet LoadJsonl(const std::filesystem::path& path, const Processor& processo
           set.skipped.push_back(line.source);
           return;
         }
-        set.samples.push_back(ChatSample(messages, {}, processor, path.parent_path(), resolved, line.source));
+        limit.Add(ChatSample(messages, {}, processor, data.directory, resolved, line.source), set.samples);
       });
     } else {
       object.FailAt("type", fmt::format("expected \"text\" or \"chat\", found \"{}\"", type));
     }
   });
+  limit.Check(data.place);
   if (set.samples.empty()) {
     Fail("{}: all {} samples have images and were left out, since only text was asked for; add text samples",
-         path.string(), set.skipped.size());
+         data.place, set.skipped.size());
   }
+  set.shortened = limit.Summary();
   return set;
 }
 
-std::vector<CaptionTask> LoadCaptions(const std::filesystem::path& path, const Processor& processor,
-                                      const SampleOptions& options) {
+SampleSet LoadJsonl(const std::filesystem::path& path, const Processor& processor, const SampleOptions& options) {
+  return LoadJsonl(ReadDataFile(path), processor, options);
+}
+
+std::vector<CaptionTask> LoadCaptions(const DataFile& data, const Processor& processor, const SampleOptions& options) {
+  SampleOptions whole = options;
+  whole.longer = LongSamples::kRefuse;  // a cut question has another answer
+  LengthLimit limit(whole);
   std::vector<CaptionTask> tasks;
-  ForEachLine(path, [&](const JsonObject& object, const Line& line) {
+  ForEachLine(data, [&](const JsonObject& object, const DataLine& line) {
     CaptionTask task;
     task.image = object.Required<std::string>("image");
     task.question = object.Required<std::string>("question");
     task.caption = object.Required<std::string>("caption");
     const json messages = UserTurn(task.question, std::span(&task.image, 1));
-    task.prompt = Within(line.place, [&] {
-      return ChatSample(messages, {.generation_prompt = true}, processor, path.parent_path(), options, line.source);
-    });
+    std::vector<Sample> prompt;
+    limit.Add(Within(line.place,
+                     [&] {
+                       return ChatSample(messages, {.generation_prompt = true}, processor, data.directory, options,
+                                         line.source);
+                     }),
+              prompt);
+    if (prompt.empty()) return;
+    task.prompt = std::move(prompt.front());
     tasks.push_back(std::move(task));
   });
+  limit.Check(data.place);
   return tasks;
+}
+
+std::vector<CaptionTask> LoadCaptions(const std::filesystem::path& path, const Processor& processor,
+                                      const SampleOptions& options) {
+  return LoadCaptions(ReadDataFile(path), processor, options);
 }
 
 std::vector<Sample> RandomSamples(int64_t count, int64_t length, uint64_t seed, int64_t vocab_size,

@@ -100,7 +100,7 @@ Images ReadImages(const Batch& batch) {
   return images;
 }
 
-void AppendRows(const Batch& batch, const SampleOptions& options, SampleSet& set) {
+void AppendRows(const Batch& batch, const SampleOptions& options, LengthLimit& limit, SampleSet& set) {
   const std::string place = batch.Place("input_ids");
   const Tensor& tensor = *batch.Find("input_ids");
   const Shape& shape = tensor.GetShape();
@@ -135,7 +135,8 @@ void AppendRows(const Batch& batch, const SampleOptions& options, SampleSet& set
     if (count > 0 && options.text_only)
       set.skipped.push_back(sample.source);
     else
-      set.samples.push_back(std::move(sample));
+      Within(rows == 1 ? place : fmt::format("{}[{}]", place, row),
+             [&] { limit.Add(std::move(sample), set.samples); });
   }
   if (used != images.count) {
     Fail("{}: {} images, but the rows of input_ids hold {} runs of image placeholders (id {}); they must agree",
@@ -163,7 +164,10 @@ SampleSet SamplesFromSafetensors(const std::filesystem::path& path, std::string_
     Fail("{}: no tensor is called \"{}N.input_ids\" with a number N; samples need one each", path.string(), prefix);
   }
   SampleSet set;
-  for (const auto& [number, name] : batches) AppendRows(Batch(file, name), options, set);
+  LengthLimit limit(options);
+  for (const auto& [number, name] : batches) AppendRows(Batch(file, name), options, limit, set);
+  limit.Check(path.string());
+  set.shortened = limit.Summary();
   if (set.samples.empty()) {
     Fail("{}: all {} samples have images and were left out, since only text was asked for; add text samples",
          path.string(), set.skipped.size());

@@ -90,15 +90,58 @@ TEST(JsonlTest, ErrorsNameFileAndLine) {
   EXPECT_THAT(JsonlError(R"({"type": "poem", "text": "x"})"),
               HasSubstr("data.jsonl:1: type: expected \"text\" or \"chat\", found \"poem\""));
   EXPECT_THAT(JsonlError(R"({"type": "chat"})"), HasSubstr("data.jsonl:1: messages: expected a list of messages"));
-  EXPECT_THAT(JsonlError(""), HasSubstr("data.jsonl: the file has no lines"));
-  EXPECT_THAT(JsonlError("\n \n"), HasSubstr("data.jsonl: the file has no lines"));
-  EXPECT_THAT(JsonlError(good, {.max_length = 1}), HasSubstr("data.jsonl:1: "));
-  EXPECT_THAT(JsonlError(good, {.max_length = 1}), HasSubstr("tokens are more than the limit of 1"));
+  EXPECT_THAT(JsonlError(""), HasSubstr("data.jsonl: has no samples"));
+  EXPECT_THAT(JsonlError("\n \n"), HasSubstr("data.jsonl: has no samples"));
+  EXPECT_THAT(JsonlError(good + R"({"type": "text", "text": ""})"),
+              HasSubstr("data.jsonl:2: the text is empty, which would calibrate on <bos> alone"));
   EXPECT_THAT(JsonlError(good, {.vocab_size = 100}), HasSubstr("but the vocabulary has 100 entries"));
   EXPECT_THAT(JsonlError(R"({"type": "text", "text": "a <|image|> b"})"),
               HasSubstr("data.jsonl:1: the text holds the"));
   EXPECT_THAT(JsonlError(good, {.placeholders = {.image = 77}}),
               HasSubstr("config.json: image_token_id is 77, but the tokenizer calls 2043"));
+}
+
+std::string TextLine(const std::string& text) { return json{{"type", "text"}, {"text", text}}.dump() + "\n"; }
+
+TEST(JsonlTest, SamplesPastTheLimitAreCountedInOneError) {
+  const std::string data = TextLine("Emma") + TextLine("Emma was glad of it") + TextLine("Emma was glad of it all day");
+  EXPECT_THAT(JsonlError(data, {.max_length = 4}),
+              ::testing::ContainsRegex("data.jsonl: 2 of 3 samples are longer than the limit of 4 tokens, the longest, "
+                                       "data.jsonl:3, has ([0-9]+); --max-seq-len [0-9]+ takes all, --truncate or "
+                                       "--chunk shortens them"));
+}
+
+TEST(JsonlTest, LongSamplesAreCutOrSplitWhenAsked) {
+  const TempDirectory directory;
+  const std::filesystem::path path = directory.Path() / "data.jsonl";
+  WriteFile(path, TextLine("Emma") + TextLine("Emma was glad of it all day long"));
+  const SampleSet whole = LoadJsonl(path, Tiny(), {});
+  const std::vector<int64_t>& ids = whole.samples[1].input_ids;
+  ASSERT_GE(ids.size(), 8u);
+  const SampleSet cut = LoadJsonl(path, Tiny(), {.max_length = 5, .longer = LongSamples::kTruncate});
+  ASSERT_THAT(cut.samples, SizeIs(2));
+  EXPECT_EQ(cut.samples[0].input_ids, whole.samples[0].input_ids);
+  EXPECT_EQ(cut.samples[1].input_ids, std::vector<int64_t>(ids.begin(), ids.begin() + 5));
+  EXPECT_THAT(cut.samples[1].token_types, SizeIs(5));
+  EXPECT_EQ(cut.shortened, "1 of 2 samples cut to 5 tokens");
+  const SampleSet split = LoadJsonl(path, Tiny(), {.max_length = 5, .longer = LongSamples::kChunk, .bos = 2});
+  std::vector<int64_t> joined{2};
+  for (size_t i = 1; i < split.samples.size(); ++i) {
+    const Sample& part = split.samples[i];
+    EXPECT_EQ(part.input_ids[0], 2);
+    EXPECT_LE(part.input_ids.size(), 5u);
+    EXPECT_THAT(part.token_types, SizeIs(part.input_ids.size()));
+    joined.insert(joined.end(), part.input_ids.begin() + 1, part.input_ids.end());
+  }
+  EXPECT_EQ(joined, ids);
+  EXPECT_EQ(split.samples[2].source, "data.jsonl:2, part 2");
+  EXPECT_EQ(split.shortened, "1 of 2 samples split into parts of 5 tokens");
+}
+
+TEST(JsonlTest, NoPictureIsCut) {
+  const SampleOptions options{.max_length = 40, .longer = LongSamples::kTruncate};
+  EXPECT_THAT(ErrorText([&] { LoadJsonl(kTiny / "eval/calib.jsonl", Tiny(), options); }),
+              ::testing::ContainsRegex("calib.jsonl:[0-9]+: its pictures end at token [0-9]+, behind the limit of 40"));
 }
 
 TEST(JsonlTest, ImageErrorsNameLineAndImage) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "circlet/exec/executor.h"
+#include "circlet/preprocess/samples.h"
 #include "circlet/report/metrics.h"
 
 namespace circlet {
@@ -21,7 +22,7 @@ struct QuantizeOptions {
   bool force = false;            // replace what an earlier run wrote there
 
   // Samples: exactly one of these.
-  std::filesystem::path data;     // JSON lines (calib.jsonl)
+  std::filesystem::path data;     // JSON lines (calib.jsonl), or "-": those of standard input
   std::filesystem::path samples;  // safetensors: calib.N.* and eval.N.*
   std::string random_samples;     // "NxLENGTH"
   int64_t random_images = 0;      // as many random samples with one picture each beside them
@@ -31,6 +32,7 @@ struct QuantizeOptions {
   std::string dialect = "default";
   std::filesystem::path qparams;  // frozen grids instead of calibration
   std::optional<int64_t> max_seq_len;
+  LongSamples long_samples = LongSamples::kRefuse;  // what becomes of calibration samples longer than that
   bool save_stages = false;
 
   std::filesystem::path eval_text;      // perplexity
@@ -105,6 +107,7 @@ struct QuantizeResult {
   int64_t calibration_samples = 0, evaluation_samples = 0;
   bool random_data = false;
   std::vector<std::string> skipped;   // samples left out, with the reason
+  std::string shortened;              // "3 of 32 samples cut to 64 tokens"
   std::vector<StageError> stages;     // in order of computation
   ErrorMetrics output;                // of the last stage's output
   bool output_on_calibration_data = false;

@@ -10,6 +10,7 @@
 
 #include "circlet/base/tensor.h"
 #include "circlet/preprocess/chat.h"
+#include "circlet/preprocess/data_file.h"
 #include "circlet/preprocess/image.h"
 #include "circlet/preprocess/tokenizer.h"
 
@@ -33,9 +34,15 @@ struct Processor {
 };
 Processor LoadProcessor(const std::filesystem::path& directory);
 
+// What becomes of a sample that is longer than SampleOptions.max_length: an error that counts them, its beginning
+// alone, or parts of that length, each with <bos> in front when the sample has it. Pictures must lie in the first part.
+enum class LongSamples { kRefuse, kTruncate, kChunk };
+
 struct SampleOptions {
-  int64_t vocab_size = 0;     // ids but placeholders must be below it; 0 = any
-  int64_t max_length = 0;     // tokens of a sample; 0 = any
+  int64_t vocab_size = 0;  // ids but placeholders must be below it; 0 = any
+  int64_t max_length = 0;  // tokens of a sample; 0 = any
+  LongSamples longer = LongSamples::kRefuse;
+  int64_t bos = -1;           // id of <bos>, for kChunk; -1 = none
   bool text_only = false;     // leave out samples with images
   Placeholders placeholders;  // of config.json; those that are -1 are taken from the tokenizer
 };
@@ -43,12 +50,14 @@ struct SampleOptions {
 struct SampleSet {
   std::vector<Sample> samples;
   std::vector<std::string> skipped;  // sources left out by text_only
+  std::string shortened;             // "3 of 32 samples cut to 64 tokens"; empty when none was
 };
 
-// One JSON object a line: {"type": "text", "text": ...} (<bos> in front) or {"type": "chat", "messages": [...]}
-// (RenderChat; image paths are relative to the file). Empty lines are passed over. Throws Error "FILE:LINE: ..." for a
-// line that is not JSON or lacks a key, an id past the vocabulary, a sample longer than max_length, an image that
-// cannot be read, and when no line is left.
+// One JSON object a line, or an array of them: {"type": "text", "text": ...} (<bos> in front) or {"type": "chat",
+// "messages": [...]} (RenderChat; image paths are relative to the file). Empty lines are passed over. Throws Error
+// "FILE:LINE: ..." for a line that is not JSON or lacks a key, an empty text, an id past the vocabulary, an image that
+// cannot be read, "FILE: ..." for samples longer than max_length (how many, which flag) and when no line is left.
+SampleSet LoadJsonl(const DataFile& data, const Processor& processor, const SampleOptions& options);
 SampleSet LoadJsonl(const std::filesystem::path& path, const Processor& processor, const SampleOptions& options);
 
 // Tensors `GROUP.N.input_ids` ([batch, seq] or [seq], int64 or int32) with optional `attention_mask`, `pixel_values`,
@@ -78,6 +87,7 @@ struct CaptionTask {
   Sample prompt;  // with the generation prompt
   std::string image, question, caption;
 };
+std::vector<CaptionTask> LoadCaptions(const DataFile& data, const Processor& processor, const SampleOptions& options);
 std::vector<CaptionTask> LoadCaptions(const std::filesystem::path& path, const Processor& processor,
                                       const SampleOptions& options);
 

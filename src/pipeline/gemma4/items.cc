@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "circlet/base/communicator.h"
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
@@ -36,8 +37,18 @@ void Append(SampleSet set, std::vector<Sample>& samples, std::vector<std::string
   std::move(set.skipped.begin(), set.skipped.end(), std::back_inserter(skipped));
 }
 
+// Reads JSON lines and notes what was read; a pipe gives them only once.
+DataFile ReadLines(const std::filesystem::path& path, RunData& data) {
+  DataFile file = ReadDataFile(path);
+  if (!file.repeatable && World().Size() > 1)
+    Fail("{}: cannot be read by several processes; write the samples to a file", file.place);
+  data.files.push_back(file);
+  data.files.back().text.clear();
+  return file;
+}
+
 void LoadCaptionTasks(const QuantizeOptions& options, const Processor& processor, const SampleOptions& rules, RunData& data) {
-  data.captions = LoadCaptions(options.eval_captions, processor, rules);
+  data.captions = LoadCaptions(ReadLines(options.eval_captions, data), processor, rules);
   const int64_t turn_end = processor.tokenizer.RequireId("<turn|>");
   for (const CaptionTask& task : data.captions) {
     data.answers.push_back(processor.tokenizer.Encode(task.caption, /*add_special=*/false));
@@ -287,9 +298,14 @@ RunData LoadRunData(const QuantizeOptions& options, const Recipe& recipe, const 
   if (given > 1 || (given == 0 && sources.empty() && options.qparams.empty()))
     Fail("calibration data: give exactly one of --data, --samples and --random-samples (found {})", given);
 
+  if (options.long_samples != LongSamples::kRefuse && !options.max_seq_len)
+    Fail("--truncate and --chunk: shorten samples to --max-seq-len; give that too");
+
   RunData data;
   const SampleOptions rules{.vocab_size = config.text.vocab_size,
                             .max_length = options.max_seq_len.value_or(0),
+                            .longer = options.long_samples,
+                            .bos = config.text.bos_token_id,
                             .text_only = options.text_only || !config.vision.has_value(),
                             .placeholders = {config.image_token_id, config.video_token_id, config.audio_token_id}};
   std::optional<Processor> processor;
@@ -305,11 +321,13 @@ RunData LoadRunData(const QuantizeOptions& options, const Recipe& recipe, const 
       if (SafetensorsFile::Open(path).Find("eval.0.input_ids") != nullptr)
         Append(SamplesFromSafetensors(path, "eval", rules), data.evaluation, data.skipped);
     } else if (path == options.data || std::filesystem::exists(path)) {
-      set = LoadJsonl(path, needs_processor(), rules);
+      set = LoadJsonl(ReadLines(path, data), needs_processor(), rules);
     } else {
       Fail("calibration.datasets: \"{}\" is no file; circlet downloads nothing, give the path of a .jsonl or .safetensors "
            "file", source.dataset);
     }
+    if (!set.shortened.empty() && !data.shortened.empty()) data.shortened += "; ";
+    data.shortened += set.shortened;
     if (static_cast<int64_t>(set.samples.size()) > source.n_samples) set.samples.resize(source.n_samples);
     Append(std::move(set), data.calibration, data.skipped);
   }

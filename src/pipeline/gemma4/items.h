@@ -16,6 +16,8 @@ struct RunData {
   std::vector<CaptionTask> captions;
   std::vector<std::vector<int64_t>> answers;  // of captions: token ids, the turn's end behind them
   std::vector<std::string> skipped;
+  std::string shortened;        // of the calibration samples: SampleSet::shortened
+  std::vector<DataFile> files;  // the JSON lines that were read, without their text
   bool random = false;
 };
 

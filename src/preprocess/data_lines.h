@@ -1,0 +1,20 @@
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "circlet/io/json.h"
+#include "circlet/preprocess/data_file.h"
+
+namespace circlet {
+
+struct DataLine {
+  std::string place;   // "/data/calib.jsonl:7", for errors
+  std::string source;  // "calib.jsonl:7"
+};
+
+// Calls `body` with the object of each line that is not blank, or with each object of a JSON array. Throws Error
+// "FILE:LINE: ..." for anything that is no object and for a file without any.
+void ForEachLine(const DataFile& data, const std::function<void(const JsonObject& object, const DataLine& line)>& body);
+
+}  // namespace circlet
