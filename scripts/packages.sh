@@ -1,6 +1,6 @@
 # Debian packages that circlet is built with, installed when missing. Sourced by demo.sh and test.sh.
 packages=(g++ cmake ninja-build pkg-config libdnnl-dev libflatbuffers-dev nlohmann-json3-dev libyaml-cpp-dev libcli11-dev
-  libfmt-dev libjpeg62-turbo-dev libpng-dev zlib1g-dev libhwy-dev libssl-dev)
+  libfmt-dev libjpeg62-turbo-dev libpng-dev zlib1g-dev libwebp-dev libgif-dev libtiff-dev libhwy-dev libssl-dev)
 test_packages=(libgtest-dev libgmock-dev xz-utils libopenmpi-dev openmpi-bin)
 
 install_missing() {

@@ -8,6 +8,7 @@
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
 #include "preprocess/chat_tools.h"
+#include "preprocess/picture_source.h"
 #include "preprocess/utf8.h"
 
 namespace circlet {
@@ -159,8 +160,8 @@ class Renderer {
     const std::string type = part.Required<std::string>("type");
     if (type == "text") {
       Text(part.Required<std::string>("text"), is_model);
-    } else if (type == "image") {
-      prompt_.images.push_back(part.Required<std::string>(part.Has("path") ? "path" : "image"));
+    } else if (type == "image" || type == "image_url") {
+      prompt_.images.push_back(PictureOf(part));
       Picture(kImage);
     } else if (type == "video") {
       prompt_.has_video = true;

@@ -4,7 +4,6 @@
 #include <jpeglib.h>
 
 #include <csetjmp>
-#include <cstring>
 
 #include "circlet/base/error.h"
 #include "preprocess/image_formats.h"
@@ -15,11 +14,9 @@ namespace {
 // Adobe's convention, which is the only one in use: the file holds 255 - ink.
 void ConvertCmyk(const uint8_t* in, int64_t width, uint8_t* out) {
   for (int64_t x = 0; x < width; ++x, in += 4, out += 3) {
-    const int light = in[3];
-    for (int c = 0; c < 3; ++c) {
-      const int product = (255 - in[c]) * light;
-      out[c] = static_cast<uint8_t>(light - (product + 127) / 255);
-    }
+    const uint8_t ink[4] = {static_cast<uint8_t>(255 - in[0]), static_cast<uint8_t>(255 - in[1]),
+                            static_cast<uint8_t>(255 - in[2]), static_cast<uint8_t>(255 - in[3])};
+    InkToRgb(ink, out);
   }
 }
 
@@ -98,14 +95,15 @@ class JpegReader {
   }
 
   int Orientation() const {
-    constexpr std::string_view kExif("Exif\0\0", 6);
+    constexpr std::string_view kExif("Exif\0\0", 6), kXmp("http://ns.adobe.com/xap/1.0/\0", 29);
+    Orientations said;
     for (jpeg_saved_marker_ptr marker = info_.marker_list; marker != nullptr; marker = marker->next) {
-      const std::span<const uint8_t> data(marker->data, marker->data_length);
-      if (marker->marker == kExifMarker && data.size() > kExif.size() &&
-          std::memcmp(data.data(), kExif.data(), kExif.size()) == 0)
-        return ExifOrientation(data.subspan(kExif.size()));
+      if (marker->marker != kExifMarker) continue;
+      const std::string_view text(reinterpret_cast<const char*>(marker->data), marker->data_length);
+      if (text.starts_with(kExif) && said.exif.empty()) said.exif = {marker->data, marker->data_length};
+      if (text.starts_with(kXmp) && said.xmp.empty()) said.xmp = text.substr(kXmp.size());
     }
-    return 1;
+    return OrientationOf(said);
   }
 
   static constexpr int kExifMarker = JPEG_APP0 + 1;
@@ -121,10 +119,6 @@ class JpegReader {
 };
 
 }  // namespace
-
-bool IsJpeg(std::span<const std::byte> bytes) {
-  return bytes.size() >= 3 && bytes[0] == std::byte{0xff} && bytes[1] == std::byte{0xd8} && bytes[2] == std::byte{0xff};
-}
 
 StoredImage DecodeJpeg(std::span<const std::byte> bytes, std::string_view file) {
   return JpegReader(bytes, file).Read();

@@ -11,43 +11,64 @@
 namespace circlet {
 namespace {
 
-// What a row holds after libpng unpacked it: bytes, or big-endian 16-bit numbers.
+// What a row holds after libpng unpacked it, bytes or big-endian 16-bit numbers, and what is transparent.
 struct PixelFormat {
   int color_type;
   int channels;
   bool wide;
   png_colorp palette;
   int palette_size;
+  uint8_t alphas[256];  // of the palette's colours
+  bool has_key;         // pixels of the colour `key` are transparent
+  uint8_t key[3];
 };
 
-uint8_t OverWhite(int value, int alpha) {
-  return static_cast<uint8_t>((value * alpha + 255 * (255 - alpha) + 127) / 255);
-}
-
-// One row as RGB (gemma4.md 6.1, table). Returns the first palette index that has no colour, or -1.
+// One row as RGB over white, each number in 8 bits as Pillow reads it: of 16 bits the high byte, but grey without alpha
+// ends at 255. A transparent colour is compared in its low byte, whatever the depth. Returns the first palette index
+// that has no colour, or -1.
 int ConvertRow(const PixelFormat& format, const uint8_t* in, int64_t width, uint8_t* out) {
   const int bytes = format.wide ? 2 : 1;
   for (int64_t x = 0; x < width; ++x, in += bytes * format.channels, out += 3) {
+    uint8_t color[3];
+    int alpha = 255;
+    const auto grey = [&](uint8_t value) { color[0] = color[1] = color[2] = value; };
     switch (format.color_type) {
-      case PNG_COLOR_TYPE_PALETTE:
+      case PNG_COLOR_TYPE_PALETTE: {
         if (in[0] >= format.palette_size) return in[0];
-        out[0] = format.palette[in[0]].red;
-        out[1] = format.palette[in[0]].green;
-        out[2] = format.palette[in[0]].blue;
+        const png_color& entry = format.palette[in[0]];
+        color[0] = entry.red, color[1] = entry.green, color[2] = entry.blue;
+        alpha = format.alphas[in[0]];
         break;
+      }
       case PNG_COLOR_TYPE_GRAY:
+        grey(!format.wide ? in[0] : in[0] == 0 ? in[1] : 255);
+        break;
       case PNG_COLOR_TYPE_GRAY_ALPHA:
-        // 65535 = 255 * 257: v / 257 rounded.
-        out[0] = out[1] = out[2] = format.wide ? static_cast<uint8_t>(((in[0] << 8 | in[1]) + 128) / 257) : in[0];
+        grey(in[0]);
+        alpha = in[bytes];
         break;
-      case PNG_COLOR_TYPE_RGB:
-        for (int c = 0; c < 3; ++c) out[c] = in[bytes * c];
-        break;
-      default:  // RGB and alpha; of 16 bits the high byte
-        for (int c = 0; c < 3; ++c) out[c] = OverWhite(in[bytes * c], in[bytes * 3]);
+      default:
+        for (int c = 0; c < 3; ++c) color[c] = in[bytes * c];
+        if (format.color_type == PNG_COLOR_TYPE_RGB_ALPHA) alpha = in[bytes * 3];
     }
+    if (format.has_key && std::equal(color, color + 3, format.key)) alpha = 0;
+    for (int c = 0; c < 3; ++c) out[c] = OverWhite(color[c], alpha);
   }
   return -1;
+}
+
+// ImageMagick's form of EXIF in a text: "\nexif\n   NUMBER\n" and hexadecimal digits.
+std::vector<uint8_t> RawProfile(std::string_view text) {
+  std::vector<uint8_t> bytes;
+  for (int line = 0; line < 3; ++line) text.remove_prefix(std::min(text.find('\n'), text.size() - 1) + 1);
+  int high = -1;
+  for (const char c : text) {
+    const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+    if (digit < 0) continue;
+    if (high >= 0) bytes.push_back(static_cast<uint8_t>(high << 4 | digit));
+    high = high >= 0 ? -1 : digit;
+  }
+  return bytes;
 }
 
 class PngReader {
@@ -81,7 +102,7 @@ class PngReader {
       Fail("{}: a pixel has palette index {}, but the palette has {} colours; the file is damaged", file_, bad_index_,
            format_.palette_size);
     }
-    stored.orientation = exif_ == nullptr ? 1 : ExifOrientation({exif_, exif_size_});
+    stored.orientation = Orientation();
     return stored;
   }
 
@@ -99,6 +120,20 @@ class PngReader {
     self->used_ += count;
   }
   [[noreturn]] void Damaged() const { Fail("{}: damaged PNG: {}; export the image again", file_, text_); }
+
+  int Orientation() const {
+    Orientations said;
+    std::vector<uint8_t> profile;
+    if (exif_ != nullptr) said.exif = {exif_, exif_size_};
+    png_textp texts = nullptr;
+    const int count = png_get_text(png_, info_, &texts, nullptr);
+    for (int i = 0; i < count; ++i) {
+      const std::string_view key = texts[i].key, text = texts[i].text == nullptr ? "" : texts[i].text;
+      if (key == "XML:com.adobe.xmp") said.xmp = text;
+      if (key == "Raw profile type exif" && exif_ == nullptr && !text.empty()) said.exif = profile = RawProfile(text);
+    }
+    return OrientationOf(said);
+  }
 
   // The next three return false when libpng jumped; they and what they call own nothing.
   bool ReadHeader() {
@@ -118,10 +153,27 @@ class PngReader {
     } else if (depth < 8) {
       png_set_expand_gray_1_2_4_to_8(png_);
     }
+    ReadTransparency(depth);
     passes_ = png_set_interlace_handling(png_);
     png_read_update_info(png_, info_);
     format_.channels = png_get_channels(png_, info_);
     return true;
+  }
+  void ReadTransparency(int depth) {
+    std::fill(std::begin(format_.alphas), std::end(format_.alphas), uint8_t{255});
+    png_bytep alphas = nullptr;
+    int count = 0;
+    png_color_16p key = nullptr;
+    if (png_get_tRNS(png_, info_, &alphas, &count, &key) == 0) return;
+    if (format_.color_type == PNG_COLOR_TYPE_PALETTE) {
+      std::copy_n(alphas, std::min(count, 256), format_.alphas);
+      return;
+    }
+    format_.has_key = true;
+    const bool grey = format_.color_type == PNG_COLOR_TYPE_GRAY;
+    const png_uint_16 wide[3] = {grey ? key->gray : key->red, grey ? key->gray : key->green,
+                                 grey ? key->gray : key->blue};
+    for (int c = 0; c < 3; ++c) format_.key[c] = static_cast<uint8_t>(depth == 1 && wide[c] != 0 ? 255 : wide[c]);
   }
   bool ReadRows(ImageSize size, size_t row_bytes, uint8_t* rgb) {
     if (setjmp(jump_) != 0) return false;
@@ -154,11 +206,6 @@ class PngReader {
 };
 
 }  // namespace
-
-bool IsPng(std::span<const std::byte> bytes) {
-  constexpr uint8_t kSignature[8] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n'};
-  return bytes.size() >= 8 && std::memcmp(bytes.data(), kSignature, 8) == 0;
-}
 
 StoredImage DecodePng(std::span<const std::byte> bytes, std::string_view file) { return PngReader(bytes, file).Read(); }
 

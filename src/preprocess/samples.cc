@@ -8,6 +8,7 @@
 #include "circlet/io/json.h"
 #include "preprocess/check_sample.h"
 #include "preprocess/data_lines.h"
+#include "preprocess/picture_source.h"
 
 namespace circlet {
 namespace {
@@ -46,6 +47,17 @@ Tensor Concatenate(const std::vector<Tensor>& parts) {
   return whole;
 }
 
+// The model has positions for so many patches on a side and no more, which a narrow picture can pass.
+ImagePatches FittingPatches(const Image& picture, const ImageRules& rules, const SampleOptions& options) {
+  const ImageSize target = TargetSize(picture.size, rules);
+  const int64_t longest = std::max(target.width, target.height) / rules.patch_size;
+  if (options.patch_positions > 0 && longest > options.patch_positions) {
+    Fail("{}x{} pixels become {} patches on the longer side, and the model has positions for {}; crop the picture",
+         picture.size.width, picture.size.height, longest, options.patch_positions);
+  }
+  return PrepareImage(picture, rules);
+}
+
 Sample TextSample(std::string_view text, const Tokenizer& tokenizer, const SampleOptions& options, std::string source) {
   Sample sample;
   sample.source = std::move(source);
@@ -74,7 +86,9 @@ Sample ChatSample(const json& messages, const ChatOptions& chat, const Processor
   std::vector<Tensor> pixels, positions;
   std::vector<int64_t> soft_tokens;
   for (const std::string& name : prompt.images) {
-    const ImagePatches patches = PrepareImage(LoadImage(directory / name), processor.images);
+    const Image picture = LoadPicture(name, directory);
+    const ImagePatches patches =
+        Within(PictureName(name), [&] { return FittingPatches(picture, processor.images, options); });
     pixels.push_back(patches.pixel_values);
     positions.push_back(patches.position_ids);
     soft_tokens.push_back(patches.soft_tokens);

@@ -151,6 +151,14 @@ TEST(JsonlTest, ImageErrorsNameLineAndImage) {
   EXPECT_THAT(JsonlError(chat(R"([{"type": "image", "image": "none.png"}])")), HasSubstr("data.jsonl:1: "));
   EXPECT_THAT(JsonlError(chat(R"([{"type": "image", "image": "none.png"}])")), HasSubstr("none.png"));
   EXPECT_THAT(JsonlError(chat(R"([{"type": "image", "image": "broken.png"}])")), HasSubstr("broken.png: damaged PNG"));
+  const std::string large = (kTiny / "eval/images/calib_00.png").string();
+  EXPECT_THAT(
+      JsonlError(chat((R"([{"type": "image", "image": ")" + large + R"("}])").c_str()), {.patch_positions = 5}),
+      ::testing::ContainsRegex("data.jsonl:1: .*calib_00.png: [0-9]+x[0-9]+ pixels become [0-9]+ patches on the "
+                               "longer side, and the model has positions for 5; crop the picture"));
+  EXPECT_THAT(JsonlError(chat(R"([{"type": "image", "path": "a.png", "url": "b.png"}])")),
+              HasSubstr("names a picture, and so does \"path\"; leave one of them"));
+  EXPECT_THAT(JsonlError(chat(R"([{"type": "image"}])")), HasSubstr("is missing, and so are image, url and base64"));
   EXPECT_THAT(JsonlError(chat(R"([{"type": "audio"}])")),
               HasSubstr("has a sound; circlet prepares text and images only"));
   EXPECT_THAT(JsonlError(chat(R"("<|image|>")")), HasSubstr("1 times \"<|image|>\" for 0 images"));

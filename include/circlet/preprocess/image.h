@@ -41,9 +41,10 @@ struct Image {
 inline constexpr int64_t kImageLimitPixels = int64_t{1} << 28;
 inline constexpr int64_t kImageLimitSide = 65535;
 
-// PNG or JPEG as upright RGB: EXIF orientation applied, pixel formats as in the table of gemma4.md 6.1 (transparency
-// over white, 16-bit grey as v/257, CMYK by Adobe's inverted convention). A file that is neither, is damaged, cut off,
-// empty or past the limits is an Error naming it; sizes are judged before memory is taken.
+// A picture as upright RGB, as transformers' image processor has it: PNG, JPEG, BMP, WebP, GIF (the first frame) and TIFF
+// (the first page), turned by its EXIF or XMP orientation, transparency over white (docs/data.md has the rules). A file of
+// another format, or one that is damaged, cut off, empty or past the limits, is an Error naming it; sizes are judged
+// before memory is taken. WebP, GIF and TIFF need their libraries at build time.
 Image LoadImage(const std::filesystem::path& path);
 Image DecodeImage(std::span<const std::byte> bytes, std::string_view file);
 

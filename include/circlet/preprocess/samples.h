@@ -43,7 +43,8 @@ struct SampleOptions {
   int64_t max_length = 0;  // tokens of a sample; 0 = any
   LongSamples longer = LongSamples::kRefuse;
   int64_t bos = -1;           // id of <bos>, for kChunk; -1 = none
-  bool text_only = false;     // leave out samples with images
+  int64_t patch_positions = 0;  // on a side of a picture that the model knows; 0 = any
+  bool text_only = false;       // leave out samples with images
   Placeholders placeholders;  // of config.json; those that are -1 are taken from the tokenizer
 };
 

@@ -93,7 +93,7 @@ class ItemMaker {
     std::vector<int64_t> soft_tokens;
     if (sample != nullptr && !sample->pixel_values.Empty())
       for (int64_t image = 0; image < sample->pixel_values.GetShape()[0]; ++image) {
-        text.images.push_back(AddImage(text.item, *sample, image, label));
+        text.images.push_back(Within(sample->source, [&] { return AddImage(text.item, *sample, image, label); }));
         soft_tokens.push_back(LayoutOf(*context_.config.vision, context_.images.back().positions).tokens);
       }
     Within(sample == nullptr ? label : sample->source,
@@ -306,6 +306,7 @@ RunData LoadRunData(const QuantizeOptions& options, const Recipe& recipe, const 
                             .max_length = options.max_seq_len.value_or(0),
                             .longer = options.long_samples,
                             .bos = config.text.bos_token_id,
+                            .patch_positions = config.vision ? config.vision->position_embedding_size : 0,
                             .text_only = options.text_only || !config.vision.has_value(),
                             .placeholders = {config.image_token_id, config.video_token_id, config.audio_token_id}};
   std::optional<Processor> processor;
