@@ -8,6 +8,7 @@
 #include "circlet/base/threads.h"
 #include "circlet/ops/ops.h"
 #include "hwy/aligned_allocator.h"
+#include "ops/aligned.h"
 #include "ops/gemm.h"
 #include "ops/integer_product.h"
 #include "ops/internal.h"
@@ -119,7 +120,7 @@ class Product {
     if (unit_ == Unit::kPair)
       return ParallelFor(Depth(), RowGrain(2 * n),
                          [&](int64_t begin, int64_t end) { gemm::PairRows(x, k_, n, begin, end, to); });
-    const auto codes = hwy::AllocateAligned<int8_t>(static_cast<size_t>(k_ * n));
+    const auto codes = Aligned<int8_t>(k_ * n);
     ParallelFor(k_, RowGrain(n), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
         row_sums[row] = simd::CodesOf8Bits(x + row * n, n, right_->scale[0], RightZeroPoint(),
@@ -250,7 +251,7 @@ class AttentionRun {
     const int64_t v_converted = out_.Converts() ? kv_heads * v_elements : 0;
     hwy::AlignedFreeUniquePtr<float[]> converted;
     if (k_converted + v_converted > 0)
-      converted = hwy::AllocateAligned<float>(static_cast<size_t>(k_converted + v_converted));
+      converted = Aligned<float>(k_converted + v_converted);
     if (scores_.Converts()) all_k = ConvertKeys(converted.get());
     if (out_.Converts()) all_v = ConvertValues(converted.get() + k_converted);
     ParallelFor(kv_heads * panels, 4, [&](int64_t begin, int64_t end) {

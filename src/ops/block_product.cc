@@ -2,7 +2,7 @@
 #include <cstring>
 
 #include "circlet/base/error.h"
-#include "hwy/aligned_allocator.h"
+#include "ops/aligned.h"
 #include "ops/gemm.h"
 #include "ops/simd.h"
 
@@ -218,7 +218,7 @@ void PairAlongRows(const float* x, int64_t x_stride, int64_t rows, int64_t k, fl
 }
 
 void PairRows(const float* x, int64_t k, int64_t n, int64_t first, int64_t last, float* pairs) {
-  const auto upper = hwy::AllocateAligned<uint16_t>(static_cast<size_t>(2 * n));
+  const auto upper = Aligned<uint16_t>(2 * n);
   uint16_t* const lower = upper.get() + n;
   for (int64_t pair = first; pair < last; ++pair) {
     simd::F32ToBF16(x + 2 * pair * n, n, upper.get());

@@ -4,7 +4,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
-#include "hwy/aligned_allocator.h"
+#include "ops/aligned.h"
 #include "ops/internal.h"
 #include "ops/onednn_product.h"
 #include "ops/simd.h"
@@ -66,7 +66,7 @@ void LinearBf16(const float* x, const void* w, const float* bias, int64_t m, int
   Count(shape);
   OneDnnProduct& product = ProductOf(shape, bias != nullptr);
   CIRCLET_CHECK(product.OneOrder(), "a bf16 product on a processor without bf16");
-  const auto rounded = hwy::AllocateAligned<uint16_t>(static_cast<size_t>(m * k));
+  const auto rounded = Aligned<uint16_t>(m * k);
   ParallelFor(m * k, kElementGrain,
               [&](int64_t begin, int64_t end) { simd::F32ToBF16(x + begin, end - begin, rounded.get() + begin); });
   product.Run(rounded.get(), w, bias, y);

@@ -200,6 +200,15 @@ void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Te
   }
 }
 
-std::string InstructionSets() { return std::string(simd::InstructionSet()) + (gemm::MultipliesBytes() ? " VNNI" : ""); }
+std::string InstructionSets() {
+  std::string sets = simd::InstructionSet();
+  // oneDNN may be held to less than the processor has (ONEDNN_MAX_CPU_ISA).
+  if (const dnnl::cpu_isa isa = dnnl::get_effective_cpu_isa(); sets.starts_with("AVX3"))
+    sets += isa == dnnl::cpu_isa::sse41                                      ? " oneDNN SSE4"
+            : isa == dnnl::cpu_isa::avx                                      ? " oneDNN AVX"
+            : isa == dnnl::cpu_isa::avx2 || isa == dnnl::cpu_isa::avx2_vnni ? " oneDNN AVX2"
+                                                                             : "";
+  return sets + (gemm::MultipliesBytes() ? " VNNI" : "");
+}
 
 }  // namespace circlet

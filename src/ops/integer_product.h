@@ -32,8 +32,8 @@ void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const 
 // where they are no signed bytes. bias [n] or null. A NaN in a row of x makes its row of y NaN.
 void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y);
 
-// What results depend on beside their inputs, for manifests: simd::InstructionSet(), and " VNNI" behind it where
-// products are summed in integers.
+// What results depend on beside their inputs, for manifests: simd::InstructionSet(), oneDNN's where that is lower, and
+// " VNNI" where products are summed in integers.
 std::string InstructionSets();
 
 }  // namespace circlet

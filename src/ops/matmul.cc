@@ -5,6 +5,7 @@
 
 #include "circlet/base/threads.h"
 #include "hwy/aligned_allocator.h"
+#include "ops/aligned.h"
 #include "ops/codes.h"
 #include "ops/gemm.h"
 #include "ops/integer_product.h"
@@ -122,7 +123,7 @@ struct Operands {
 
   void Pair(int64_t a_rows, const Tensor& b_tensor, bool transposed) {
     const int64_t depth = gemm::Pairs(k), b_columns = b_tensor.Elements() / k;
-    pairs = hwy::AllocateAligned<float>(static_cast<size_t>((a_rows + b_columns) * depth));
+    pairs = Aligned<float>((a_rows + b_columns) * depth);
     float *const a_pairs = pairs.get(), *const b_pairs = a_pairs + a_rows * depth;
     const auto along_rows = [&](const float* x, int64_t rows, float* to) {
       ParallelFor(rows, RowGrain(k), [&](int64_t begin, int64_t end) {
@@ -186,7 +187,7 @@ void BatchMatMul::Eval(const EvalContext& context) const {
   }
   const Operands operands(context, transpose_b);
   const int64_t k = operands.k;
-  const auto buffer = hwy::AllocateAligned<float>(static_cast<size_t>(gemm::PackedFloats(k, n)));
+  const auto buffer = Aligned<float>(gemm::PackedFloats(k, n));
   const gemm::Panels panels{buffer.get(), k, n};
   gemm::Count({m, n, a_shape[-1], transpose_b, gemm::FloatOperand(operands.bf16)}, static_cast<int64_t>(a_index.size()));
   const int64_t panel_count = gemm::PanelCount(n);

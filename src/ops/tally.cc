@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "circlet/base/error.h"
-#include "hwy/aligned_allocator.h"
+#include "ops/aligned.h"
 #include "ops/onednn_product.h"
 
 namespace circlet::gemm {
@@ -27,7 +27,7 @@ double SecondsOf(ProductShape shape) {
   const int64_t columns = shape.n;
   shape.n = std::min(columns, std::max<int64_t>(1, kOperand / shape.k));
   const auto ones = [&](int64_t elements, Operand operand) {
-    auto memory = hwy::AllocateAligned<float>(static_cast<size_t>(elements));
+    auto memory = Aligned<float>(elements);
     const uint32_t one = operand == Operand::kF32 ? 0x3f800000 : operand == Operand::kBF16 ? 0x3f803f80 : 0x01010101;
     const int64_t in_one = operand == Operand::kF32 ? 1 : operand == Operand::kBF16 ? 2 : 4;
     std::fill_n(reinterpret_cast<uint32_t*>(memory.get()), (elements + in_one - 1) / in_one, one);

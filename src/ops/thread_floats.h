@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "hwy/aligned_allocator.h"
+#include "ops/aligned.h"
 
 namespace circlet {
 
@@ -13,8 +13,9 @@ float* ThreadFloats(int64_t count) {
   thread_local hwy::AlignedFreeUniquePtr<float[]> floats;
   thread_local int64_t capacity = 0;
   if (capacity < count) {
+    capacity = 0;
     floats.reset();
-    floats = hwy::AllocateAligned<float>(static_cast<size_t>(count));
+    floats = Aligned<float>(count);
     capacity = count;
   }
   return floats.get();

@@ -7,6 +7,9 @@
 namespace circlet {
 
 // Threads that ParallelFor and the matrix products of the calling thread use; at least 1. Results never depend on it.
+// Threads() is never more than OpenMP gives to a parallel region: the first call after a change starts one to see, which
+// may be fewer than were set (OMP_THREAD_LIMIT) and then are all that there are from there on. It switches off dynamic
+// numbers of threads (OMP_DYNAMIC) for the calling thread. Throws Error when the system refuses to start them.
 void SetThreads(int count);
 int Threads();
 
