@@ -209,6 +209,8 @@ void SafetensorsFile::Prefetch(const Tensor& tensor) const {
   mapping_->Prefetch({tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
 }
 
+void SafetensorsFile::RequireUnchanged() const { mapping_->RequireUnchanged(); }
+
 // --- Checkpoint ---
 
 namespace {
@@ -307,6 +309,10 @@ void Checkpoint::Prefetch(std::string_view name) const {
   CIRCLET_CHECK(place != file_of_.end(), "the checkpoint has no tensor \"{}\"", name);
   const SafetensorsFile& file = files_[place->second];
   file.Prefetch(*file.Find(name));
+}
+
+void Checkpoint::RequireUnchanged() const {
+  for (const SafetensorsFile& file : files_) file.RequireUnchanged();
 }
 
 // --- Writer ---

@@ -54,7 +54,10 @@ class Clock {
 class ScratchDirectory {
  public:
   ScratchDirectory() {
-    std::string name = (std::filesystem::temp_directory_path() / "circlet-XXXXXX").string();
+    std::error_code error;
+    const std::filesystem::path parent = std::filesystem::temp_directory_path(error);
+    if (error) Fail("TMPDIR={}: is no directory; set TMPDIR to a place with room for activations", std::getenv("TMPDIR"));
+    std::string name = (parent / "circlet-XXXXXX").string();
     if (mkdtemp(name.data()) == nullptr)
       Fail("{}: cannot be made for activations; set TMPDIR to a place with room", name);
     path_ = name;
@@ -402,6 +405,7 @@ QuantizeResult Run::Compute() {
   tallying.reset();
   if (result_.compute_change) ShareChange();
   FillResult();
+  weights_.GetCheckpoint().RequireUnchanged();
   world_.Barrier();
   if (output && world_.Rank() == 0) {
     clock_.Time("export", [&] {

@@ -32,6 +32,8 @@ class SafetensorsFile {
   void Release(const Tensor& tensor) const;
   // Tells it that they will be, so that it reads ahead.
   void Prefetch(const Tensor& tensor) const;
+  // Throws Error when the file was replaced or written to since it was opened: tensors of before and after are mixed.
+  void RequireUnchanged() const;
 
  private:
   std::filesystem::path path_;
@@ -56,6 +58,8 @@ class Checkpoint {
   // Those of SafetensorsFile by name.
   void Release(std::string_view name) const;
   void Prefetch(std::string_view name) const;
+  // Of all its files; a run asks when it has read them for the last time.
+  void RequireUnchanged() const;
 
  private:
   std::filesystem::path directory_;
