@@ -13,15 +13,12 @@
 namespace circlet {
 namespace fs = std::filesystem;
 
-// Append-only; gone with its last owner unless it was told to stay.
+// Append-only; gone with its last owner unless it was told to stay. It is open only while something is transferred:
+// there is one for each key, and a process may have few descriptors.
 class ActivationStore::File {
  public:
-  File(fs::path path, int number) : path_(std::move(path)), number_(number) {
-    descriptor_ = open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (descriptor_ < 0) FailErrno(path_, "written");
-  }
+  File(fs::path path, int number) : path_(std::move(path)), number_(number) { Descriptor(*this, "written", O_CREAT); }
   ~File() {
-    close(descriptor_);
     if (!stays_) unlink(path_.c_str());
   }
   File(const File&) = delete;
@@ -32,35 +29,51 @@ class ActivationStore::File {
   void Stay() { stays_ = true; }
   // Brings all of it to the disk: a saved state counts on it from now on.
   void Promise() {
-    if (synced_ != size_ && fdatasync(descriptor_) != 0) FailErrno(path_, "written");
+    if (synced_ == size_) return;
+    if (const Descriptor file(*this, "written"); fdatasync(file.number) != 0) FailErrno(path_, "written");
     synced_ = size_;
   }
   bool Promised() const { return synced_ >= 0; }
   void Cut(int64_t size) {
-    if (const off_t found = lseek(descriptor_, 0, SEEK_END); found < size)
+    const Descriptor file(*this, "cut to size");
+    if (const off_t found = lseek(file.number, 0, SEEK_END); found < size)
       Fail("{}: has {} bytes of {}; start again with --force", path_.string(), found, size);
-    if (ftruncate(descriptor_, size) != 0) FailErrno(path_, "cut to size");
+    if (ftruncate(file.number, size) != 0) FailErrno(path_, "cut to size");
     size_ = size;
   }
 
   int64_t Append(std::span<const std::byte> bytes) {
     const int64_t offset = size_;
     size_ += static_cast<int64_t>(bytes.size());
-    Transfer(offset, bytes.size(), "written",
-             [&](size_t done, off_t at) { return pwrite(descriptor_, bytes.data() + done, bytes.size() - done, at); });
+    Transfer(offset, bytes.size(), "written", [&](int file, size_t done, off_t at) {
+      return pwrite(file, bytes.data() + done, bytes.size() - done, at);
+    });
     return offset;
   }
 
   void Read(int64_t offset, std::span<std::byte> bytes) const {
-    Transfer(offset, bytes.size(), "read",
-             [&](size_t done, off_t at) { return pread(descriptor_, bytes.data() + done, bytes.size() - done, at); });
+    Transfer(offset, bytes.size(), "read", [&](int file, size_t done, off_t at) {
+      return pread(file, bytes.data() + done, bytes.size() - done, at);
+    });
   }
 
  private:
+  struct Descriptor {
+    Descriptor(const File& file, std::string_view done, int flags = 0)
+        : number(open(file.path_.c_str(), O_RDWR | O_CLOEXEC | flags, 0666)) {
+      if (number < 0) FailErrno(file.path_, done);
+    }
+    ~Descriptor() { close(number); }
+    Descriptor(const Descriptor&) = delete;
+    Descriptor& operator=(const Descriptor&) = delete;
+    const int number;
+  };
+
   template <typename Call>
   void Transfer(int64_t offset, size_t size, const char* verb, const Call& call) const {
+    const Descriptor file(*this, verb);
     for (size_t done = 0; done < size;) {
-      const ssize_t moved = call(done, static_cast<off_t>(offset + static_cast<int64_t>(done)));
+      const ssize_t moved = call(file.number, done, static_cast<off_t>(offset + static_cast<int64_t>(done)));
       if (moved < 0 && errno == EINTR) continue;
       if (moved < 0) FailErrno(path_, verb);
       CIRCLET_CHECK(moved > 0, "{} ends before byte {}", path_.string(), offset + size);
@@ -70,7 +83,6 @@ class ActivationStore::File {
 
   fs::path path_;
   int number_;
-  int descriptor_ = -1;
   int64_t size_ = 0;
   int64_t synced_ = -1;
   bool stays_ = false;
