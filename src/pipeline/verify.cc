@@ -10,6 +10,7 @@
 #include "circlet/io/safetensors.h"
 #include "circlet/quant/affine.h"
 #include "circlet/report/terminal.h"
+#include "ops/integer_product.h"
 #include "pipeline/units.h"
 
 namespace circlet {
@@ -78,7 +79,7 @@ class StoredCodes {
 
 // What Verify needs of manifest.json and pipeline.json. Both may come from anywhere.
 struct Listing {
-  std::string dialect;
+  std::string dialect, instruction_set;
   std::map<std::string, std::string> sha256;  // by file
   struct Unit {
     std::string name, file;
@@ -107,6 +108,7 @@ Listing ReadListing(const fs::path& directory) {
   const nlohmann::json manifest_json = ReadJson(directory / kManifestFile);
   const JsonObject manifest(manifest_json, (directory / kManifestFile).string());
   listing.dialect = manifest.Required<std::string>("dialect");
+  listing.instruction_set = manifest.Required<std::string>("instruction_set");
   for (const JsonObject& output : manifest.Objects("outputs"))
     listing.sha256[output.Required<std::string>("file")] = output.Required<std::string>("sha256");
 
@@ -145,6 +147,17 @@ std::vector<std::string> BrokenBoundaries(const Listing& listing) {
   return broken;
 }
 
+// Largest steps, in shares of a unit's largest code, on another instruction set than the files were made with. Float
+// sums differ in their last bits there; a value that then falls on the other side of a tie is one code off, and that
+// moves what follows. Measured (docs/verification.md): 0.03 % in a layer and 0.24 % in a whole graph with 16-bit ends,
+// 3 % with 8-bit ends. A product that lacks a part of its terms is off by more than the bounds.
+constexpr double kOtherSetShare = 0.01, kOtherSetShareOfBytes = 0.08;
+
+bool NearOnAnotherSet(const UnitVerdict& unit) {
+  const double share = unit.largest_code <= 255 ? kOtherSetShareOfBytes : kOtherSetShare;
+  return unit.largest_step <= std::max(1.0, share * static_cast<double>(unit.largest_code));
+}
+
 }  // namespace
 
 VerifyResult Verify(const VerifyOptions& options) {
@@ -153,7 +166,10 @@ VerifyResult Verify(const VerifyOptions& options) {
   const fs::path codes_path = own_codes ? options.directory / kCodesFile : options.codes;
   if (own_codes) CheckHash(listing, codes_path);
   const StoredCodes codes(codes_path);
-  VerifyResult result{.dialect = listing.dialect, .broken_boundaries = BrokenBoundaries(listing)};
+  VerifyResult result{.dialect = listing.dialect,
+                      .made_with = listing.instruction_set,
+                      .this_set = InstructionSets(),
+                      .broken_boundaries = BrokenBoundaries(listing)};
 
   Progress progress(options.progress);
   progress.Begin("verify", static_cast<int64_t>(listing.units.size()));
@@ -191,7 +207,8 @@ VerifyResult Verify(const VerifyOptions& options) {
                              unit.unit == "vision_model" || unit.unit == "vision_prefill";
     const bool near = (whole_graph && unit.largest_code <= 255) || unit.different <= kReferenceShare * unit.values ||
                       unit.largest_step <= kReferencePeak * unit.largest_code;
-    result.within_bounds &= result.dialect == "tico" ? near : unit.different == 0;
+    const bool same_set = result.made_with == result.this_set;
+    result.within_bounds &= result.dialect == "tico" ? near : same_set ? unit.different == 0 : NearOnAnotherSet(unit);
   }
   if (result.dialect != "tico") result.within_bounds &= result.broken_boundaries.empty();
   return result;
@@ -206,9 +223,17 @@ std::string VerifyText(const VerifyResult& result) {
     if (!unit.first_difference.empty()) notes += fmt::format("{}: {}\n", unit.unit, unit.first_difference);
   }
   for (const std::string& boundary : result.broken_boundaries) notes += fmt::format("boundary {}\n", boundary);
-  const char* verdict = result.exact           ? "every file computes what was simulated, to the last code"
-                        : result.within_bounds ? "the files differ from the simulation within the reference's bounds"
-                                               : "the files do not compute what was simulated";
+  if (!result.exact && result.made_with != result.this_set)
+    notes += fmt::format(
+        "made with {}, this is {}: codes may differ by the rounding of sums, {:.1f} % of a unit's largest code ({:.0f} "
+        "% "
+        "at 8 bits) are let pass\n",
+        result.made_with, result.this_set, 100 * kOtherSetShare, 100 * kOtherSetShareOfBytes);
+  const char* verdict = result.exact            ? "every file computes what was simulated, to the last code"
+                        : !result.within_bounds ? "the files do not compute what was simulated"
+                        : result.dialect == "tico"
+                            ? "the files differ from the simulation within the reference's bounds"
+                            : "the files compute what was simulated, but for rounding";
   return table.ToString() + notes + fmt::format("{} files: {}\n", result.units.size(), verdict);
 }
 
