@@ -1,10 +1,12 @@
 #include <fmt/core.h>
 #include <fmt/ranges.h>
 
+#include <limits>
 #include <memory>
 
 #include "circlet/smoke/smoke.h"
 #include "cli/commands.h"
+#include "cli/flags.h"
 
 namespace circlet {
 
@@ -18,7 +20,9 @@ void AddExample(CLI::App& app, std::function<int()>& command) {
   example->footer("Example:\n  circlet example gemma4_model");
   example->add_option("NAME", options->name, fmt::format("{}", fmt::join(ExampleNames(), ", ")))->required();
   example->add_option("--output-dir", options->output_dir, "Where the file goes")->capture_default_str();
-  example->add_option("--seed", options->seed, "Of parameters and samples")->capture_default_str();
+  example->add_option("--seed", options->seed, "Of parameters and samples")
+      ->check(WholeNumber(0, std::numeric_limits<int64_t>::max()))
+      ->capture_default_str();
   example->callback([options, &command] {
     command = [options] {
       fmt::print("{}", RunExample(options->name, options->output_dir, options->seed));

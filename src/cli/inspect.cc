@@ -9,6 +9,7 @@
 #include "circlet/smoke/smoke.h"
 #include "circlet/smoke/trace.h"
 #include "cli/commands.h"
+#include "cli/flags.h"
 
 namespace circlet {
 namespace {
@@ -17,7 +18,7 @@ constexpr char kStaticProfile[] = "e2b_static_runtime";
 
 struct InspectOptions {
   std::string mode = "wrapper-smoke", config, case_name, profile, export_kind, output_dir, report_json, recipe, compare,
-      model, samples, explain;
+              model, samples, explain;
   std::vector<std::string> set;
   std::optional<int> calibration_iters;
   int rows = 30;
@@ -189,24 +190,28 @@ void AddInspect(CLI::App& app, std::function<int()>& command) {
       "  circlet inspect --case all --report-json out/smoke.json --strict\n"
       "  circlet inspect --mode trace --case gemma4_text_decoder_layer_prefill");
   inspect->add_option("--mode", options->mode, "wrapper-smoke or trace")
-      ->check(CLI::IsMember({"wrapper-smoke", "trace"}))
+      ->check(OneOf({"wrapper-smoke", "trace"}))
       ->capture_default_str();
   inspect->add_option("--config", options->config, "YAML with debug.wrapper_smoke (recipes/wrapper_smoke.yaml)");
   inspect->add_option("--case", options->case_name, "One case, or all");
   inspect->add_flag("--list-cases", options->list_cases, "Names, recipes and profiles of the cases");
   inspect->add_option("--profile", options->profile, "Size: tiny, e2b_dims, e2b_static_runtime")
-      ->check(CLI::IsMember({"tiny", "e2b_dims", kStaticProfile}));
+      ->check(OneOf({"tiny", "e2b_dims", kStaticProfile}));
   inspect->add_option("--recipe", options->recipe, "Built-in name or YAML file; default: the case's own");
   inspect->add_option("--compare", options->compare, "Recipes side by side: w8a16,w4a16");
   inspect->add_option("--set", options->set, "KEY=VALUE in the recipe, or debug.wrapper_smoke.KEY=VALUE (repeatable)");
-  inspect->add_option("--calibration-iters", options->calibration_iters, "Calibration samples of each kind; default 3");
-  inspect->add_option("--export", options->export_kind, "none or circle")->check(CLI::IsMember({"none", "circle"}));
+  inspect->add_option("--calibration-iters", options->calibration_iters, "Calibration samples of each kind; default 3")
+      ->check(WholeNumber(0, 1 << 20));
+  inspect->add_option("--export", options->export_kind, "none or circle")->check(OneOf({"none", "circle"}));
   inspect->add_option("--output-dir", options->output_dir, "Where files go; default out/wrapper_smoke");
   inspect->add_option("--report-json", options->report_json, "Also write the results as JSON");
   inspect->add_option("--model", options->model, "trace: a checkpoint instead of a case");
-  inspect->add_option("--samples", options->samples, "trace: its samples, JSON lines or safetensors; the last is measured");
+  inspect->add_option("--samples", options->samples,
+                      "trace: its samples, JSON lines or safetensors; the last is measured");
   inspect->add_option("--explain", options->explain, "trace: histogram of one point");
-  inspect->add_option("--rows", options->rows, "trace: points listed")->check(CLI::PositiveNumber)->capture_default_str();
+  inspect->add_option("--rows", options->rows, "trace: points listed")
+      ->check(WholeNumber(1, 1 << 30))
+      ->capture_default_str();
   inspect->add_flag("--no-plot", options->no_plot, "No scatter plot");
   inspect->add_flag("--strict", options->strict, "Warnings fail too");
   inspect->callback([inspect, options, &command] {

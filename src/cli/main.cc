@@ -1,75 +1,102 @@
 #include <fmt/core.h>
-#include <malloc.h>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
-#include <cstdlib>
+#include <cstdio>
+#include <filesystem>
+#include <system_error>
 #include <thread>
 
+#include "base/mpi.h"
 #include "circlet/base/communicator.h"
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
 #include "circlet/io/names.h"
 #include "cli/commands.h"
+#include "cli/flags.h"
+#include "cli/process.h"
+#include "ops/integer_product.h"
 
 namespace {
 
-// OpenMP's threads wait busily between parallel loops unless the environment says otherwise before the process starts; beside
-// any other load that slows a run down eightfold (133 s against 16 s measured). They spin for some 10 us, the length of a
-// short loop's gap, and then sleep: 6.5 s where sleeping at once took 11.4 s.
-void WaitPassively(char** argv) {
-  if (getenv("OMP_WAIT_POLICY") != nullptr) return;
-  setenv("OMP_WAIT_POLICY", "passive", 1);
-  setenv("GOMP_SPINCOUNT", "10000", 0);
-  execv("/proc/self/exe", argv);  // on failure the run goes on as it is
+int Tell(const std::string& text) {
+  std::fputs(fmt::format("circlet: {}\n", text).c_str(), stderr);  // may be full or closed: the exit code still tells
+  std::fflush(nullptr);
+  return 2;
 }
 
-// Left alone, glibc takes ever larger blocks from its heaps, whose holes a streaming run never gives back.
-void ReturnLargeBlocks() {
-  constexpr int kLargeBytes = 256 << 10;
-  mallopt(M_MMAP_THRESHOLD, kLargeBytes);
-  mallopt(M_TRIM_THRESHOLD, kLargeBytes);
-}
-
-// A word that no option or command has names the nearest that there is; other faults are told as CLI11 tells them.
-int Refuse(const CLI::App& app, const CLI::ParseError& error) {
-  const std::vector<std::string> unknown = app.remaining(/*recurse=*/true);
-  if (error.get_exit_code() == 0 || unknown.empty()) return app.exit(error) == 0 ? 0 : 2;
-  const std::vector<CLI::App*> chosen = app.get_subcommands();
-  const CLI::App& command = chosen.empty() ? app : *chosen.front();
+// A word that no option or command has names the nearest that there is.
+std::string UnknownText(const CLI::App& app, const CLI::App& command, const std::string& word) {
   std::vector<std::string> names;
   for (const CLI::Option* option : command.get_options())
     for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
   for (const CLI::App* verb : command.get_subcommands({})) names.push_back(verb->get_name());
-  fmt::print(stderr, "circlet: {}: not expected here{}; `circlet {}--help` lists what is\n", unknown.front(),
-             circlet::NearestHint(unknown.front(), names), chosen.empty() ? "" : command.get_name() + " ");
-  return 2;
+  return fmt::format("{}: not expected here{}; `circlet {}--help` lists what is", word,
+                     circlet::NearestHint(word, names), &command == &app ? "" : command.get_name() + " ");
+}
+
+// --help and --version are CLI11's "errors" too.
+int Refuse(const CLI::App& app, const CLI::ParseError& error) {
+  if (error.get_exit_code() == 0) {
+    app.exit(error);
+    circlet::FlushOutput();
+    return 0;
+  }
+  const std::vector<CLI::App*> chosen = app.get_subcommands();
+  const CLI::App& command = chosen.empty() ? app : *chosen.front();
+  if (const std::vector<std::string> unknown = app.remaining(/*recurse=*/true); !unknown.empty())
+    return Tell(UnknownText(app, command, unknown.front()));
+  return Tell(
+      fmt::format("{}; `circlet {}--help` tells more", error.what(), chosen.empty() ? "" : command.get_name() + " "));
+}
+
+// `help` and `help VERB` as others have them, put into CLI11's terms; a word that is no verb is left to stand alone.
+std::vector<std::string> Arguments(const CLI::App& app, int argc, char** argv) {
+  std::vector<std::string> words(argv + std::min(argc, 1), argv + argc);
+  if (!words.empty() && words[0] == "help") {
+    words.erase(words.begin());
+    const auto is_it = [&](const CLI::App* verb) { return verb->get_name() == words[0]; };
+    if (words.empty() || std::ranges::any_of(app.get_subcommands({}), is_it)) words.emplace_back("--help");
+  }
+  std::ranges::reverse(words);  // CLI11 takes them from the back
+  return words;
+}
+
+std::string VersionText() {
+  std::error_code error;
+  const std::filesystem::path program = std::filesystem::read_symlink("/proc/self/exe", error);
+  const bool mpi = std::filesystem::exists(program.parent_path() / circlet::kMpiModule, error);
+  return fmt::format("circlet {} ({}, MPI {})", CIRCLET_VERSION, circlet::InstructionSets(), mpi ? "yes" : "no");
 }
 
 // The processes of one run mostly fail alike, and one message is enough: the first tells its failure at once and ends
 // the others, which wait for that, each longer than the one before it. `world` is null before the processes are
 // connected; then they end when the launcher sees that this one did, after a second with Open MPI.
-int TellFailure(circlet::Communicator* world, int exit_code, std::string_view text) {
-  std::this_thread::sleep_for(std::chrono::milliseconds(world != nullptr ? 500 : 2000) * circlet::Launched().rank);
-  fmt::print(stderr, "circlet: {}\n", text);
-  std::fflush(nullptr);
+int TellFailure(bool shared, circlet::Communicator* world, int exit_code, const std::string& text) {
+  if (shared)
+    std::this_thread::sleep_for(std::chrono::milliseconds(world != nullptr ? 500 : 2000) * circlet::Launched().rank);
+  Tell(text);
   if (world != nullptr) world->Abort(exit_code);
   return exit_code;
+}
+
+// What the system refused, in plain words.
+std::string TextOf(const std::system_error& error) {
+  if (const auto* const of_file = dynamic_cast<const std::filesystem::filesystem_error*>(&error))
+    return fmt::format("{}: {}", of_file->path1().string(), error.code().message());
+  if (std::ferror(stdout) != 0) return fmt::format("standard output: cannot be written: {}", error.code().message());
+  return error.what();
 }
 
 }  // namespace
 
 // Exit codes: 0 done, 1 a result below the wanted bound, 2 an error that the user can mend, 3 a bug.
 int main(int argc, char** argv) {
-  WaitPassively(argv);
-  ReturnLargeBlocks();
+  circlet::PrepareProcess(argv);
   CLI::App app{"circlet: from a Gemma 4 checkpoint to calibrated, verified Circle files", "circlet"};
-  app.set_version_flag("--version", CIRCLET_VERSION);
+  app.set_version_flag("--version", VersionText);
   app.require_subcommand(1);
-  int threads = 0;
-  app.add_option("--threads", threads, "Threads to use (default: all cores); results do not depend on it")
-      ->check(CLI::Range(1, 1024));
   std::function<int()> command;
   circlet::AddQuantize(app, command);
   circlet::AddEvaluate(app, command);
@@ -79,24 +106,43 @@ int main(int argc, char** argv) {
   circlet::AddRun(app, command);
   circlet::AddExample(app, command);
   circlet::AddInspect(app, command);
-  const bool first = circlet::Launched().rank == 0;
+  int threads = 0;
+  const auto add_threads = [&threads](CLI::App& place) {
+    place.add_option("--threads", threads, "Threads to use (default: all cores); results do not depend on it")
+        ->check(circlet::WholeNumber(1, 1024));
+  };
+  add_threads(app);
+  for (CLI::App* verb : app.get_subcommands({})) add_threads(*verb);
+
   circlet::Communicator* world = nullptr;
+  bool shared = false;  // whether the processes that were started together share one run; else each does the whole
+  const auto fail = [&](int exit_code, const std::string& text) { return TellFailure(shared, world, exit_code, text); };
   try {
-    app.parse(argc, argv);
+    try {
+      app.parse(Arguments(app, argc, argv));
+    } catch (const CLI::ParseError& error) {
+      shared = app.got_subcommand("quantize") || app.got_subcommand("evaluate");
+      // All have the same command line.
+      return shared && circlet::Launched().rank > 0 ? (error.get_exit_code() == 0 ? 0 : 2) : Refuse(app, error);
+    }
+    shared = app.got_subcommand("quantize") || app.got_subcommand("evaluate");
     if (threads > 0) circlet::SetThreads(threads);
-    const bool shared = app.got_subcommand("quantize") || app.got_subcommand("evaluate");
-    if (!shared && !first) return 0;  // one process does it
+    if (const int given = circlet::Threads(); given < threads)
+      Tell(fmt::format("--threads {}: OpenMP gives {} (OMP_THREAD_LIMIT and OMP_MAX_ACTIVE_LEVELS bound it)", threads,
+                       given));
     if (shared) world = &circlet::World();
-    return command();
-  } catch (const CLI::ParseError& error) {
-    return first ? Refuse(app, error) : 0;  // all have the same command line
+    const int exit_code = command();
+    circlet::FlushOutput();
+    return exit_code;
   } catch (const circlet::Bug& bug) {
-    return TellFailure(world, 3, fmt::format("this is a bug: {}", bug.what()));
+    return fail(3, fmt::format("this is a bug: {}", bug.what()));
   } catch (const circlet::Error& error) {
-    return TellFailure(world, 2, error.what());
+    return fail(2, error.what());
+  } catch (const std::system_error& error) {
+    return fail(2, TextOf(error));
   } catch (const std::bad_alloc&) {
-    return TellFailure(world, 2, "out of memory");
+    return fail(2, "out of memory");
   } catch (const std::exception& error) {
-    return TellFailure(world, 3, fmt::format("this is a bug: {}", error.what()));
+    return fail(3, fmt::format("this is a bug: {}", error.what()));
   }
 }

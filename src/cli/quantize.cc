@@ -2,12 +2,14 @@
 
 #include <fmt/core.h>
 
+#include <limits>
 #include <memory>
 
 #include "circlet/base/communicator.h"
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
 #include "cli/commands.h"
+#include "cli/flags.h"
 
 namespace circlet {
 
@@ -16,41 +18,46 @@ namespace {
 // What quantize and evaluate share: the data, the recipe, and what is measured.
 void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.add_option("MODEL_DIR", options.model, "Checkpoint directory (config.json, safetensors, tokenizer.json)");
-  command.add_option("--data", options.data, "Calibration samples: JSON lines, an array of them, or gzip of either; - is standard input");
-  command.add_option("--samples", options.samples, "Calibration (calib.N.*) and evaluation (eval.N.*) samples, safetensors");
-  command.add_option("--random-samples", options.random_samples, "NxLENGTH samples of random ids, to try the machinery");
+  command.add_option("--data", options.data,
+                     "Calibration samples: JSON lines, an array of them, or gzip of either; - is standard input");
+  command.add_option("--samples", options.samples,
+                     "Calibration (calib.N.*) and evaluation (eval.N.*) samples, safetensors");
+  command.add_option("--random-samples", options.random_samples,
+                     "NxLENGTH samples of random ids, to try the machinery");
   command.add_option("--random-images", options.random_images, "As many of them with a picture each beside those")
-      ->check(CLI::Range(0, 256));
+      ->check(WholeNumber(0, 256));
   command.add_option("--recipe", options.recipe, "default, w8a16, w4a16, w8a8, mixed8, smoke-u8, or a YAML file")
       ->capture_default_str();
   command.add_option("--set", options.set, "KEY=VALUE in the recipe (repeatable)");
   command.add_option("--dialect", options.dialect, "default, or tico: the reference's points and rounding")
       ->capture_default_str();
   command.add_option("--qparams", options.qparams, "Frozen grids instead of calibration");
-  command.add_option("--max-seq-len", options.max_seq_len, "Positions of the exported units, and longest sample");
+  command.add_option("--max-seq-len", options.max_seq_len, "Positions of the exported units, and longest sample")
+      ->check(WholeNumber(2, int64_t{1} << 20));
   CLI::Option* truncate = command.add_flag_callback(
       "--truncate", [&options] { options.long_samples = LongSamples::kTruncate; },
       "Cut longer calibration samples to --max-seq-len tokens");
   command
-      .add_flag_callback("--chunk", [&options] { options.long_samples = LongSamples::kChunk; },
-                         "Split longer calibration samples into parts of --max-seq-len tokens")
+      .add_flag_callback(
+          "--chunk", [&options] { options.long_samples = LongSamples::kChunk; },
+          "Split longer calibration samples into parts of --max-seq-len tokens")
       ->excludes(truncate);
   command.add_option("--eval-text", options.eval_text, "Text for perplexity, float against quantized");
-  command.add_option("--eval-windows", options.eval_windows, "Only the first N windows of it")->check(CLI::PositiveNumber);
+  command.add_option("--eval-windows", options.eval_windows, "Only the first N windows of it")
+      ->check(WholeNumber(1, std::numeric_limits<int>::max()));
   command.add_option("--eval-captions", options.eval_captions, "Pictures with questions and captions, JSON lines");
   command.add_flag("--text-only", options.text_only, "Leave samples with pictures out");
-  static const std::map<std::string, Compute> kComputes{{"float32", Compute::kFloat32}, {"bf16", Compute::kBf16}};
   command
       .add_option("--compute", options.compute,
                   "Precision of the matrix products that calibrate and measure: float32, or bf16 on a processor with "
                   "AVX-512 BF16")
-      ->transform(CLI::CheckedTransformer(kComputes).description("{float32,bf16}"));
+      ->transform(Choice<Compute>({{"float32", Compute::kFloat32}, {"bf16", Compute::kBf16}}));
   command.add_flag("--timings", options.timings, "Also measure the run's matrix products alone");
   command
       .add_option(
           "--memory-limit", options.memory_limit,
           "Memory that the run may take, mapped checkpoint pages apart (\"3GB\"); activations past it go to files")
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->transform(Size())
       ->default_str("3GB");
 }
 
@@ -72,19 +79,19 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
   quantize->add_option("--output,-o", options->output, "New directory for the result");
   quantize->add_flag("--force", options->force, "Replace what an earlier run wrote to the output directory");
   quantize->add_flag("--save-stages", options->save_stages, "Keep every stage's values of the evaluation samples");
-  static const std::map<std::string, QuantizeOptions::Units> kUnits{{"auto", QuantizeOptions::Units::kAuto},
-                                                                    {"deployment", QuantizeOptions::Units::kDeployment},
-                                                                    {"all", QuantizeOptions::Units::kAll}};
-  quantize->add_option("--units", options->units,
-                       "deployment, all (whole-graph files too), or auto: all for checkpoints up to 1 GiB")
-      ->transform(CLI::CheckedTransformer(kUnits).description("{auto,deployment,all}"));
+  quantize
+      ->add_option("--units", options->units,
+                   "deployment, all (whole-graph files too), or auto: all for checkpoints up to 1 GiB")
+      ->transform(Choice<QuantizeOptions::Units>({{"auto", QuantizeOptions::Units::kAuto},
+                                                  {"deployment", QuantizeOptions::Units::kDeployment},
+                                                  {"all", QuantizeOptions::Units::kAll}}));
   quantize->add_option("--vision-profile", options->vision_profile,
                        "Layout of the vision units: e2b_66x36_264, e2b_57x42_266, or a JSON file; default: the most "
                        "frequent of the samples");
   quantize->add_flag("--resume", options->resume, "Go on with an unfinished run in the output directory");
   quantize
       ->add_option("--save-every", options->save_every, "Seconds between saved states of the run; 0: after every stage")
-      ->check(CLI::Range(0, 86400))
+      ->check(Number(0, 86400))
       ->capture_default_str();
   struct Switches {
     bool quiet = false, dry_run = false;
