@@ -225,7 +225,7 @@ std::string VerifyText(const VerifyResult& result) {
   for (const std::string& boundary : result.broken_boundaries) notes += fmt::format("boundary {}\n", boundary);
   if (!result.exact && result.made_with != result.this_set)
     notes += fmt::format(
-        "made with {}, this is {}: codes may differ by the rounding of sums, {:.1f} % of a unit's largest code ({:.0f} "
+        "made with {}, this is {}: codes may differ by the rounding of sums, {:.0f} % of a unit's largest code ({:.0f} "
         "% "
         "at 8 bits) are let pass\n",
         result.made_with, result.this_set, 100 * kOtherSetShare, 100 * kOtherSetShareOfBytes);
