@@ -162,7 +162,7 @@ struct FileReading::State {
   std::map<std::string, Snapper> snappers;
 };
 
-FileReading::FileReading(const std::map<std::string, QParams>& grids) : state_(std::make_unique<State>(grids)) {
+FileReading::FileReading(const std::map<std::string, QParams>& grids) : state_(std::make_unique<State>(State{grids, {}})) {
   for (const auto& [name, grid] : grids) state_->snappers.try_emplace(name, grid);
 }
 FileReading::~FileReading() = default;

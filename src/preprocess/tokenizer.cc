@@ -121,7 +121,8 @@ void Tokenizer::Tables::AddMerges(const TokenizerFile& source) {
   ranks.Reserve(source.merges.size());
   merged.reserve(source.merges.size());
   std::string joined;
-  for (const auto& [left, right] : source.merges) {
+  for (const auto& merge : source.merges) {
+    const std::string_view left = merge.first, right = merge.second;
     const size_t rank = merged.size();
     const auto id_of = [&](std::string_view piece) {
       const int32_t id = ids.Find(piece, pieces);

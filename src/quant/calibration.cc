@@ -32,7 +32,7 @@ bool Calibration::OrderMatters(const Point& point) const {
 void Calibration::Absorb(ObserverMap observers) {
   for (auto& [name, observer] : observers) {
     const auto [it, inserted] = observers_.try_emplace(name, std::move(observer));
-    if (!inserted) Within(name, [&] { it->second->Merge(*observer); });
+    if (!inserted) Within(name, [&mine = *it->second, &other = *observer] { mine.Merge(other); });
   }
 }
 
