@@ -5,14 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/packages.sh
 install_missing "${packages[@]}" "${test_packages[@]}"
-launcher=()
-command -v ccache >/dev/null && launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache)
 jobs=$(nproc)
 
-cmake -B build-asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DCIRCLET_SANITIZE=ON "${launcher[@]}" >/dev/null
+cmake -B build-asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DCIRCLET_SANITIZE=ON >/dev/null
 cmake --build build-asan --target sanitized -- -j "$jobs"
 ctest --test-dir build-asan -L sanitized --output-on-failure -j "$jobs"
 
-cmake -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DCIRCLET_TESTS=ON "${launcher[@]}" >/dev/null
+cmake -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DCIRCLET_TESTS=ON >/dev/null
 cmake --build build -- -j "$jobs"
 ctest --test-dir build --output-on-failure -j "$jobs"
