@@ -16,6 +16,7 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::Not;
 using ::testing::StartsWith;
 
 TEST(CommunicatorTest, WithoutALauncherThisProcessIsAlone) {
@@ -84,15 +85,18 @@ TEST_P(ProcessesTest, WaitForEachOtherAtABarrier) {
 
 TEST_P(ProcessesTest, EndTogetherWhenOneAborts) { EXPECT_EQ(Run("abort").exit_code, 2); }
 
-// Nothing but the one line, whichever process fails and however many do.
+// One line and no word from the launcher, whichever process fails and however many do.
 TEST_P(ProcessesTest, TellAFailureOnce) {
   for (const std::vector<std::string>& arguments :
        {std::vector<std::string>{"quantize", "missing", "--random-samples", "1x8", "--output", "never"},
         {"evaluate", "--no-such-flag"}}) {
     const ProgramResult result = RunCirclet(GetParam(), arguments);
     EXPECT_EQ(result.exit_code, 2) << arguments[0];
-    EXPECT_THAT(result.err, StartsWith("circlet: "));
-    EXPECT_EQ(std::ranges::count(result.err, '\n'), 1) << result.err;
+    // Libraries of the launcher may add lines of their own: hwloc warns where there is no /sys.
+    const size_t line = result.err.find("circlet: ");
+    ASSERT_NE(line, std::string::npos) << result.err;
+    EXPECT_EQ(result.err.find("circlet: ", line + 1), std::string::npos) << result.err;
+    EXPECT_THAT(result.err, Not(HasSubstr("mpirun")));
     EXPECT_THAT(result.out, IsEmpty());
   }
 }
@@ -102,7 +106,7 @@ TEST_P(ProcessesTest, PrintOneReport) {
       GetParam(),
       {"evaluate", CIRCLET_SOURCE_DIR "/examples/tiny-gemma4", "--random-samples", "2x8", "--quiet"});
   EXPECT_EQ(result.exit_code, 0) << result.err;
-  EXPECT_THAT(result.err, IsEmpty());
+  EXPECT_THAT(result.err, AllOf(Not(HasSubstr("circlet")), Not(HasSubstr("logits"))));  // --quiet
   const size_t summary = result.out.find("Quantization Error Summary");
   EXPECT_NE(summary, std::string::npos);
   EXPECT_EQ(result.out.find("Quantization Error Summary", summary + 1), std::string::npos);
