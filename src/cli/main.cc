@@ -21,7 +21,9 @@
 namespace {
 
 int Tell(const std::string& text) {
-  std::fputs(fmt::format("circlet: {}\n", text).c_str(), stderr);  // may be full or closed: the exit code still tells
+  constexpr size_t kShown = 8000;  // names and values of a damaged file may be megabytes long
+  const char* const end = text.size() > kShown ? "..." : "";
+  std::fputs(fmt::format("circlet: {}{}\n", text.substr(0, kShown), end).c_str(), stderr);  // may be full or closed: the exit code still tells
   std::fflush(nullptr);
   return 2;
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "circlet/base/error.h"
 #include "circlet/io/names.h"
@@ -54,16 +55,20 @@ class TreeBuilder : public nlohmann::json_sax<Json> {
   bool number_integer(number_integer_t value) override { return Put(value); }
   bool number_unsigned(number_unsigned_t value) override { return Put(value); }
   bool number_float(number_float_t value, const string_t&) override { return Put(value); }
-  bool string(string_t& value) override { return Put(std::move(value)); }
+  bool string(string_t& value) override {
+    Account(static_cast<int64_t>(value.size() + sizeof value));
+    return Put(std::move(value));
+  }
   bool binary(binary_t&) override { return false; }
   bool start_object(std::size_t) override { return Open(Json::object()); }
   bool start_array(std::size_t) override { return Open(Json::array()); }
   bool end_object() override { return Close(); }
   bool end_array() override { return Close(); }
   bool key(string_t& value) override {
+    Account(static_cast<int64_t>(value.size() + sizeof value) + kNodeBytes);
     const auto [place, inserted] = open_.back()->get_ref<Json::object_t&>().emplace(std::move(value), nullptr);
     if (!inserted)
-      FailAt(*consumed_, fmt::format("the key \"{}\" stands twice in one object; remove one", place->first));
+      FailAt(*consumed_, fmt::format("the key \"{}\" stands twice in one object; remove one", Shortened(place->first)));
     slot_ = &place->second;
     return true;
   }
@@ -71,7 +76,7 @@ class TreeBuilder : public nlohmann::json_sax<Json> {
     // "[json.exception.parse_error.101] parse error at line 1, column 3: what": the place is ours.
     const std::string_view text = exception.what();
     const size_t colon = text.find(": ");
-    FailAt(position, colon == text.npos ? text : text.substr(colon + 2));
+    FailAt(position, Shortened(colon == text.npos ? text : text.substr(colon + 2)));
   }
 
  private:
@@ -80,7 +85,17 @@ class TreeBuilder : public nlohmann::json_sax<Json> {
     if (open_.back()->is_array()) return &open_.back()->get_ref<Json::array_t&>().emplace_back(std::move(value));
     return &(*slot_ = std::move(value));
   }
+  // A tree's memory, as counted: the value itself, which an array that grows holds twice for a moment, and the block of
+  // an object's entry or of a container.
+  static constexpr int64_t kValueBytes = 2 * sizeof(Json), kNodeBytes = 64;
+  void Account(int64_t bytes) {
+    taken_ += bytes;
+    if (taken_ > kJsonTreeLimitBytes)
+      FailAt(*consumed_, fmt::format("takes more than {} MiB of memory as a tree; is it the right file?",
+                                     kJsonTreeLimitBytes >> 20));
+  }
   bool Put(Json value) {
+    Account(kValueBytes);
     Place(std::move(value));
     return true;
   }
@@ -88,6 +103,7 @@ class TreeBuilder : public nlohmann::json_sax<Json> {
     if (open_.size() == kJsonDepthLimit) {
       FailAt(*consumed_, fmt::format("nested more than {} deep; is it the right file?", kJsonDepthLimit));
     }
+    Account(kValueBytes + kNodeBytes);
     open_.push_back(Place(std::move(value)));
     return true;
   }
@@ -109,6 +125,7 @@ class TreeBuilder : public nlohmann::json_sax<Json> {
   const size_t* consumed_;
   int64_t first_line_;
   Json root_;
+  int64_t taken_ = 0;
   std::vector<Json*> open_;  // stable: a container is only grown while it is the last one
   Json* slot_ = nullptr;     // where the value of the key just read goes
 };
@@ -133,6 +150,37 @@ std::string DumpJson(const Json& value) { return value.dump(2, ' ', false, Json:
 
 void WriteJson(const std::filesystem::path& path, const Json& value) { WriteFile(path, DumpJson(value)); }
 
+namespace {
+
+// The start of a value's JSON in `text`, past `limit` not all of it: a big tree is not written out to show 200 bytes.
+void DumpStart(const Json& value, size_t limit, std::string& text) {
+  if (text.size() > limit) return;
+  if (!value.is_structured()) {
+    const auto* string = value.get_ptr<const Json::string_t*>();
+    text += (string == nullptr || string->size() <= limit ? value : Json(string->substr(0, limit)))
+                .dump(-1, ' ', false, Json::error_handler_t::replace);
+    return;
+  }
+  text += value.is_object() ? '{' : '[';
+  bool first = true;
+  for (const auto& item : value.items()) {
+    if (!std::exchange(first, false)) text += ',';
+    if (value.is_object()) (DumpStart(item.key(), limit, text), text += ':');
+    DumpStart(item.value(), limit, text);
+    if (text.size() > limit) return;
+  }
+  text += value.is_object() ? '}' : ']';
+}
+
+}  // namespace
+
+std::string Shown(const Json& value) {
+  constexpr size_t kEnough = 1000;
+  std::string text;
+  DumpStart(value, kEnough, text);
+  return Shortened(text);
+}
+
 Json F32(float value) {
   if (std::isnan(value)) return "nan";
   if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
@@ -152,25 +200,12 @@ float F32(const Json& value, std::string_view where) {
   if (value == "nan") return std::numeric_limits<float>::quiet_NaN();
   if (value == "inf") return std::numeric_limits<float>::infinity();
   if (value == "-inf") return -std::numeric_limits<float>::infinity();
-  Fail("{}: expected a float32 number, \"inf\", \"-inf\" or \"nan\", found {}", where, value.dump());
+  Fail("{}: expected a float32 number, \"inf\", \"-inf\" or \"nan\", found {}", where, Shown(value));
 }
 
 // --- JsonObject ---
 
 namespace {
-
-constexpr size_t kShownBytes = 60;
-
-std::string Shown(const Json& value) {
-  std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
-  if (text.size() > kShownBytes) {
-    // Not in the middle of a letter.
-    size_t cut = kShownBytes;
-    while ((static_cast<unsigned char>(text[cut]) & 0xc0) == 0x80) --cut;
-    text = text.substr(0, cut) + "...";
-  }
-  return text;
-}
 
 template <typename T>
 struct Reader;  // kExpected: what an error asks for; Read: the value, or nothing when it is no T
@@ -356,7 +391,7 @@ std::string JsonObject::Where(std::string_view key) const {
     const int line = node != nullptr ? node->line : lines_->line;
     where += line > 0 ? fmt::format(":{}", line) : " (--set)";
   }
-  const std::string path = fmt::format("{}{}{}", path_, path_.empty() || key.empty() ? "" : ".", key);
+  const std::string path = Shortened(fmt::format("{}{}{}", path_, path_.empty() || key.empty() ? "" : ".", key));
   return path.empty() ? where : fmt::format("{}: {}", where, path);
 }
 

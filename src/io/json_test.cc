@@ -15,6 +15,7 @@ namespace circlet {
 namespace {
 
 using nlohmann::json;
+using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
@@ -195,7 +196,7 @@ TEST(JsonObjectTest, LongValuesAreShortenedBetweenLetters) {
   for (int i = 0; i < 100; ++i) umlauts += "ä";
   const json value = {{"a", umlauts}};
   EXPECT_EQ(ErrorText([&] { JsonObject(value, "x").Required<int>("a"); }),
-            "x: a: expected an integer of 32 bits, found \"" + umlauts.substr(0, 58) + "...");
+            "x: a: expected an integer of 32 bits, found \"" + umlauts.substr(0, 198) + "...");
 }
 
 TEST(JsonObjectTest, ARootThatIsNoObjectIsAnError) {
@@ -227,6 +228,23 @@ TEST(JsonObjectTest, YamlGivesLineNumbersAndOverridesSaySo) {
             "q.yaml (--set): pipeline.0.mode: expected a string, found 7");
   EXPECT_EQ(ErrorText([&] { stage.Required<int>("absent"); }),
             "q.yaml:3: pipeline.0.absent: is missing; expected an integer of 32 bits");
+}
+
+TEST(JsonTest, ATreeThatTakesTooMuchMemoryIsRefusedBeforeItDoes) {
+  std::string objects = "[{}";
+  for (int i = 0; i < 4'000'000; ++i) objects += ",{}";
+  EXPECT_THAT(ErrorText([&] { ParseJson(objects + "]", "x.json"); }),
+              AllOf(HasSubstr("x.json: line 1, column "), HasSubstr("takes more than 256 MiB of memory as a tree")));
+}
+
+TEST(JsonTest, ErrorsQuoteAtMostTwoHundredBytes) {
+  const json long_list(100'000, json("value"));
+  EXPECT_EQ(Shown(long_list).size(), 203u);
+  EXPECT_THAT(Shown(long_list), testing::StartsWith("[\"value\",\"value\""));
+  EXPECT_EQ(Shown(json::parse(R"({"a":[1,null,"x"],"b":{}})")), R"({"a":[1,null,"x"],"b":{}})");
+  const json tree{{std::string(1 << 20, 'k'), std::string(1 << 20, 'v')}};
+  EXPECT_LT(ErrorText([&] { JsonObject(tree, "x.json").Required<int>(std::string(1 << 20, 'k')); }).size(), 500u);
+  EXPECT_LT(ErrorText([&] { ParseJson(std::string(1 << 20, 'x'), "x.json"); }).size(), 500u);
 }
 
 }  // namespace

@@ -27,7 +27,17 @@ size_t Distance(std::string_view a, std::string_view b) {
 
 }  // namespace
 
+std::string Shortened(std::string_view text) {
+  constexpr size_t kQuotedBytes = 200;
+  if (text.size() <= kQuotedBytes) return std::string(text);
+  size_t cut = kQuotedBytes;
+  while (cut > 0 && (static_cast<unsigned char>(text[cut]) & 0xc0) == 0x80) --cut;
+  return std::string(text.substr(0, cut)) + "...";
+}
+
 std::string Nearest(std::string_view name, std::span<const std::string> candidates) {
+  constexpr size_t kLongestName = 1000;  // the comparison takes time by the square
+  if (name.size() > kLongestName) return {};
   size_t best = std::numeric_limits<size_t>::max();
   std::string nearest;
   for (const std::string& candidate : candidates) {
@@ -44,7 +54,7 @@ std::string Nearest(std::string_view name, std::span<const std::string> candidat
 
 std::string NearestHint(std::string_view name, std::span<const std::string> candidates) {
   const std::string nearest = Nearest(name, candidates);
-  return nearest.empty() ? "" : fmt::format("; nearest: \"{}\"", nearest);
+  return nearest.empty() ? "" : fmt::format("; nearest: \"{}\"", Shortened(nearest));
 }
 
 }  // namespace circlet

@@ -42,5 +42,11 @@ TEST(NearestTest, HintIsTheEndOfAnErrorOrNothing) {
   EXPECT_EQ(NearestHint("rotary", kPoints), "");
 }
 
+TEST(ShortenedTest, LongTextIsCutBetweenLetters) {
+  EXPECT_EQ(Shortened("ab"), "ab");
+  const std::string long_name = std::string(199, 'x') + "\u00e9" + std::string(1 << 20, 'y');
+  EXPECT_EQ(Shortened(long_name), std::string(199, 'x') + "...");
+}
+
 }  // namespace
 }  // namespace circlet

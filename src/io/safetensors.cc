@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -45,6 +46,24 @@ constexpr std::array<TypeName, 13> kTypeNames{{{"F64", DType::kF64},
                                                {"U8", DType::kU8},
                                                {"BOOL", DType::kBool}}};
 
+// Types of the format that circlet has no tensors of, with their bits. A tensor of one is passed over until somebody
+// asks for it: a checkpoint may hold parts that are not run.
+struct OpaqueType {
+  std::string_view name;
+  int64_t bits;
+};
+constexpr std::array<OpaqueType, 11> kOpaqueTypes{{{"F4", 4},
+                                                   {"F6_E2M3", 6},
+                                                   {"F6_E3M2", 6},
+                                                   {"F8_E5M2", 8},
+                                                   {"F8_E4M3", 8},
+                                                   {"F8_E8M0", 8},
+                                                   {"F8_E4M3FNUZ", 8},
+                                                   {"F8_E5M2FNUZ", 8},
+                                                   {"C64", 64},
+                                                   {"I4", 4},
+                                                   {"U4", 4}}};
+
 std::string KnownTypes() {
   std::string known;
   for (const TypeName& entry : kTypeNames) known += (known.empty() ? "" : ", ") + std::string(entry.name);
@@ -54,13 +73,20 @@ std::string KnownTypes() {
 struct Entry {
   std::string name;
   TensorType type;
-  int64_t begin, end;  // bytes of the data part
+  std::string_view opaque;  // the type's name when it is one of kOpaqueTypes; `type` then counts its bytes
+  int64_t begin, end;       // bytes of the data part
 };
 
 std::optional<int64_t> NonNegative(const Json& value) {
   if (!value.is_number_unsigned()) return std::nullopt;
   const auto number = value.get<uint64_t>();
   return std::in_range<int64_t>(number) ? std::optional(static_cast<int64_t>(number)) : std::nullopt;
+}
+
+int64_t BytesOf(const Shape& shape, int64_t bits) {
+  const int64_t elements = shape.Elements();  // an Error past int64
+  if (elements > std::numeric_limits<int64_t>::max() / bits) Fail("{} has too many elements", shape.ToString());
+  return (elements * bits + 7) / 8;
 }
 
 const Json& Field(const Json& fields, const char* name) {
@@ -71,27 +97,35 @@ const Json& Field(const Json& fields, const char* name) {
 
 // One tensor of the header; errors leave file and tensor to the caller.
 Entry ParseEntry(const std::string& name, const Json& fields, int64_t data_bytes) {
-  if (!fields.is_object()) Fail("expected an object with dtype, shape and data_offsets, found {}", fields.dump());
+  if (!fields.is_object()) Fail("expected an object with dtype, shape and data_offsets, found {}", Shown(fields));
   Entry entry{.name = name};
   const Json& dtype = Field(fields, "dtype");
   const auto known = std::ranges::find_if(kTypeNames, [&](const TypeName& type) { return dtype == type.name; });
-  if (known == kTypeNames.end()) Fail("unknown dtype {}; known are {}", dtype.dump(), KnownTypes());
+  const auto opaque = std::ranges::find_if(kOpaqueTypes, [&](const OpaqueType& type) { return dtype == type.name; });
+  if (known == kTypeNames.end() && opaque == kOpaqueTypes.end())
+    Fail("unknown dtype {}; known are {}", Shown(dtype), KnownTypes());
 
   const Json& shape = Field(fields, "shape");
   std::vector<int64_t> sizes;
   for (const Json& size : shape.is_array() ? shape : Json::array({nullptr})) {
     const std::optional<int64_t> number = NonNegative(size);
-    if (!number) Fail("shape must be a list of sizes from 0, found {}; the file is damaged", shape.dump());
+    if (!number) Fail("shape must be a list of sizes from 0, found {}; the file is damaged", Shown(shape));
     sizes.push_back(*number);
   }
-  entry.type = {known->type, Shape(std::move(sizes))};
+  entry.type.shape = Shape(std::move(sizes));
+  if (opaque != kOpaqueTypes.end()) {
+    entry.opaque = opaque->name;
+    entry.type = {DType::kU8, {BytesOf(entry.type.shape, opaque->bits)}};
+  } else {
+    entry.type.dtype = known->type;
+  }
 
   const Json& offsets = Field(fields, "data_offsets");
   const bool pair = offsets.is_array() && offsets.size() == 2;
   const std::optional<int64_t> begin = pair ? NonNegative(offsets[0]) : std::nullopt;
   const std::optional<int64_t> end = pair ? NonNegative(offsets[1]) : std::nullopt;
   if (!begin || !end || *begin > *end) {
-    Fail("data_offsets must be [begin, end] with 0 <= begin <= end, found {}; the file is damaged", offsets.dump());
+    Fail("data_offsets must be [begin, end] with 0 <= begin <= end, found {}; the file is damaged", Shown(offsets));
   }
   entry.begin = *begin;
   entry.end = *end;
@@ -112,12 +146,12 @@ void CheckLayout(std::vector<Entry>& entries, int64_t data_bytes) {
   const Entry* before = nullptr;
   for (const Entry& entry : entries) {
     if (entry.begin < end) {
-      Fail("tensors \"{}\" (bytes {} to {}) and \"{}\" (bytes {} to {}) overlap; the file is damaged", before->name,
-           before->begin, before->end, entry.name, entry.begin, entry.end);
+      Fail("tensors \"{}\" (bytes {} to {}) and \"{}\" (bytes {} to {}) overlap; the file is damaged",
+           Shortened(before->name), before->begin, before->end, Shortened(entry.name), entry.begin, entry.end);
     }
     if (entry.begin > end) {
       Fail("tensor \"{}\": begins at data byte {}, expected {}: bytes between belong to no tensor; the file is damaged",
-           entry.name, entry.begin, end);
+           Shortened(entry.name), entry.begin, end);
     }
     end = entry.end;
     before = &entry;
@@ -129,10 +163,11 @@ void CheckLayout(std::vector<Entry>& entries, int64_t data_bytes) {
 }
 
 std::map<std::string, std::string> ParseMetadata(const Json& value) {
-  if (!value.is_object()) Fail("{}: expected an object of strings, found {}", kMetadataKey, value.dump());
+  if (value.is_null()) return {};  // as the format's own reader has it
+  if (!value.is_object()) Fail("{}: expected an object of strings, found {}", kMetadataKey, Shown(value));
   std::map<std::string, std::string> metadata;
   for (const auto& [key, text] : value.items()) {
-    if (!text.is_string()) Fail("{}: \"{}\" must be a string, found {}", kMetadataKey, key, text.dump());
+    if (!text.is_string()) Fail("{}: \"{}\" must be a string, found {}", kMetadataKey, Shortened(key), Shown(text));
     metadata[key] = text.get<std::string>();
   }
   return metadata;
@@ -174,13 +209,17 @@ SafetensorsFile SafetensorsFile::Open(const fs::path& path) {
       if (item.key() == kMetadataKey) {
         file.metadata_ = ParseMetadata(item.value());
       } else {
-        Within(fmt::format("tensor \"{}\"", item.key()),
+        Within(fmt::format("tensor \"{}\"", Shortened(item.key())),
                [&] { entries.push_back(ParseEntry(item.key(), item.value(), data_bytes)); });
       }
     }
     CheckLayout(entries, data_bytes);
   });
   for (const Entry& entry : entries) {
+    if (!entry.opaque.empty()) {
+      file.opaque_.emplace(entry.name, entry.opaque);
+      continue;
+    }
     const std::byte* start = data.data() + entry.begin;
     const Tensor mapped(entry.type, const_cast<std::byte*>(start), file.mapping_);
     const bool aligned = reinterpret_cast<uintptr_t>(start) % Alignment(entry.type.dtype) == 0;
@@ -196,9 +235,13 @@ const Tensor* SafetensorsFile::Find(std::string_view name) const {
 
 const Tensor& SafetensorsFile::Get(std::string_view name) const {
   if (const Tensor* tensor = Find(name)) return *tensor;
+  if (const auto opaque = opaque_.find(name); opaque != opaque_.end())
+    Fail("{}: tensor \"{}\" is of type {}, which circlet does not read; known are {}", path_.string(), Shortened(name),
+         opaque->second, KnownTypes());
   std::vector<std::string> names;
   for (const auto& [known, unused] : tensors_) names.push_back(known);
-  Fail("{}: tensor \"{}\" is missing among {}{}", path_.string(), name, names.size(), NearestHint(name, names));
+  Fail("{}: tensor \"{}\" is missing among {}{}", path_.string(), Shortened(name), names.size(),
+       NearestHint(name, names));
 }
 
 void SafetensorsFile::Release(const Tensor& tensor) const {
@@ -215,54 +258,60 @@ void SafetensorsFile::RequireUnchanged() const { mapping_->RequireUnchanged(); }
 
 namespace {
 
-// tensor name -> shard file name
-std::map<std::string, std::string> ReadWeightMap(const fs::path& index_path) {
+// The shards that an index lists, sorted, "./" in front of a name taken off.
+std::vector<std::string> ReadShards(const fs::path& index_path) {
   const Json index = ReadJson(index_path);
   const JsonObject map = JsonObject(index, index_path.string()).Object("weight_map");
-  std::map<std::string, std::string> weight_map;
+  std::set<std::string> shards;
   for (const std::string& name : map.Keys()) {
     auto shard = map.Required<std::string>(name);
+    while (shard.starts_with("./")) shard.erase(0, 2);
     // The checkpoint may come from anywhere: it must not make us open files elsewhere.
     if (shard.empty() || shard == "." || shard == ".." ||
         shard.find_first_of(std::string_view("/\\\0", 3)) != shard.npos) {
-      map.FailAt(name, fmt::format("the shard \"{}\" is no plain file name; shards lie beside the index", shard));
+      map.FailAt(name,
+                 fmt::format("the shard \"{}\" is no plain file name; shards lie beside the index", Shortened(shard)));
     }
-    weight_map.emplace(name, std::move(shard));
+    shards.insert(std::move(shard));
   }
-  if (weight_map.empty()) map.FailAt("", "lists no tensors; the index is damaged: download it again");
-  return weight_map;
+  if (shards.empty()) map.FailAt("", "lists no tensors; the index is damaged: download it again");
+  return {shards.begin(), shards.end()};
+}
+
+bool SameBytes(const Tensor& a, const Tensor& b) {
+  return a.Type() == b.Type() && std::memcmp(a.Raw(), b.Raw(), static_cast<size_t>(a.Bytes())) == 0;
 }
 
 }  // namespace
 
-Checkpoint Checkpoint::Open(const fs::path& directory) {
-  Checkpoint checkpoint;
-  checkpoint.directory_ = directory;
+std::vector<std::string> Checkpoint::FilesOf(const fs::path& directory) {
   if (!fs::is_directory(directory)) Fail("{}: is no directory; name the checkpoint's directory", directory.string());
+  if (fs::exists(directory / kSingleFile)) return {std::string(kSingleFile)};
   const fs::path index_path = directory / kIndexFile;
-  if (fs::exists(directory / kSingleFile)) {
-    checkpoint.files_.push_back(SafetensorsFile::Open(directory / kSingleFile));
-    for (const auto& [name, unused] : checkpoint.files_[0].Tensors()) checkpoint.file_of_[name] = 0;
-    return checkpoint;
-  }
   if (!fs::exists(index_path)) {
     Fail("{}: holds neither {} nor {}; is it a checkpoint directory, downloaded completely?", directory.string(),
          kSingleFile, kIndexFile);
   }
-  std::map<std::string, int> number_of_shard;
-  for (const auto& [name, shard] : ReadWeightMap(index_path)) {
-    const auto [place, is_new] = number_of_shard.emplace(shard, static_cast<int>(checkpoint.files_.size()));
-    if (is_new) {
-      if (!fs::exists(directory / shard)) {
-        Fail("{}: shard \"{}\" of {} is missing; download it", directory.string(), shard, kIndexFile);
-      }
-      checkpoint.files_.push_back(SafetensorsFile::Open(directory / shard));
+  return ReadShards(index_path);
+}
+
+Checkpoint Checkpoint::Open(const fs::path& directory) {
+  Checkpoint checkpoint;
+  checkpoint.directory_ = directory;
+  for (const std::string& name : FilesOf(directory)) {
+    if (!fs::exists(directory / name))
+      Fail("{}: shard \"{}\" of {} is missing; download it", directory.string(), name, kIndexFile);
+    const int number = static_cast<int>(checkpoint.files_.size());
+    const SafetensorsFile& file = checkpoint.files_.emplace_back(SafetensorsFile::Open(directory / name));
+    for (const auto& [tensor, value] : file.Tensors()) {
+      const auto [place, is_new] = checkpoint.file_of_.emplace(tensor, number);
+      if (is_new) continue;
+      const SafetensorsFile& other = checkpoint.files_[place->second];
+      if (!SameBytes(value, *other.Find(tensor)))
+        Fail("{}: tensor \"{}\" is also in {}, with other values; are the files of one download?", file.Path().string(),
+             Shortened(tensor), other.Path().filename().string());
     }
-    if (checkpoint.files_[place->second].Find(name) == nullptr) {
-      Fail("{}: tensor \"{}\" is missing; {} says that it is there: are the files of one download?",
-           (directory / shard).string(), name, kIndexFile);
-    }
-    checkpoint.file_of_[name] = place->second;
+    for (const auto& [tensor, type] : file.Opaque()) checkpoint.opaque_.emplace(tensor, type);
   }
   return checkpoint;
 }
@@ -358,7 +407,8 @@ void SafetensorsWriter::Declare(std::string name, TensorType type) {
   }
   const int64_t begin = state.entries.empty() ? 0 : state.entries.back().end;
   const int64_t bytes = type.Bytes();
-  state.entries.push_back({std::move(name), std::move(type), begin, begin + bytes});
+  state.entries.push_back(
+      {.name = std::move(name), .type = std::move(type), .opaque = {}, .begin = begin, .end = begin + bytes});
 }
 
 void SafetensorsWriter::Write(const Tensor& tensor) {

@@ -131,10 +131,23 @@ TEST_F(SafetensorsTest, MissingFieldsAreNamed) {
   EXPECT_EQ(OpenError(R"({"a":{}})", ""), "tensor \"a\": \"dtype\" is missing; the file is damaged");
 }
 
+TEST_F(SafetensorsTest, TensorsOfTypesThatAreNotReadArePassedOverUntilAskedFor) {
+  Put(R"({"__metadata__":null,"a":{"dtype":"F4","shape":[3],"data_offsets":[0,2]},)"
+      R"("b":{"dtype":"F8_E4M3","shape":[2,2],"data_offsets":[2,6]},"c":{"dtype":"U8","shape":[1],"data_offsets":[6,7]}})",
+      "xxyyyyz");
+  const SafetensorsFile file = SafetensorsFile::Open(Path());
+  EXPECT_EQ(file.Tensors().size(), 1u);
+  EXPECT_EQ(file.Opaque().at("a"), "F4");
+  EXPECT_THAT(ErrorText([&] { file.Get("b"); }),
+              HasSubstr("tensor \"b\" is of type F8_E4M3, which circlet does not read; known are F64"));
+  EXPECT_THAT(OpenError(R"({"a":{"dtype":"F8_E4M3","shape":[3],"data_offsets":[0,2]}})", "xx"),
+              HasSubstr("hold 2; the file is damaged"));
+}
+
 TEST_F(SafetensorsTest, AnUnknownTypeListsTheKnownOnes) {
   EXPECT_EQ(
-      OpenError(R"({"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}})", "x"),
-      "tensor \"a\": unknown dtype \"F4\"; known are F64, F32, F16, BF16, I64, I32, I16, I8, U64, U32, U16, U8, BOOL");
+      OpenError(R"({"a":{"dtype":"F3","shape":[2],"data_offsets":[0,1]}})", "x"),
+      "tensor \"a\": unknown dtype \"F3\"; known are F64, F32, F16, BF16, I64, I32, I16, I8, U64, U32, U16, U8, BOOL");
   EXPECT_THAT(OpenError(R"({"a":{"dtype":7,"shape":[2],"data_offsets":[0,1]}})", "x"), HasSubstr("unknown dtype 7"));
 }
 
@@ -346,11 +359,10 @@ TEST_F(CheckpointTest, OneFileNeedsNoIndex) {
 TEST_F(CheckpointTest, ShardsAreFoundThroughTheIndex) {
   PutShard("model-00001-of-00002.safetensors", {{"a", {2}}, {"unlisted", {1}}});
   PutShard("model-00002-of-00002.safetensors", {{"b", {3}}});
-  PutIndex({{"a", "model-00001-of-00002.safetensors"}, {"b", "model-00002-of-00002.safetensors"}});
+  PutIndex({{"a", "model-00001-of-00002.safetensors"}, {"b", "./model-00002-of-00002.safetensors"}});
   const Checkpoint checkpoint = Checkpoint::Open(Path());
-  EXPECT_THAT(checkpoint.Names(), ElementsAre("a", "b"));
+  EXPECT_THAT(checkpoint.Names(), ElementsAre("a", "b", "unlisted"));
   EXPECT_EQ(checkpoint.FileOf("b"), "model-00002-of-00002.safetensors");
-  EXPECT_EQ(checkpoint.Find("unlisted"), nullptr);
 }
 
 TEST_F(CheckpointTest, AMissingShardIsNamed) {
@@ -361,12 +373,22 @@ TEST_F(CheckpointTest, AMissingShardIsNamed) {
                              "is missing; download it");
 }
 
-TEST_F(CheckpointTest, ATensorThatItsShardLacksIsNamed) {
+TEST_F(CheckpointTest, OfTheIndexOnlyTheNamesOfShardsCount) {
   PutShard("s.safetensors", {{"a", {2}}});
-  PutIndex({{"a", "s.safetensors"}, {"b", "s.safetensors"}});
-  EXPECT_EQ(OpenError(), (Path() / "s.safetensors").string() +
-                             ": tensor \"b\" is missing; model.safetensors.index.json says that it is there: are the "
-                             "files of one download?");
+  PutShard("stray.safetensors", {{"a", {3}}});
+  PutIndex({{"b", "s.safetensors"}});
+  EXPECT_THAT(Checkpoint::Open(Path()).Names(), ElementsAre("a"));
+  EXPECT_THAT(Checkpoint::FilesOf(Path()), ElementsAre("s.safetensors"));
+}
+
+TEST_F(CheckpointTest, ATensorInTwoShardsMayNotDiffer) {
+  PutShard("1.safetensors", {{"a", {2}}});
+  PutShard("2.safetensors", {{"a", {2}}});
+  PutIndex({{"a", "1.safetensors"}, {"b", "2.safetensors"}});
+  EXPECT_THAT(Checkpoint::Open(Path()).Names(), ElementsAre("a"));
+  PutShard("2.safetensors", {{"a", {3}}});
+  EXPECT_EQ(OpenError(), (Path() / "2.safetensors").string() +
+                             ": tensor \"a\" is also in 1.safetensors, with other values; are the files of one download?");
 }
 
 TEST_F(CheckpointTest, AShardOutsideTheDirectoryIsRefused) {

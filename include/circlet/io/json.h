@@ -18,8 +18,12 @@ struct YamlNode;
 // Deepest nesting of arrays and objects that is read.
 inline constexpr int kJsonDepthLimit = 64;
 
-// JSON text as a tree. Bad syntax, bytes that are not UTF-8, a key that stands twice in one object, nesting past
-// kJsonDepthLimit: an Error "`file`: line L, column C: what".
+// Most memory that a tree takes: values, keys and strings, whatever the file's size. A file of empty objects takes 30
+// times its size.
+inline constexpr int64_t kJsonTreeLimitBytes = int64_t{256} << 20;
+
+// JSON text as a tree. A tree past kJsonTreeLimitBytes, bad syntax, bytes that are not UTF-8, a key that stands twice
+// in one object, nesting past kJsonDepthLimit: an Error "`file`: line L, column C: what".
 nlohmann::json ParseJson(std::string_view text, std::string_view file);
 nlohmann::json ReadJson(const std::filesystem::path& path, int64_t limit_bytes = kTextLimitBytes);
 
@@ -27,6 +31,9 @@ nlohmann::json ReadJson(const std::filesystem::path& path, int64_t limit_bytes =
 std::string DumpJson(const nlohmann::json& value);
 // Written whole or not at all.
 void WriteJson(const std::filesystem::path& path, const nlohmann::json& value);
+
+// `value` as an error quotes it: its JSON, shortened (names.h).
+std::string Shown(const nlohmann::json& value);
 
 // A float32 as the shortest decimal that reads back as the same float32; "inf", "-inf", "nan" as strings, since JSON
 // has no such numbers.

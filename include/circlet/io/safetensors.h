@@ -25,6 +25,8 @@ class SafetensorsFile {
   const std::filesystem::path& Path() const { return path_; }
   const std::map<std::string, Tensor>& Tensors() const { return tensors_; }
   const std::map<std::string, std::string>& Metadata() const { return metadata_; }
+  // Tensors of types that circlet does not read ("F8_E4M3"), by name.
+  const std::map<std::string, std::string, std::less<>>& Opaque() const { return opaque_; }
   const Tensor* Find(std::string_view name) const;
   // Throws Error naming the file, the tensor and the nearest name.
   const Tensor& Get(std::string_view name) const;
@@ -40,19 +42,25 @@ class SafetensorsFile {
   std::shared_ptr<const MappedFile> mapping_;
   std::map<std::string, Tensor> tensors_;
   std::map<std::string, std::string> metadata_;
+  std::map<std::string, std::string, std::less<>> opaque_;
 };
 
-// The tensors of a checkpoint directory (gemma4.md 1): model.safetensors, or the shards that the weight_map of
-// model.safetensors.index.json lists. The index decides: a tensor that it lists and a shard lacks, a shard that is
-// missing or lies outside the directory are Errors.
+// The tensors of a checkpoint directory (gemma4.md 1): model.safetensors, or all tensors of the shards that the
+// weight_map of model.safetensors.index.json names. Which tensor the index looks for where does not count, as in the
+// reference: an index often stays behind when a checkpoint is saved again. A shard that is missing or lies outside the
+// directory, and a tensor in two shards with different values are Errors.
 class Checkpoint {
  public:
   static Checkpoint Open(const std::filesystem::path& directory);
+  // The names of the files that Open reads.
+  static std::vector<std::string> FilesOf(const std::filesystem::path& directory);
 
   const Tensor* Find(std::string_view name) const;
   // Throws Error naming directory, tensor, expected and found shape.
   const Tensor& Get(std::string_view name, const Shape& expected) const;
   std::vector<std::string> Names() const;
+  // Tensors of types that circlet does not read, by name.
+  const std::map<std::string, std::string, std::less<>>& Opaque() const { return opaque_; }
   // Where a tensor lies, for errors: "model-00002-of-00003.safetensors".
   std::string FileOf(std::string_view name) const;
   // Those of SafetensorsFile by name.
@@ -65,6 +73,7 @@ class Checkpoint {
   std::filesystem::path directory_;
   std::vector<SafetensorsFile> files_;
   std::map<std::string, int, std::less<>> file_of_;
+  std::map<std::string, std::string, std::less<>> opaque_;
 };
 
 // Writes tensors (dtype, shape, bytes as they are) in the order of their declaration; appears whole or not at all.
