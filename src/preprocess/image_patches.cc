@@ -14,7 +14,7 @@ namespace {
 using nlohmann::json;
 
 void Require(const JsonObject& object, std::string_view key, bool ok, std::string_view expected) {
-  if (!ok) object.FailAt(key, fmt::format("{} is not implemented; circlet needs {}", object.Raw(key).dump(), expected));
+  if (!ok) object.FailAt(key, fmt::format("{} is not implemented; circlet needs {}", Shown(object.Raw(key)), expected));
 }
 
 bool AllEqual(const JsonObject& object, std::string_view key, double value) {
@@ -62,7 +62,10 @@ ImageRules LoadImageRules(const std::filesystem::path& directory) {
     // The older layout has the fields at the top; a processor_config.json of that age has nothing about images.
     if (path.filename() == "preprocessor_config.json") return ReadRules(root, name);
   }
-  return {};
+  return {.missing = fmt::format("{}: has neither processor_config.json with an image_processor nor "
+                                 "preprocessor_config.json, which say how pictures are cut into patches; copy one from "
+                                 "the original checkpoint",
+                                 directory.string())};
 }
 
 ImageSize TargetSize(ImageSize size, const ImageRules& rules) {
@@ -131,6 +134,7 @@ Tensor PixelValues(const Tensor& pixels) {
 }
 
 ImagePatches PrepareImage(const Image& image, const ImageRules& rules) {
+  if (!rules.missing.empty()) throw Error(rules.missing);
   return Patchify(ResizeBicubic(image, TargetSize(image.size, rules)), rules);
 }
 

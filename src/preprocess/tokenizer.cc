@@ -2,12 +2,15 @@
 
 #include <algorithm>
 #include <array>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <queue>
+#include <set>
 
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
+#include "circlet/io/names.h"
 #include "preprocess/flat_tables.h"
 #include "preprocess/tokenizer_file.h"
 #include "preprocess/tokenizer_rules.h"
@@ -19,7 +22,9 @@ namespace {
 // Longest match among many literals: (node, byte) -> node.
 class Trie {
  public:
+  // Of two equal literals the first one counts.
   void Add(std::string_view literal, int32_t id) {
+    if (literal.empty()) return;
     uint32_t node = 0;
     for (const char c : literal) {
       const uint8_t byte = static_cast<uint8_t>(c);
@@ -31,7 +36,7 @@ class Trie {
       }
       node = child;
     }
-    id_at_[node] = id;
+    if (id_at_[node] < 0) id_at_[node] = id;
     starts_[static_cast<uint8_t>(literal[0])] = true;
   }
 
@@ -56,6 +61,33 @@ class Trie {
   std::vector<int32_t> id_at_{-1};
   std::array<bool, 256> starts_{};
 };
+
+// Bytes of white space (Unicode's, as in the reference's \s) that `text` starts or ends with.
+bool IsSpace(uint32_t c) {
+  return (c >= 9 && c <= 13) || c == 32 || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
+         c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
+}
+size_t SpaceAtStart(std::string_view text) {
+  size_t end = 0;
+  while (end < text.size()) {
+    const size_t length = Utf8Length(text.substr(end));
+    if (length == 0 || !IsSpace(CodePoint(text.substr(end, length)))) break;
+    end += length;
+  }
+  return end;
+}
+size_t SpaceAtEnd(std::string_view text) {
+  size_t begin = text.size();
+  while (begin > 0) {
+    size_t letter = begin - 1;
+    while (letter > 0 && (static_cast<uint8_t>(text[letter]) & 0xc0) == 0x80) --letter;
+    if (!IsSpace(CodePoint(text.substr(letter, begin - letter)))) break;
+    begin = letter;
+  }
+  return text.size() - begin;
+}
+
+size_t LimitOf(std::string_view text) { return kNormalizedGrowth * text.size() + kNormalizedRoom; }
 
 struct Symbol {
   int32_t id;
@@ -83,17 +115,25 @@ struct Tokenizer::Tables {
   PieceTable ids;
   PairTable ranks;              // of merges
   std::vector<int32_t> merged;  // id by rank
-  Trie added;
+  struct Strip {
+    bool left = false, right = false;
+  };
+  Trie added, added_normalized;     // looked for in the text, and between its matches in normalized text
+  std::map<int32_t, Strip> strips;  // of added tokens that take white space with them
   std::array<int32_t, 256> byte_ids;
   int32_t unk_id = -1;
   std::vector<int64_t> prefix, suffix;
 
   void AddVocab(const TokenizerFile& source);
   void AddMerges(const TokenizerFile& source);
-  void AddToken(AddedToken& token, std::string_view where);
+  void AddToken(AddedToken& token);
+  void AddTokens();
   int64_t Control(std::string_view piece, std::string_view field) const;
 
+  template <typename Gap>
+  void SplitAtTokens(const Trie& tokens, std::string_view text, std::vector<int64_t>& out, const Gap& gap) const;
   void EncodeGap(std::string_view text, std::vector<int64_t>& out) const;
+  void EncodeNormal(std::string_view text, std::vector<int64_t>& out) const;
   void EncodeWord(std::string_view word, std::vector<int64_t>& out) const;
   std::vector<Symbol> Split(std::string_view word) const;
   void Merge(std::vector<Symbol>& symbols) const;
@@ -108,9 +148,10 @@ void Tokenizer::Tables::AddVocab(const TokenizerFile& source) {
   ids.Reserve(source.vocab.size() + rules.added_tokens.size());
   for (const auto& [piece, id] : source.vocab) {
     if (pieces[id].data() != nullptr)
-      Fail("{}: model.vocab: id {} belongs to \"{}\" and to \"{}\"; the file is damaged", file, id, pieces[id], piece);
+      Fail("{}: model.vocab: id {} belongs to \"{}\" and to \"{}\"; the file is damaged", file, id,
+           Shortened(pieces[id]), Shortened(piece));
     if (ids.Find(piece, pieces) >= 0)
-      Fail("{}: model.vocab: piece \"{}\" has the ids {} and {}; the file is damaged", file, piece,
+      Fail("{}: model.vocab: piece \"{}\" has the ids {} and {}; the file is damaged", file, Shortened(piece),
            ids.Find(piece, pieces), id);
     pieces[id] = piece;
     ids.Insert(id, pieces);
@@ -128,7 +169,7 @@ void Tokenizer::Tables::AddMerges(const TokenizerFile& source) {
       const int32_t id = ids.Find(piece, pieces);
       if (id < 0)
         Fail("{}: model.merges[{}] (\"{}\" + \"{}\"): \"{}\" is not in model.vocab; the file is damaged", file, rank,
-             left, right, piece);
+             Shortened(left), Shortened(right), Shortened(piece));
       return id;
     };
     joined.assign(left).append(right);
@@ -139,15 +180,12 @@ void Tokenizer::Tables::AddMerges(const TokenizerFile& source) {
 }
 
 // `token.content` must stay where it is: a piece that the vocabulary lacks is a view of it.
-void Tokenizer::Tables::AddToken(AddedToken& token, std::string_view where) {
+void Tokenizer::Tables::AddToken(AddedToken& token) {
   const int32_t known = ids.Find(token.content, pieces);
-  if (token.id < 0) {
-    if (known < 0) return;  // no row of the model belongs to it
-    token.id = known;
-  }
+  if (token.id < 0) token.id = known >= 0 ? known : static_cast<int32_t>(pieces.size());
   if (known >= 0 && known != token.id) {
-    Fail("{}: \"{}\" has id {} here and id {} in model.vocab; the file is damaged", where, token.content, token.id,
-         known);
+    Fail("{}: \"{}\" has id {} here and id {} in model.vocab; the file is damaged", token.where,
+         Shortened(token.content), token.id, known);
   }
   if (known < 0) {
     if (token.id >= static_cast<int32_t>(pieces.size())) {
@@ -155,50 +193,74 @@ void Tokenizer::Tables::AddToken(AddedToken& token, std::string_view where) {
       special.resize(token.id + 1);
     }
     if (pieces[token.id].data() != nullptr) {
-      Fail("{}: id {} belongs to \"{}\" and to \"{}\"; the file is damaged", where, token.id, pieces[token.id],
-           token.content);
+      Fail("{}: id {} belongs to \"{}\" and to \"{}\"; the file is damaged", token.where, token.id,
+           Shortened(pieces[token.id]), Shortened(token.content));
     }
     pieces[token.id] = token.content;
     ids.Insert(token.id, pieces);
   }
   special[token.id] = special[token.id] || token.special;
-  added.Add(token.content, token.id);
+}
+
+// Where several files declare a token, the first one tells how it is looked for.
+void Tokenizer::Tables::AddTokens() {
+  std::set<std::string_view> seen;
+  const AddedToken* guessed = nullptr;
+  for (AddedToken& token : rules.added_tokens) {
+    // Ids go by the order of the declarations, which JSON objects do not keep.
+    if (token.id < 0 && token.ordered == false && ids.Find(token.content, pieces) < 0) {
+      if (guessed != nullptr)
+        Fail(
+            "{}: \"{}\" is in no vocabulary, nor is \"{}\", and no file gives their ids; list both in added_tokens of "
+            "tokenizer.json",
+            token.where, Shortened(token.content), Shortened(guessed->content));
+      guessed = &token;
+    }
+    AddToken(token);
+    if (!seen.insert(token.content).second) continue;
+    if (token.lstrip || token.rstrip) strips[token.id] = {token.lstrip, token.rstrip};
+    if (token.normalized)
+      added_normalized.Add(Apply(rules.normalizer, token.content, LimitOf(token.content)), token.id);
+    else
+      added.Add(token.content, token.id);
+  }
 }
 
 int64_t Tokenizer::Tables::Control(std::string_view piece, std::string_view field) const {
   const int32_t id = ids.Find(piece, pieces);
   if (id < 0)
-    Fail("{}: {}: \"{}\" is neither in model.vocab nor in added_tokens; the file is damaged", file, field, piece);
+    Fail("{}: {}: \"{}\" is neither in model.vocab nor in added_tokens; the file is damaged", file, field,
+         Shortened(piece));
   return id;
 }
 
 Tokenizer Tokenizer::Load(const std::filesystem::path& path) {
   std::error_code ignored;  // ReadFile says what is wrong
-  const bool is_directory = std::filesystem::is_directory(path, ignored);
-  const std::filesystem::path file = is_directory ? path / "tokenizer.json" : path;
-  const std::filesystem::path config = path / "tokenizer_config.json";
-  std::vector<AddedToken> configured;
-  if (is_directory && std::filesystem::exists(config, ignored))
-    configured = ReadConfiguredTokens(ReadJson(config), config.string());
-  return Build(ReadFile(file), file.string(), std::move(configured), config.string());
+  if (!std::filesystem::is_directory(path, ignored)) return Build(ReadFile(path), path.string(), {});
+  const auto read = [&](const char* name) {
+    return std::filesystem::exists(path / name, ignored) ? ReadJson(path / name) : nlohmann::json();
+  };
+  std::vector<AddedToken> declared = ReadDeclaredTokens(
+      {read("tokenizer_config.json"), read("special_tokens_map.json"), read("added_tokens.json")}, path);
+  const std::filesystem::path file = path / "tokenizer.json";
+  return Build(ReadFile(file), file.string(), std::move(declared));
 }
 
-Tokenizer Tokenizer::Parse(std::string_view json, std::string_view file) { return Build(json, file, {}, {}); }
+Tokenizer Tokenizer::Parse(std::string_view json, std::string_view file) { return Build(json, file, {}); }
 
-Tokenizer Tokenizer::Build(std::string_view json, std::string_view file, std::vector<AddedToken> configured,
-                           std::string_view config) {
+Tokenizer Tokenizer::Build(std::string_view json, std::string_view file, std::vector<AddedToken> declared) {
   TokenizerFile source = ParseTokenizerFile(json, file);
   const auto tables = std::make_shared<Tables>();
   tables->file = file;
   tables->rules = ReadTokenizerRules(source.settings, file);
-  const size_t listed = tables->rules.added_tokens.size();
-  tables->rules.added_tokens.insert(tables->rules.added_tokens.end(), configured.begin(), configured.end());
+  std::vector<AddedToken>& tokens = tables->rules.added_tokens;
+  // Those with ids of their own before those that take the next ones.
+  const auto without_id = std::ranges::find(declared, -1, &AddedToken::id);
+  tokens.insert(tokens.begin(), declared.begin(), without_id);
+  tokens.insert(tokens.end(), without_id, declared.end());
   tables->AddVocab(source);
   tables->AddMerges(source);
-  for (size_t i = 0; i < tables->rules.added_tokens.size(); ++i) {
-    const std::string where = i < listed ? fmt::format("{}: added_tokens[{}]", file, i) : std::string(config);
-    tables->AddToken(tables->rules.added_tokens[i], where);
-  }
+  tables->AddTokens();
   for (int byte = 0; byte < 256; ++byte)
     tables->byte_ids[byte] = tables->ids.Find(fmt::format("<0x{:02X}>", byte), tables->pieces);
   const TokenizerRules& rules = tables->rules;
@@ -286,38 +348,52 @@ void Tokenizer::Tables::EncodeWord(std::string_view word, std::vector<int64_t>& 
   for (int32_t i = symbols.empty() ? -1 : 0; i >= 0; i = symbols[i].next) out.push_back(symbols[i].id);
 }
 
+// Ids of the tokens in `text`, and gap(piece) for what stands between them.
+template <typename Gap>
+void Tokenizer::Tables::SplitAtTokens(const Trie& tokens, std::string_view text, std::vector<int64_t>& out,
+                                      const Gap& gap) const {
+  size_t done = 0;
+  for (size_t i = 0; i < text.size();) {
+    const Trie::Match match = tokens.LongestAt(text.substr(i));
+    if (match.length == 0) {
+      ++i;
+      continue;
+    }
+    const auto strip = strips.find(match.id);
+    const bool left = strip != strips.end() && strip->second.left, right = strip != strips.end() && strip->second.right;
+    const size_t begin = left ? std::max(done, i - SpaceAtEnd(text.substr(0, i))) : i;
+    if (done < begin) gap(text.substr(done, begin - done));
+    out.push_back(match.id);
+    i += match.length;
+    done = right ? i + SpaceAtStart(text.substr(i)) : i;
+  }
+  if (done < text.size()) gap(text.substr(done));
+}
+
 void Tokenizer::Tables::EncodeGap(std::string_view text, std::vector<int64_t>& out) const {
-  const std::string normal = Apply(rules.normalizer, text);
-  for (size_t begin = 0; begin < normal.size();) {
-    size_t end = rules.split_after.empty() ? std::string::npos : normal.find(rules.split_after, begin);
-    end = end == std::string::npos ? normal.size() : end + rules.split_after.size();
-    EncodeWord(std::string_view(normal).substr(begin, end - begin), out);
+  SplitAtTokens(added_normalized, Apply(rules.normalizer, text, LimitOf(text)), out,
+                [&](std::string_view piece) { EncodeNormal(piece, out); });
+}
+
+void Tokenizer::Tables::EncodeNormal(std::string_view text, std::vector<int64_t>& out) const {
+  for (size_t begin = 0; begin < text.size();) {
+    size_t end = rules.split_after.empty() ? std::string::npos : text.find(rules.split_after, begin);
+    end = end == std::string::npos ? text.size() : end + rules.split_after.size();
+    EncodeWord(text.substr(begin, end - begin), out);
     begin = end;
   }
 }
 
 std::vector<int64_t> Tokenizer::Encode(std::string_view text, bool add_special) const {
   constexpr size_t kLimitBytes = size_t{1}
-                                 << 28;  // symbols are numbered with 32 bits; a normalizer may triple the text
+                                 << 26;  // symbols are numbered with 32 bits; a normalizer may lengthen the text
   if (text.size() > kLimitBytes)
     Fail("text of {} bytes: the tokenizer takes at most {} at once; cut it into pieces", text.size(), kLimitBytes);
   if (const size_t at = FirstNonUtf8(text); at != std::string_view::npos)
     Fail("text: byte {} (0x{:02X}) is not UTF-8; convert the text", at, static_cast<uint8_t>(text[at]));
   std::vector<int64_t> ids;
   if (add_special) ids = tables_->prefix;
-  size_t gap = 0;
-  for (size_t i = 0; i < text.size();) {
-    const Trie::Match match = tables_->added.LongestAt(text.substr(i));
-    if (match.length == 0) {
-      ++i;
-      continue;
-    }
-    tables_->EncodeGap(text.substr(gap, i - gap), ids);
-    ids.push_back(match.id);
-    i += match.length;
-    gap = i;
-  }
-  tables_->EncodeGap(text.substr(gap), ids);
+  tables_->SplitAtTokens(tables_->added, text, ids, [&](std::string_view piece) { tables_->EncodeGap(piece, ids); });
   if (add_special) ids.insert(ids.end(), tables_->suffix.begin(), tables_->suffix.end());
   return ids;
 }
@@ -356,7 +432,7 @@ std::string Tokenizer::Decode(std::span<const int64_t> ids, bool skip_special) c
       continue;
     }
     end_run();
-    text += Apply(tables_->rules.decoder, piece);
+    text += Apply(tables_->rules.decoder, piece, LimitOf(piece));
   }
   end_run();
   return text;

@@ -4,6 +4,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/io/json.h"
+#include "circlet/io/names.h"
 
 namespace circlet {
 namespace {
@@ -43,7 +44,7 @@ class Reader : public nlohmann::json_sax<json> {
       return true;
     }
     if (stack_.back()->contains(key))
-      Fail("{}: the key \"{}\" stands twice in one object; the file is damaged", name_, key);
+      Fail("{}: the key \"{}\" stands twice in one object; the file is damaged", name_, Shortened(key));
     key_ = std::move(key);
     return true;
   }
@@ -83,7 +84,7 @@ class Reader : public nlohmann::json_sax<json> {
   }
 
   bool parse_error(size_t position, const std::string& token, const nlohmann::detail::exception& error) override {
-    Fail("{}: byte {}: not JSON (near \"{}\": {}); was the download cut off?", name_, position, token, error.what());
+    Fail("{}: byte {}: not JSON (near \"{}\": {}); was the download cut off?", name_, position, Shortened(token), Shortened(error.what()));
   }
 
   bool HasTables() const { return has_vocab_ && has_merges_; }
@@ -111,7 +112,7 @@ class Reader : public nlohmann::json_sax<json> {
     return true;
   }
   bool Value(json value) {
-    if (table_ != kNone) WrongType(fmt::format("{}", value.dump()));
+    if (table_ != kNone) WrongType(Shown(value));
     if (stack_.empty())
       file_.settings = std::move(value);
     else
@@ -133,7 +134,7 @@ class Reader : public nlohmann::json_sax<json> {
   }
   bool Id(int64_t id) {
     if (id < 0 || id >= TokenizerFile::kIdLimit)
-      Fail("{}: model.vocab: piece \"{}\" has id {}; ids run from 0 to {}", name_, piece_, id,
+      Fail("{}: model.vocab: piece \"{}\" has id {}; ids run from 0 to {}", name_, Shortened(piece_), id,
            TokenizerFile::kIdLimit - 1);
     file_.vocab.emplace_back(piece_, static_cast<int32_t>(id));
     return true;
@@ -161,11 +162,11 @@ class Reader : public nlohmann::json_sax<json> {
   }
   [[noreturn]] void BadMerge(std::string_view found) const {
     const size_t rank = file_.merges.size() - (parts_ > 0 ? 1 : 0);
-    Fail("{}: model.merges[{}]: expected two pieces, [\"a\", \"b\"] or \"a b\", found {}", name_, rank, found);
+    Fail("{}: model.merges[{}]: expected two pieces, [\"a\", \"b\"] or \"a b\", found {}", name_, rank, Shortened(found));
   }
   [[noreturn]] void WrongType(std::string_view found) const {
     if (table_ == kMerges) BadMerge(found);
-    Fail("{}: model.vocab: piece \"{}\": expected an integer id, found {}", name_, piece_, found);
+    Fail("{}: model.vocab: piece \"{}\": expected an integer id, found {}", name_, Shortened(piece_), Shortened(found));
   }
 
   TokenizerFile& file_;
@@ -189,7 +190,7 @@ TokenizerFile ParseTokenizerFile(std::string_view text, std::string_view name) {
   const json model = file.settings.value("model", json());
   if (model.is_object() && model.contains("type") && model["type"] != "BPE") {
     Fail("{}: model.type is {}; circlet reads \"BPE\" tokenizers only: use the tokenizer.json of a Gemma checkpoint",
-         name, model["type"].dump());
+         name, Shown(model["type"]));
   }
   if (!reader.HasTables()) {
     Fail(

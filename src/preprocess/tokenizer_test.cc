@@ -209,7 +209,7 @@ TEST(TokenizerTest, KindsThatAreNotImplementedAreNamed) {
   EXPECT_THAT(with("/post_processor", {{"type", "BertProcessing"}}),
               HasSubstr("post_processor.type: \"BertProcessing\""));
   EXPECT_THAT(with("/decoder", {{"type", "Metaspace"}}), HasSubstr("decoder.type: \"Metaspace\""));
-  EXPECT_THAT(with("/added_tokens/2/lstrip", true), HasSubstr("lstrip: true is not implemented"));
+  EXPECT_THAT(with("/added_tokens/2/single_word", true), HasSubstr("single_word: true is not implemented"));
   EXPECT_THAT(with("/decoder", {{"type", "Metaspace"}}), HasSubstr("use the tokenizer.json of a Gemma checkpoint"));
 }
 
@@ -271,7 +271,36 @@ TEST(TokenizerTest, TokenizerConfigMayDeclareTokensOfTheVocabulary) {
   const Tokenizer tokenizer = Tokenizer::Load(directory);
   EXPECT_THAT(tokenizer.Encode("a<|video|><z>", false), ElementsAre(5, 13, 14));
   EXPECT_TRUE(tokenizer.IsSpecial(13));
-  EXPECT_EQ(tokenizer.IdOf("<none>"), std::nullopt);
+  EXPECT_EQ(tokenizer.IdOf("<none>"), 15);
+  EXPECT_THAT(tokenizer.Encode("<none>", false), ElementsAre(15));
+}
+
+TEST(TokenizerTest, TokensWhoseIdsDependOnAnOrderThatJsonDoesNotKeepAreRefused) {
+  const TempDirectory temporary;
+  const std::filesystem::path directory = temporary.Path();
+  std::ofstream(directory / "tokenizer.json") << Small().dump();
+  std::ofstream(directory / "tokenizer_config.json") << R"({"z_token": "<z>", "w_token": "<w>"})";
+  try {
+    Tokenizer::Load(directory);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), HasSubstr("tokenizer_config.json: z_token: \"<z>\" is in no vocabulary, nor is \"<w>\""));
+    EXPECT_THAT(error.what(), HasSubstr("list both in added_tokens of tokenizer.json"));
+  }
+}
+
+TEST(TokenizerTest, ANormalizerThatGrowsTheTextBeyondMeasureIsAnError) {
+  json file = Small();
+  json doubling{{"type", "Replace"}, {"pattern", {{"String", "e"}}}, {"content", "ee"}};
+  file["normalizer"] = {{"type", "Sequence"}, {"normalizers", json(40, doubling)}};
+  try {
+    Ids(file, "e");
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), HasSubstr("a text of 1 bytes grows past 1048592 when \"e\" becomes \"ee\""));
+  }
+  file["normalizer"]["normalizers"] = json(18, doubling);
+  EXPECT_NO_THROW(Ids(file, "e"));
 }
 
 TEST(TokenizerTest, AMissingFileIsNamed) {

@@ -18,13 +18,14 @@ struct ImageRules {
   int64_t pooling = 3;              // patches on a side of a soft token
   int64_t max_soft_tokens = 280;    // the budget that every image is scaled to
   std::string source = "built in";  // the file that they come from
+  std::string missing;              // no file says: pictures are an Error with this text
 
   int64_t MaxPatches() const { return max_soft_tokens * pooling * pooling; }
 };
 
-// From processor_config.json (its image_processor) or preprocessor_config.json of a checkpoint directory; the defaults
-// when there is neither. Throws Error naming file, key and value for anything that circlet does not do: another
-// resampling, normalization, a rescale factor other than 1/255, a budget other than 70, 140, 280, 560 or 1120.
+// From processor_config.json (its image_processor) or preprocessor_config.json of a checkpoint directory. When there is
+// neither, `missing` says so: text needs none, and for pictures the reference fails too. Throws Error naming file, key
+// and value for anything that circlet does not do: another resampling, normalization, a rescale factor other than 1/255, a budget other than 70, 140, 280, 560 or 1120.
 ImageRules LoadImageRules(const std::filesystem::path& directory);
 
 struct ImageSize {
@@ -66,7 +67,7 @@ struct ImagePatches {
 
 // Cuts an image whose sides are multiples of patch * pooling and that fits the budget; anything else is an Error.
 ImagePatches Patchify(const Image& image, const ImageRules& rules);
-// TargetSize, ResizeBicubic and Patchify.
+// TargetSize, ResizeBicubic and Patchify. Throws Error with rules.missing when that is set.
 ImagePatches PrepareImage(const Image& image, const ImageRules& rules);
 // What the patch embedder multiplies: v * (1/255) of uint8 pixels, a quarter of the size to keep; float32 as they are.
 Tensor PixelValues(const Tensor& pixels);

@@ -20,15 +20,17 @@ struct AddedToken;
 // tables.
 class Tokenizer {
  public:
-  // `path` is tokenizer.json itself or a directory that holds it; in a directory tokenizer_config.json may add tokens
-  // (extra_special_tokens, added_tokens_decoder). Anything wrong with the file is an Error naming file, place and
-  // value.
+  // `path` is tokenizer.json itself or a directory that holds it; in a directory tokenizer_config.json,
+  // special_tokens_map.json and added_tokens.json may declare more tokens, as in the reference: one that neither the
+  // vocabulary has nor a file gives an id takes the next id. Anything wrong with a file is an Error naming file, place
+  // and value.
   static Tokenizer Load(const std::filesystem::path& path);
   // The same from memory; `file` stands for the text in errors.
   static Tokenizer Parse(std::string_view json, std::string_view file);
 
   // Ids of the text; `add_special` also runs the post-processor (<bos> in front). Throws Error when the text is not
-  // UTF-8, naming the byte, or has a character that the vocabulary cannot express.
+  // UTF-8, naming the byte, has a character that the vocabulary cannot express, or grows beyond measure when it is
+  // normalized.
   std::vector<int64_t> Encode(std::string_view text, bool add_special) const;
   // Text of the ids; bytes that are no UTF-8 become one U+FFFD each. Throws Error naming an id without a piece.
   std::string Decode(std::span<const int64_t> ids, bool skip_special) const;
@@ -44,8 +46,7 @@ class Tokenizer {
 
  private:
   struct Tables;
-  static Tokenizer Build(std::string_view json, std::string_view file, std::vector<AddedToken> configured,
-                         std::string_view config);
+  static Tokenizer Build(std::string_view json, std::string_view file, std::vector<AddedToken> declared);
   explicit Tokenizer(std::shared_ptr<const Tables> tables) : tables_(std::move(tables)) {}
   std::shared_ptr<const Tables> tables_;
 };
