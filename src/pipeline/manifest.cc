@@ -6,6 +6,7 @@
 
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
+#include "circlet/io/safetensors.h"
 #include "ops/integer_product.h"
 
 namespace circlet {
@@ -33,9 +34,11 @@ nlohmann::json FileEntry(const fs::path& path, const std::string& name) {
 nlohmann::json InputEntries(const QuantizeOptions& options, std::span<const DataFile> data) {
   std::map<fs::path, nlohmann::json> entries;  // in the order of the paths
   std::vector<fs::path> files;
+  // Of the tensor files those that are read: another one may be of any size.
+  for (const std::string& name : Checkpoint::FilesOf(options.model)) files.push_back(options.model / name);
   for (const auto& entry : fs::directory_iterator(options.model)) {
     const std::string extension = entry.path().extension();
-    if (entry.is_regular_file() && (extension == ".json" || extension == ".safetensors" || extension == ".jinja"))
+    if (entry.is_regular_file() && (extension == ".json" || extension == ".jinja"))
       files.push_back(entry.path());
   }
   for (const fs::path& path : {options.samples, options.qparams, options.eval_text})

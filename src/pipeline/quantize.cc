@@ -1,5 +1,7 @@
 #include "circlet/pipeline/quantize.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -11,6 +13,7 @@
 #include "circlet/base/threads.h"
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
+#include "circlet/io/names.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/preprocess/samples.h"
 #include "circlet/report/terminal.h"
@@ -122,11 +125,11 @@ class Run {
   explicit Run(const QuantizeOptions& asked)
       : recipe_(Recipe::Load(asked.recipe, asked.set)),
         options_(WithRecipe(asked, recipe_)),
-        config_(ReadModelConfig(options_.model)),
         world_(World()),
         clock_(result_.seconds),
+        weights_(clock_.Time("load", [&] { return OpenWeights(options_); })),
+        config_(weights_.GetConfig()),
         data_(clock_.Time("load", [&] { return LoadRunData(options_, recipe_, config_); })),
-        weights_(clock_.Time("load", [&] { return ModelWeights::Open(config_, options_.model); })),
         calibration_(recipe_, DialectFromName(options_.dialect)),
         context_{.config = config_, .weights = weights_, .calibration = calibration_, .store = store_, .world = world_},
         text_(context_),
@@ -136,6 +139,10 @@ class Run {
     if (!options_.qparams.empty()) calibration_.UseFrozen(ParameterStore::Load(options_.qparams));
     MakeItems(data_, options_, context_);
     ReleasePictures(data_);
+    if (config_.text.bidirectional_pictures && !context_.images.empty())
+      Fail("{}: use_bidirectional_attention is \"vision\": text runs, but soft tokens of one picture would see each other, "
+           "which circlet does not do; leave samples with pictures out with --text-only",
+           (options_.model / "config.json").string());
     points_ = text_.Points();
     if (config_.vision && !options_.text_only)
       for (Point& point : VisionPoints(config_, calibration_.GetDialect())) points_.push_back(std::move(point));
@@ -170,10 +177,10 @@ class Run {
     std::function<void()> drop;   // may be empty
   };
 
-  static Gemma4Config ReadModelConfig(const std::filesystem::path& model) {
-    if (!std::filesystem::is_directory(model))
-      Fail("{}: is no directory; give a checkpoint directory with config.json and safetensors", model.string());
-    return ReadConfig(model);
+  static ModelWeights OpenWeights(const QuantizeOptions& options) {
+    if (!std::filesystem::is_directory(options.model))
+      Fail("{}: is no directory; give a checkpoint directory with config.json and safetensors", options.model.string());
+    return ModelWeights::Open(ReadConfig(options.model), options.model, options.text_only);
   }
 
   void MakePhases();
@@ -189,15 +196,16 @@ class Run {
   void RunPhase(const Phase& phase);
   void ShareChange();
   void FillResult();
+  void FillUnused();
 
   QuantizeResult result_;
   Recipe recipe_;
   QuantizeOptions options_;
-  Gemma4Config config_;
   Communicator& world_;
   Clock clock_;
-  RunData data_;
   ModelWeights weights_;
+  Gemma4Config config_;  // as the weights correct it
+  RunData data_;
   Calibration calibration_;
   ActivationStore store_;
   RunContext context_;
@@ -448,6 +456,37 @@ void Run::ShareChange() {
   result_.compute_change = RestoreChange(nlohmann::json::parse(all[Repeated(context_.items)->rank]));
 }
 
+// What the run did not use or had to assume. Of parts that do not run, one line is enough on the terminal.
+void Run::FillUnused() {
+  const Inventory& inventory = weights_.GetInventory();
+  result_.notes = inventory.notes;
+  result_.unknown_keys = config_.unknown_keys;
+  std::vector<std::string> keys, tensors;
+  for (const std::string& key : config_.unknown_keys)
+    if (vision_ || !key.starts_with("vision_config.")) keys.push_back(key);
+  for (const UnusedTensor& tensor : inventory.unused) {
+    result_.unused_tensors.push_back(fmt::format("{}: {}", tensor.name, tensor.reason));
+    if (!IsVisionTensor(tensor.name) && !IsAudioTensor(tensor.name)) tensors.push_back(tensor.name);
+  }
+  if (config_.vision && !vision_) {
+    const char* const why = options_.text_only ? "--text-only" : "no sample has a picture";
+    result_.notes.push_back(fmt::format("vision units are left out: {}", why));
+    if (!options_.text_only)
+      for (const auto& [canonical, stored] : inventory.name_in_checkpoint)
+        if (IsVisionTensor(canonical)) result_.unused_tensors.push_back(fmt::format("{}: vision tower: {}", stored, why));
+  }
+  const auto note = [&](const std::vector<std::string>& names, const char* what, const char* list) {
+    constexpr size_t kNamed = 3;
+    if (names.empty()) return;
+    std::vector<std::string> first;
+    for (const std::string& name : std::span(names).first(std::min(names.size(), kNamed))) first.push_back(Shortened(name));
+    result_.notes.push_back(fmt::format("{} that are not used: {}, {}{} (all: {} of the JSON report)", what, names.size(),
+                                        fmt::join(first, ", "), names.size() > kNamed ? " ..." : "", list));
+  };
+  note(keys, "keys of config.json", "unknown_config_keys");
+  note(tensors, "stored tensors", "unused_tensors");
+}
+
 void Run::FillResult() {
   std::erase_if(result_.stages, [](const StageError& error) { return error.accumulated.count == 0; });
   result_.stages.push_back(head_->error);
@@ -479,9 +518,7 @@ void Run::FillResult() {
   result_.shortened = data_.shortened;
   result_.points = static_cast<int64_t>(calibration_.Params().Size());
   result_.max_seq_len = context_.max_seq_len;
-  result_.unknown_keys = config_.unknown_keys;
-  for (const UnusedTensor& tensor : weights_.GetInventory().unused)
-    result_.unused_tensors.push_back(fmt::format("{}: {}", tensor.name, tensor.reason));
+  FillUnused();
   if (units_)
     for (const Unit& unit : units_->Units()) result_.units.push_back(unit.file);
   result_.spilled_bytes = store_.SpilledBytes();

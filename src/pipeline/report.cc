@@ -33,6 +33,7 @@ std::string ReportText(const QuantizeResult& result) {
   if (result.random_data) text += "The samples were RANDOM token ids: ranges of real text differ.\n";
   if (!result.shortened.empty()) text += result.shortened + "\n";
   for (const std::string& skipped : result.skipped) text += fmt::format("left out: {}\n", skipped);
+  for (const std::string& note : result.notes) text += fmt::format("note: {}\n", note);
 
   std::vector<float> reference, quantized;
   for (const auto& [f, q] : result.scatter) {
@@ -99,6 +100,7 @@ std::string ReportJson(const QuantizeResult& result) {
                       {"max_seq_len", result.max_seq_len},
                       {"unused_tensors", result.unused_tensors},
                       {"unknown_config_keys", result.unknown_keys},
+                      {"notes", result.notes},
                       {"output",
                        {{"name", result.output_name},
                         {"shape", result.output_shape},

@@ -181,8 +181,8 @@ std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe
 }
 
 std::vector<SmokePart> ModelParts(const std::filesystem::path& model, const std::filesystem::path& samples) {
-  const auto config = std::make_shared<const Gemma4Config>(ReadConfig(model));
-  const auto weights = std::make_shared<const ModelWeights>(ModelWeights::Open(*config, model));
+  const auto weights = std::make_shared<const ModelWeights>(ModelWeights::Open(ReadConfig(model), model));
+  const Gemma4Config* const config = &weights->GetConfig();
   const SampleOptions options{.vocab_size = config->text.vocab_size,
                               .placeholders = {config->image_token_id, config->video_token_id, config->audio_token_id}};
   std::vector<Sample> all;
@@ -197,7 +197,7 @@ std::vector<SmokePart> ModelParts(const std::filesystem::path& model, const std:
   std::vector<SmokePart> parts;
   for (const Sample& sample : all) {
     parts.push_back(PartOf(*config, *weights, sample));
-    parts.back().stored = [config, weights, stored = parts.back().stored](const std::string& name) {
+    parts.back().stored = [weights, stored = parts.back().stored](const std::string& name) {
       return stored(name);
     };
   }

@@ -122,6 +122,7 @@ struct QuantizeResult {
   int64_t points = 0;
   int64_t max_seq_len = 0;
   std::vector<std::string> unused_tensors, unknown_keys;  // "NAME: reason"
+  std::vector<std::string> notes;  // what was not used or had to be assumed, a line each
   std::optional<ComputeChange> compute_change;            // with Compute::kBf16
   // Not part of the deterministic outputs.
   std::map<std::string, double> seconds;  // by phase

@@ -11,6 +11,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/io/json.h"
+#include "circlet/io/names.h"
 
 namespace circlet {
 namespace {
@@ -40,18 +41,13 @@ std::optional<float> Positive(const JsonObject& object, std::string_view key) {
   return value;
 }
 
-std::string Quote(const json& value) {
-  const std::string text = value.dump();
-  return text.size() <= 60 ? text : text.substr(0, 57) + "...";
-}
-
 // A field with one supported value (or several that mean the same); absent and null are supported too.
 void Only(const JsonObject& object, std::string_view key, std::initializer_list<json> supported,
           std::string_view remedy) {
   if (!object.Has(key)) return;
   const json& value = object.Raw(key);
   if (std::find(supported.begin(), supported.end(), value) == supported.end())
-    object.FailAt(key, fmt::format("{}; {}", Quote(value), remedy));
+    object.FailAt(key, fmt::format("{}; {}", Shown(value), remedy));
 }
 
 // Keys that circlet knows and that change nothing here.
@@ -65,22 +61,30 @@ void CollectUnknown(const JsonObject& object, std::string_view path, std::vector
 
 const char* TypeName(bool full) { return full ? "full_attention" : "sliding_attention"; }
 
-RopeConfig ParseRope(const JsonObject& object, std::string_view path, std::vector<std::string>& unknown) {
+// `theta` counts where the entry gives none.
+RopeConfig ParseRope(const JsonObject& object, std::optional<float> theta, std::string_view path,
+                     std::vector<std::string>& unknown) {
   RopeConfig rope;
-  const std::string type = object.Optional<std::string>("rope_type", "default");
+  const auto old_type = object.Optional<std::string>("type");
+  const std::string type = object.Optional<std::string>("rope_type", old_type.value_or("default"));
   if (type == "proportional") {
     rope.type = RopeConfig::Type::kProportional;
     rope.partial_rotary_factor = object.Optional<double>("partial_rotary_factor", 1.0);
     if (!(rope.partial_rotary_factor > 0 && rope.partial_rotary_factor <= 1))
       object.FailAt("partial_rotary_factor", fmt::format("{}; must be above 0, at most 1", rope.partial_rotary_factor));
     rope.factor = Positive(object, "factor").value_or(1.0f);
+  } else if (type == "linear") {  // proportional to the whole head
+    rope.type = RopeConfig::Type::kProportional;
+    Only(object, "partial_rotary_factor", {1.0}, "rope_type \"linear\" turns the whole head");
+    if (!object.Has("factor")) object.FailAt("factor", "missing; rope_type \"linear\" divides the frequencies by it");
+    rope.factor = *Positive(object, "factor");
   } else if (type == "default") {
-    Only(object, "partial_rotary_factor", {1.0}, "rope_type \"default\" turns the whole head");
-    Only(object, "factor", {1.0}, "rope_type \"default\" has no factor");
+    Ignore(object, {"partial_rotary_factor"});  // the whole head turns
   } else {
-    object.FailAt("rope_type", fmt::format("\"{}\"; circlet supports \"default\" and \"proportional\"", type));
+    object.FailAt("rope_type", fmt::format("\"{}\"; circlet supports \"default\", \"linear\" and \"proportional\"",
+                                           Shortened(type)));
   }
-  const std::optional<float> theta = Positive(object, "rope_theta");
+  if (const std::optional<float> own = Positive(object, "rope_theta")) theta = own;
   if (!theta) object.FailAt("rope_theta", "missing; give the base of the rotary frequencies");
   rope.theta = *theta;
   CollectUnknown(object, path, unknown);
@@ -88,20 +92,30 @@ RopeConfig ParseRope(const JsonObject& object, std::string_view path, std::vecto
 }
 
 // The frequencies of sliding [0] and full [1] layers; the entry of a type that no layer has may be missing.
-using Ropes = std::array<std::optional<RopeConfig>, 2>;
+struct Ropes {
+  std::array<std::optional<RopeConfig>, 2> by_type;
+  const char* key;  // where they stand
+};
 
+// As in the reference, rope_scaling is the old name of rope_parameters and wins where both stand.
 Ropes ParseRopes(const JsonObject& text, const std::string& path, std::vector<std::string>& unknown) {
-  const std::optional<JsonObject> parameters = text.OptionalObject("rope_parameters");
+  const std::optional<float> theta = Positive(text, "rope_theta");
+  Ignore(text, {"rope_parameters"});
+  Ropes ropes{.key = text.Has("rope_scaling") ? "rope_scaling" : "rope_parameters"};
+  const std::optional<JsonObject> parameters = text.OptionalObject(ropes.key);
   if (!parameters) {
-    return {RopeConfig{.theta = 1e4f},
-            RopeConfig{.type = RopeConfig::Type::kProportional, .theta = 1e6f, .partial_rotary_factor = 0.25}};
+    ropes.by_type = {RopeConfig{.theta = 1e4f},
+                     RopeConfig{.type = RopeConfig::Type::kProportional, .theta = 1e6f, .partial_rotary_factor = 0.25}};
+    return ropes;
   }
-  Ropes ropes;
   for (const bool full : {false, true}) {
     if (const std::optional<JsonObject> entry = parameters->OptionalObject(TypeName(full)))
-      ropes[full] = ParseRope(*entry, fmt::format("{}rope_parameters.{}.", path, TypeName(full)), unknown);
+      ropes.by_type[full] = ParseRope(*entry, theta, fmt::format("{}{}.{}.", path, ropes.key, TypeName(full)), unknown);
   }
-  CollectUnknown(*parameters, path + "rope_parameters.", unknown);
+  if (!ropes.by_type[false] && !ropes.by_type[true])
+    text.FailAt(ropes.key, fmt::format("{}; expected an entry for each layer type, \"{}\" and \"{}\"",
+                                       Shown(text.Raw(ropes.key)), TypeName(false), TypeName(true)));
+  CollectUnknown(*parameters, fmt::format("{}{}.", path, ropes.key), unknown);
   return ropes;
 }
 
@@ -130,6 +144,16 @@ std::map<int, LayerOverride> ParsePerLayerConfig(const JsonObject& object, int n
       object.FailAt(key, fmt::format("layer {} is given twice; leave one entry", index));
   }
   return overrides;
+}
+
+// Packed or scaled weights are no float tensors, whatever their names.
+void RefuseQuantized(const JsonObject& object) {
+  if (!object.Has("quantization_config")) return;
+  const JsonObject quantization = object.Object("quantization_config");
+  object.FailAt("quantization_config",
+                fmt::format("quant_method is {}: the checkpoint is quantized already; give the one with float weights "
+                            "that it was made from (bfloat16; names often end in -unquantized)",
+                            Shown(quantization.Raw("quant_method"))));
 }
 
 // Which layers are full attention; the last one always is.
@@ -227,10 +251,9 @@ void ParseLayers(const JsonObject& text, const std::string& path, TextConfig& co
       layer.kv_heads = layer.k_eq_v ? global_kv_heads : kv_heads;
     }
     CheckLayer(layer, i, config.num_heads, text);
-    if (!ropes[layer.full])
-      text.FailAt("rope_parameters",
-                  fmt::format("no entry \"{}\", the type of layer {}; add it", TypeName(layer.full), i));
-    layer.rope = *ropes[layer.full];
+    if (!ropes.by_type[layer.full])
+      text.FailAt(ropes.key, fmt::format("no entry \"{}\", the type of layer {}; add it", TypeName(layer.full), i));
+    layer.rope = *ropes.by_type[layer.full];
     config.layers.push_back(layer);
   }
   ShareKv(config, text);
@@ -243,10 +266,13 @@ TextConfig ParseText(const JsonObject& text, const std::string& path, std::vecto
        "mixture of experts (26B-A4B) is not supported; circlet runs dense models such as E2B and E4B");
   Only(text, "hidden_activation", {"gelu_pytorch_tanh"}, kOnlyGelu);
   Only(text, "attention_bias", {false}, "attention projections with biases are not supported; circlet supports false");
-  Only(text, "use_bidirectional_attention", {},
-       "bidirectional attention is not supported; circlet runs models where this is null, such as E2B and E4B");
+  Only(text, "use_bidirectional_attention", {"vision"},
+       "bidirectional text is not supported; circlet runs models where this is null (E2B, E4B), and text where it is "
+       "\"vision\" (31B)");
+  RefuseQuantized(text);
 
   TextConfig config;
+  config.bidirectional_pictures = text.Has("use_bidirectional_attention");
   config.vocab_size = Size(text, "vocab_size", 262144);
   config.hidden_size = Size(text, "hidden_size", 2304);
   config.num_heads = Size(text, "num_attention_heads", 8);
@@ -272,6 +298,7 @@ TextConfig ParseText(const JsonObject& text, const std::string& path, std::vecto
 VisionConfig ParseVision(const JsonObject& vision, std::vector<std::string>& unknown) {
   Only(vision, "model_type", {"gemma4_vision"}, "circlet supports \"gemma4_vision\"");
   Only(vision, "hidden_activation", {"gelu_pytorch_tanh"}, kOnlyGelu);
+  RefuseQuantized(vision);
 
   VisionConfig config;
   config.hidden_size = Size(vision, "hidden_size", 768);
@@ -286,11 +313,16 @@ VisionConfig ParseVision(const JsonObject& vision, std::vector<std::string>& unk
   config.use_clipped_linears = vision.Optional<bool>("use_clipped_linears", false);
   config.standardize = vision.Optional<bool>("standardize", false);
   config.rms_norm_eps = Positive(vision, "rms_norm_eps").value_or(1e-6f);
-  config.rope_theta = 100.0f;
-  if (const std::optional<JsonObject> rope = vision.OptionalObject("rope_parameters")) {
-    Only(*rope, "rope_type", {"axial", "default"}, "circlet supports \"axial\" (also spelled \"default\") for vision");
+  config.rope_theta = Positive(vision, "rope_theta").value_or(100.0f);
+  // As with the text, the old name wins; an empty object counts as none.
+  Ignore(vision, {"rope_parameters"});
+  const bool old_name = vision.Has("rope_scaling") && !vision.Raw("rope_scaling").empty();
+  const char* const rope_key = old_name ? "rope_scaling" : "rope_parameters";
+  if (const std::optional<JsonObject> rope = vision.OptionalObject(rope_key)) {
+    for (const char* key : {"rope_type", "type"})
+      Only(*rope, key, {"axial", "default"}, "circlet supports \"axial\" (also spelled \"default\") for vision");
     config.rope_theta = Positive(*rope, "rope_theta").value_or(config.rope_theta);
-    CollectUnknown(*rope, "vision_config.rope_parameters.", unknown);
+    CollectUnknown(*rope, fmt::format("vision_config.{}.", rope_key), unknown);
   }
   if (config.num_heads % config.kv_heads != 0) {
     vision.FailAt("num_key_value_heads",
@@ -318,15 +350,6 @@ std::vector<int> ParseEos(const JsonObject& object) {
   return ids;
 }
 
-// The top level and text_config may both say it; a contradiction is not resolved by guessing.
-bool ParseTied(const JsonObject& top, const JsonObject& text) {
-  const std::optional<bool> outer = top.Optional<bool>("tie_word_embeddings");
-  const std::optional<bool> inner = text.Optional<bool>("tie_word_embeddings");
-  if (outer && inner && *outer != *inner)
-    top.FailAt("tie_word_embeddings", fmt::format("{} here, {} in text_config; both must agree", *outer, *inner));
-  return outer.value_or(inner.value_or(true));
-}
-
 // Fills `architecture`; says whether the file is a text config by itself (gemma4.md 1.1).
 bool ParseArchitecture(const JsonObject& top, Gemma4Config& config) {
   static const std::map<std::string, bool> kTextOnly = {{"Gemma4ForConditionalGeneration", false},
@@ -346,7 +369,7 @@ bool ParseArchitecture(const JsonObject& top, Gemma4Config& config) {
     std::vector<std::string> known;
     for (const auto& entry : kTextOnly) known.push_back(entry.first);
     top.FailAt("architectures",
-               fmt::format("{}; circlet supports one of {}", Quote(top.Raw("architectures")), fmt::join(known, ", ")));
+               fmt::format("{}; circlet supports one of {}", Shown(top.Raw("architectures")), fmt::join(known, ", ")));
   }
   config.architecture = it->first;
   if (model_type && (*model_type == "gemma4_text") != it->second) {
@@ -384,7 +407,9 @@ Gemma4Config ParseConfig(const json& object, const std::string& where) {
   if (const std::optional<JsonObject> vision = top.OptionalObject("vision_config"))
     config.vision = ParseVision(*vision, config.unknown_keys);
   config.has_audio = top.OptionalObject("audio_config").has_value();
-  config.tie_word_embeddings = ParseTied(top, text);
+  // The reference asks the top level alone; what text_config says is for Gemma4ForCausalLM.
+  config.tie_word_embeddings = top.Optional<bool>("tie_word_embeddings", true);
+  RefuseQuantized(top);
   ParseTokenIds(top, config);
   config.eos_token_ids = ParseEos(top);
   if (config.eos_token_ids.empty()) config.eos_token_ids = ParseEos(text);

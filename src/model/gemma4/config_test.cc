@@ -211,9 +211,13 @@ TEST(ConfigTest, UnsupportedFeaturesAreRefusedByFieldValueAndWhatIsSupported) {
   EXPECT_THAT(ErrorWith("/text_config/enable_moe_block", true),
               AllOf(HasSubstr("config.json: text_config.enable_moe_block: true; mixture of experts"),
                     HasSubstr("not supported"), HasSubstr("E2B and E4B")));
-  EXPECT_THAT(ErrorWith("/text_config/use_bidirectional_attention", "vision"),
-              AllOf(HasSubstr("text_config.use_bidirectional_attention: \"vision\""), HasSubstr("not supported"),
+  EXPECT_THAT(ErrorWith("/text_config/use_bidirectional_attention", "all"),
+              AllOf(HasSubstr("text_config.use_bidirectional_attention: \"all\""), HasSubstr("not supported"),
                     HasSubstr("null")));
+  for (const char* place : {"/quantization_config", "/text_config/quantization_config", "/vision_config/quantization_config"})
+    EXPECT_THAT(ErrorWith(place, {{"quant_method", "gptq"}}),
+                AllOf(HasSubstr("quantization_config: quant_method is \"gptq\": the checkpoint is quantized already"),
+                      HasSubstr("-unquantized")));
   EXPECT_THAT(ErrorWith("/text_config/hidden_activation", "silu"),
               HasSubstr("text_config.hidden_activation: \"silu\"; circlet supports \"gelu_pytorch_tanh\" only"));
   EXPECT_THAT(ErrorWith("/vision_config/hidden_activation", "gelu"),
@@ -223,7 +227,7 @@ TEST(ConfigTest, UnsupportedFeaturesAreRefusedByFieldValueAndWhatIsSupported) {
   const json yarn = {{"sliding_attention", {{"rope_type", "yarn"}, {"rope_theta", 1e4}}}};
   EXPECT_THAT(ErrorWith("/text_config/rope_parameters", yarn),
               AllOf(HasSubstr("text_config.rope_parameters.sliding_attention.rope_type: \"yarn\""),
-                    HasSubstr("circlet supports \"default\" and \"proportional\"")));
+                    HasSubstr("circlet supports \"default\", \"linear\" and \"proportional\"")));
   EXPECT_THAT(ErrorWith("/vision_config/rope_parameters", {{"rope_type", "proportional"}}),
               AllOf(HasSubstr("vision_config.rope_parameters.rope_type: \"proportional\""), HasSubstr("\"axial\"")));
   EXPECT_THAT(ErrorWith("/text_config/layer_types/3", "linear_attention"),
@@ -272,11 +276,38 @@ TEST(ConfigTest, SizesThatDoNotFitEachOtherNameBoth) {
               HasSubstr("num_kv_shared_layers: 32: layer 4 finds no earlier full_attention layer"));
   EXPECT_THAT(ErrorWith("/text_config/per_layer_config", {{"34", {{"head_dim", 512}}}}),
               HasSubstr("layer 34 has 1 key/value heads of size 512 and shares those of layer 14, 1 of size 256"));
-  EXPECT_THAT(ErrorWith("/text_config/tie_word_embeddings", false), Not(HasSubstr("both must agree")));
+}
+
+TEST(ConfigTest, TheTopLevelSaysWhetherTheHeadIsTied) {
   json config = E2b();
-  config["tie_word_embeddings"] = true;
   config["text_config"]["tie_word_embeddings"] = false;
-  EXPECT_THAT(ErrorOf(config), HasSubstr("tie_word_embeddings: true here, false in text_config; both must agree"));
+  EXPECT_TRUE(Parse(config).tie_word_embeddings);
+  config["tie_word_embeddings"] = true;
+  EXPECT_TRUE(Parse(config).tie_word_embeddings);
+  config["tie_word_embeddings"] = false;
+  config["text_config"]["tie_word_embeddings"] = true;
+  EXPECT_FALSE(Parse(config).tie_word_embeddings);
+}
+
+TEST(ConfigTest, RopeScalingOverridesRopeParameters) {
+  json config = E2b();
+  config["text_config"]["rope_parameters"] = {{"full_attention", {{"rope_theta", 1.0}}},
+                                              {"sliding_attention", {{"rope_theta", 2.0}}}};
+  config["text_config"]["rope_scaling"] = {
+      {"full_attention", {{"type", "linear"}, {"factor", 8.0}, {"rope_theta", 3.0}}},
+      {"sliding_attention", {{"rope_type", "default"}, {"partial_rotary_factor", 0.5}, {"rope_theta", 4.0}}}};
+  config["vision_config"]["rope_parameters"] = {{"rope_theta", 5.0}};
+  config["vision_config"]["rope_scaling"] = {{"type", "axial"}, {"rope_theta", 6.0}};
+  const Gemma4Config parsed = Parse(config);
+  EXPECT_EQ(parsed.text.layers[4].rope,
+            (RopeConfig{.type = RopeConfig::Type::kProportional, .theta = 3.0f, .factor = 8.0f}));
+  EXPECT_EQ(parsed.text.layers[0].rope, RopeConfig{.theta = 4.0f});
+  EXPECT_EQ(parsed.vision->rope_theta, 6.0f);
+  EXPECT_THAT(parsed.unknown_keys, IsEmpty());
+
+  EXPECT_THAT(ErrorWith("/text_config/rope_scaling", {{"rope_type", "linear"}, {"factor", 8.0}}),
+              AllOf(HasSubstr("text_config.rope_scaling: {\"factor\":8.0,\"rope_type\":\"linear\"}"),
+                    HasSubstr("expected an entry for each layer type")));
 }
 
 TEST(ConfigTest, PerLayerConfigNamesTheEntryItCannotUse) {

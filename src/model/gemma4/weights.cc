@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <charconv>
+#include <cstring>
 #include <optional>
 #include <set>
 
@@ -128,11 +130,9 @@ std::optional<LayerName> ParseTextLayer(std::string_view canonical) {
 }
 
 std::string WhyUnused(const Gemma4Config& config, std::string_view canonical) {
-  if (canonical.starts_with("model.audio_tower.") || canonical.starts_with("model.embed_audio."))
-    return "audio tower: circlet does not run audio";
-  if (!config.vision && (canonical.starts_with(kVision) || canonical.starts_with("model.embed_vision.")))
-    return "vision tower: config.json has no vision_config";
-  if (canonical == kHead) return "tie_word_embeddings is true: logits use embed_tokens.weight";
+  if (IsAudioTensor(canonical)) return "audio tower: circlet does not run audio";
+  if (!config.vision && IsVisionTensor(canonical)) return "vision tower: config.json has no vision_config";
+  if (canonical == kHead) return "equal to embed_tokens.weight, which it is tied to";
   if (const std::optional<LayerName> layer = ParseTextLayer(canonical)) {
     if (layer->index >= config.text.NumLayers())
       return fmt::format("config.json says {} layers", config.text.NumLayers());
@@ -157,14 +157,99 @@ std::string FilesOf(const Checkpoint& checkpoint) {
   return files.empty() ? "model.safetensors" : *files.begin();
 }
 
-[[noreturn]] void FailInventory(const Gemma4Config& config, const std::vector<std::string>& problems) {
+using StoredNames = std::map<std::string, std::string, std::less<>>;  // canonical -> stored
+
+StoredNames NamesOf(const Checkpoint& checkpoint) {
+  StoredNames names;
+  const auto add = [&](const std::string& stored) {
+    const auto [it, inserted] = names.emplace(CanonicalName(stored), stored);
+    if (!inserted) {
+      throw Error(fmt::format("{}: tensors \"{}\" and \"{}\" are the same parameter; keep one of them",
+                              FilesOf(checkpoint), Shortened(stored), Shortened(it->second)));
+    }
+  };
+  for (const std::string& stored : checkpoint.Names()) add(stored);
+  for (const auto& [stored, type] : checkpoint.Opaque()) add(stored);
+  return names;
+}
+
+constexpr const char* kQuantized = " (quantized already? circlet starts from float weights)";
+
+// What is wrong with a stored tensor, nothing when it fits.
+std::string Misfit(const Checkpoint& checkpoint, const std::string& stored, const Shape& shape) {
+  if (const auto opaque = checkpoint.Opaque().find(stored); opaque != checkpoint.Opaque().end())
+    return fmt::format("{}: tensor \"{}\" is of type {}, expected a float type of shape {}{}", FilesOf(checkpoint),
+                       stored, opaque->second, shape.ToString(), kQuantized);
+  const TensorType& type = checkpoint.Find(stored)->Type();
+  if (type.shape == shape && IsFloat(type.dtype)) return {};
+  return fmt::format("{}: tensor \"{}\" is {}, expected a float type of shape {}{}", checkpoint.FileOf(stored), stored,
+                     type.ToString(), shape.ToString(), IsFloat(type.dtype) ? "" : kQuantized);
+}
+
+// Whether two float tensors of one shape hold the same values, whatever their types.
+bool SameValues(const Tensor& a, const Tensor& b) {
+  if (a.GetDType() == b.GetDType()) return std::memcmp(a.Raw(), b.Raw(), static_cast<size_t>(a.Bytes())) == 0;
+  const int64_t rows = a.GetShape()[0], width = a.GetShape()[1];
+  const auto row = [&](const Tensor& t, int64_t i) {
+    return ToF32(Tensor({t.GetDType(), {width}}, t.Raw() + i * (t.Bytes() / rows), std::make_shared<Tensor>(t)));
+  };
+  for (int64_t i = 0; i < rows; ++i)
+    if (!std::ranges::equal(row(a, i).F32(), row(b, i).F32())) return false;
+  return true;
+}
+
+// The table and the head, one of which may stand for both (config.tie_word_embeddings).
+void SettleHead(Gemma4Config& config, const Checkpoint& checkpoint, StoredNames& names, Inventory& inventory) {
+  const auto head = names.find(kHead), table = names.find(kEmbedding);
+  if (!config.tie_word_embeddings || head == names.end()) return;
+  if (table == names.end()) {
+    auto node = names.extract(head);
+    node.key() = kEmbedding;
+    names.insert(std::move(node));
+    return;
+  }
+  const Shape shape{config.text.vocab_size, config.text.hidden_size};
+  const bool fit = Misfit(checkpoint, head->second, shape).empty() && Misfit(checkpoint, table->second, shape).empty();
+  if (fit && SameValues(*checkpoint.Find(head->second), *checkpoint.Find(table->second))) return;
+  config.tie_word_embeddings = false;
+  if (fit)
+    inventory.notes.push_back(
+        "lm_head.weight differs from embed_tokens.weight and is used, although tie_word_embeddings is true");
+}
+
+void SettleVision(Gemma4Config& config, const StoredNames& names, Inventory& inventory) {
+  if (!config.vision) return;
+  if (std::ranges::any_of(names, [](const auto& name) { return IsVisionTensor(name.first); })) return;
+  config.vision.reset();
+  inventory.notes.push_back(
+      "the checkpoint holds no vision tensors, although config.json has a vision_config: only the "
+      "text part runs");
+}
+
+// Throws what is wrong: `problems`, of which the first ones are listed, and what the stored names tell.
+[[noreturn]] void FailInventory(const Gemma4Config& config, const Checkpoint& checkpoint, const StoredNames& unused,
+                                const std::vector<std::string>& problems) {
+  for (const auto& [canonical, stored] : unused) {
+    const bool adapter = stored.starts_with("base_model.") || stored.find(".base_layer.") != stored.npos ||
+                         stored.find(".lora_") != stored.npos;
+    if (!adapter) continue;
+    Fail(
+        "{}: holds tensors such as \"{}\", those of an adapter beside its model; merge the adapter (merge_and_unload "
+        "of "
+        "the peft library), save the model, and give that",
+        FilesOf(checkpoint), Shortened(stored));
+  }
   const size_t listed = std::min(problems.size(), kListedProblems);
   std::string text = fmt::format("{}", fmt::join(problems.begin(), problems.begin() + listed, "\n"));
   if (listed < problems.size()) text += fmt::format("\n... and {} more", problems.size() - listed);
+  std::string found;
+  if (!unused.empty())
+    found = fmt::format("; the checkpoint holds {} other tensors, such as \"{}\"", unused.size(),
+                        Shortened(unused.begin()->second));
   throw Error(
-      fmt::format("{}; config.json says {} layers: was a shard left out of the download, or is config.json that of "
+      fmt::format("{}{}; config.json says {} layers: was a shard left out of the download, or is config.json that of "
                   "another model?",
-                  text, config.text.NumLayers()));
+                  text, found, config.text.NumLayers()));
 }
 
 }  // namespace
@@ -183,6 +268,8 @@ std::vector<Parameter> Parameters(const Gemma4Config& config) {
 
 std::string CanonicalName(std::string_view checkpoint_name) {
   std::string_view name = checkpoint_name;
+  if (Strip(name, "model.language_model.model.") || Strip(name, "language_model.model.model."))
+    return fmt::format("{}{}", kText, name);
   Strip(name, "model.");
   if (Strip(name, "language_model.")) return fmt::format("{}{}", kText, name);
   if (name == kHead) return std::string(kHead);
@@ -191,49 +278,54 @@ std::string CanonicalName(std::string_view checkpoint_name) {
   return fmt::format("{}{}", kText, name);
 }
 
-Inventory CheckInventory(const Gemma4Config& config, const Checkpoint& checkpoint) {
-  std::map<std::string, std::string, std::less<>> stored_names;
-  for (const std::string& stored : checkpoint.Names()) {
-    const auto [it, inserted] = stored_names.emplace(CanonicalName(stored), stored);
-    if (!inserted) {
-      throw Error(fmt::format("{}: tensors \"{}\" and \"{}\" (in {}) are the same parameter; keep one of them",
-                              checkpoint.FileOf(stored), stored, it->second, checkpoint.FileOf(it->second)));
-    }
-  }
+bool IsVisionTensor(std::string_view checkpoint_name) {
+  const std::string name = CanonicalName(checkpoint_name);
+  return name.starts_with(kVision) || name.starts_with("model.embed_vision.");
+}
+
+bool IsAudioTensor(std::string_view checkpoint_name) {
+  const std::string name = CanonicalName(checkpoint_name);
+  return name.starts_with("model.audio_tower.") || name.starts_with("model.embed_audio.");
+}
+
+Inventory CheckInventory(Gemma4Config& config, const Checkpoint& checkpoint, bool text_only) {
+  StoredNames names = NamesOf(checkpoint);
   Inventory inventory;
+  SettleHead(config, checkpoint, names, inventory);
+  SettleVision(config, names, inventory);
   std::vector<std::string> problems;
   for (const Parameter& parameter : Parameters(config)) {
-    auto entry = stored_names.extract(parameter.name);
+    if (text_only && IsVisionTensor(parameter.name)) continue;
+    auto entry = names.extract(parameter.name);
     if (entry.empty()) {
       problems.push_back(fmt::format("{}: tensor \"{}\" {} is missing", FilesOf(checkpoint), parameter.name,
                                      parameter.shape.ToString()));
       continue;
     }
-    const TensorType& type = checkpoint.Find(entry.mapped())->Type();
-    if (type.shape != parameter.shape || !IsFloat(type.dtype)) {
-      problems.push_back(fmt::format("{}: tensor \"{}\" is {}, expected a float type of shape {}",
-                                     checkpoint.FileOf(entry.mapped()), entry.mapped(), type.ToString(),
-                                     parameter.shape.ToString()));
-    }
+    std::string misfit = Misfit(checkpoint, entry.mapped(), parameter.shape);
+    if (!misfit.empty()) problems.push_back(std::move(misfit));
     inventory.name_in_checkpoint.insert(std::move(entry));
   }
-  if (!problems.empty()) FailInventory(config, problems);
-  for (const auto& [canonical, stored] : stored_names)
-    inventory.unused.push_back({stored, WhyUnused(config, canonical)});
+  if (!problems.empty()) FailInventory(config, checkpoint, names, problems);
+  for (const auto& [canonical, stored] : names) {
+    const bool left_out = text_only && IsVisionTensor(canonical);
+    inventory.unused.push_back(
+        {stored, left_out ? "vision tower: the run is text only" : WhyUnused(config, canonical)});
+  }
   return inventory;
 }
 
-ModelWeights::ModelWeights(bool tied, Checkpoint checkpoint, Inventory inventory)
-    : tied_(tied), checkpoint_(std::move(checkpoint)), inventory_(std::move(inventory)) {}
+ModelWeights::ModelWeights(Gemma4Config config, Checkpoint checkpoint, Inventory inventory)
+    : config_(std::move(config)), checkpoint_(std::move(checkpoint)), inventory_(std::move(inventory)) {}
 
-ModelWeights ModelWeights::Open(const Gemma4Config& config, const std::filesystem::path& directory) {
+ModelWeights ModelWeights::Open(Gemma4Config config, const std::filesystem::path& directory, bool text_only) {
   Checkpoint checkpoint = Checkpoint::Open(directory);
-  Inventory inventory = Within(directory.string(), [&] { return CheckInventory(config, checkpoint); });
-  return ModelWeights(config.tie_word_embeddings, std::move(checkpoint), std::move(inventory));
+  Inventory inventory = Within(directory.string(), [&] { return CheckInventory(config, checkpoint, text_only); });
+  return ModelWeights(std::move(config), std::move(checkpoint), std::move(inventory));
 }
 
 const std::string* ModelWeights::StoredName(std::string_view name) const {
-  if (tied_ && name == kHead) name = kEmbedding;
+  if (config_.tie_word_embeddings && name == kHead) name = kEmbedding;
   const auto it = inventory_.name_in_checkpoint.find(name);
   return it == inventory_.name_in_checkpoint.end() ? nullptr : &it->second;
 }

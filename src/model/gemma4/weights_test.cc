@@ -26,7 +26,7 @@ std::map<std::string, Tensor> TensorsOf(const Gemma4Config& config) {
 }
 
 // The inventory of `tensors` as a one-file checkpoint.
-Inventory InventoryOf(const Gemma4Config& config, const std::map<std::string, Tensor>& tensors) {
+Inventory InventoryOf(Gemma4Config config, const std::map<std::string, Tensor>& tensors) {
   const TempDirectory directory;
   WriteSafetensors(directory.Path() / "model.safetensors", tensors);
   return CheckInventory(config, Checkpoint::Open(directory.Path()));
@@ -110,7 +110,7 @@ TEST(InventoryTest, UnusedTensorsAreListedWithTheReason) {
   tensors["model.language_model.layers.6.layer_scalar"] = Zeros({1});
   tensors["model.audio_tower.output_proj.bias"] = Zeros({24});
   tensors["model.embed_audio.embedding_projection.weight"] = Zeros({32, 24});
-  tensors["lm_head.weight"] = Zeros({64, 32});
+  tensors["lm_head.weight"] = tensors.at("model.language_model.embed_tokens.weight");
   tensors["model.language_model.mystery"] = Zeros({1});
   const Inventory inventory = InventoryOf(config, tensors);
   EXPECT_EQ(inventory.unused.size(), 8u);
@@ -124,7 +124,7 @@ TEST(InventoryTest, UnusedTensorsAreListedWithTheReason) {
   EXPECT_EQ(ReasonOf(inventory, "model.audio_tower.output_proj.bias"), "audio tower: circlet does not run audio");
   EXPECT_EQ(ReasonOf(inventory, "model.embed_audio.embedding_projection.weight"),
             "audio tower: circlet does not run audio");
-  EXPECT_EQ(ReasonOf(inventory, "lm_head.weight"), "tie_word_embeddings is true: logits use embed_tokens.weight");
+  EXPECT_EQ(ReasonOf(inventory, "lm_head.weight"), "equal to embed_tokens.weight, which it is tied to");
   EXPECT_EQ(ReasonOf(inventory, "model.language_model.mystery"), "circlet knows no such Gemma 4 tensor");
 
   config.vision.reset();
@@ -167,6 +167,30 @@ TEST(InventoryTest, ManyProblemsAreCountedNotListed) {
   EXPECT_LT(std::count(text.begin(), text.end(), '\n'), 14);
 }
 
+TEST(InventoryTest, AdaptersAndOtherNamesShowAStoredNameAndWhatToDo) {
+  const Gemma4Config config = ConfigA();
+  std::map<std::string, Tensor> adapter, other;
+  for (const auto& [name, tensor] : TensorsOf(config)) {
+    adapter["base_model.model." + name] = tensor;
+    other["transformer." + name] = tensor;
+  }
+  EXPECT_THAT(ErrorOf(config, adapter), AllOf(HasSubstr("\"base_model.model.model.embed_vision."),
+                                              HasSubstr("merge the adapter"), Not(HasSubstr("is missing"))));
+  EXPECT_THAT(ErrorOf(config, other),
+              AllOf(HasSubstr("is missing"), HasSubstr("other tensors, such as \"transformer.model.")));
+}
+
+TEST(InventoryTest, ATowerWithoutAnyTensorIsNone) {
+  Gemma4Config config = ConfigA();
+  std::map<std::string, Tensor> tensors = TensorsOf(config);
+  std::erase_if(tensors, [](const auto& entry) { return IsVisionTensor(entry.first); });
+  const TempDirectory directory;
+  WriteSafetensors(directory.Path() / "model.safetensors", tensors);
+  const ModelWeights weights = ModelWeights::Open(config, directory.Path());
+  EXPECT_FALSE(weights.GetConfig().vision.has_value());
+  EXPECT_THAT(weights.GetInventory().notes, testing::ElementsAre(HasSubstr("no vision tensors")));
+}
+
 TEST(InventoryTest, OneParameterUnderTwoNamesIsAnError) {
   const Gemma4Config config = ConfigA();
   std::map<std::string, Tensor> tensors = TensorsOf(config);
@@ -188,6 +212,17 @@ TEST(ModelWeightsTest, TiedHeadIsTheEmbedding) {
   EXPECT_EQ(weights.ScalarOf("model.vision_tower.encoder.layers.1.mlp.up_proj.input_max"), 1.5f);
   weights.Release("lm_head.weight");
   EXPECT_NEAR(weights.Float("lm_head.weight").F32()[2], 0.19529615f, 1e-8) << "a released tensor can be read again";
+}
+
+TEST(ModelWeightsTest, AStoredHeadThatDiffersIsUsedWhateverConfigSays) {
+  const TempDirectory directory;
+  std::map<std::string, Tensor> tensors = TensorsOf(ConfigA());
+  tensors["lm_head.weight"] = Zeros({64, 32});
+  WriteSafetensors(directory.Path() / "model.safetensors", tensors);
+  const ModelWeights weights = ModelWeights::Open(ConfigA(), directory.Path());
+  EXPECT_FALSE(weights.GetConfig().tie_word_embeddings);
+  EXPECT_EQ(weights.Float("lm_head.weight").F32()[2], 0.0f);
+  EXPECT_THAT(weights.GetInventory().notes, testing::ElementsAre(HasSubstr("lm_head.weight differs")));
 }
 
 TEST(ModelWeightsTest, BareNamesAreFoundUnderCanonicalOnes) {

@@ -49,6 +49,8 @@ struct TextConfig {
   std::optional<float> final_logit_softcapping;
   int num_kv_shared_layers = 0;
   bool attention_k_eq_v = false;
+  // use_bidirectional_attention "vision": soft tokens of one picture see each other. Text is causal all the same.
+  bool bidirectional_pictures = false;
   std::vector<LayerConfig> layers;
 
   int NumLayers() const { return static_cast<int>(layers.size()); }
@@ -95,7 +97,8 @@ struct Gemma4Config {
 // Reads DIRECTORY/config.json and, when there is one, generation_config.json. Handles the four classes of gemma4.md 1.1
 // and both spellings of the full layers' head sizes. null equals absent; the last layer is always full attention.
 // Throws Error naming file, field, value and what is supported: wrong types, sizes out of range or not fitting each
-// other, and features that circlet lacks (mixture of experts, bidirectional text attention, attention biases, ...).
+// other, features that circlet lacks (mixture of experts, bidirectional text attention, attention biases, ...), and a
+// checkpoint that is quantized already.
 Gemma4Config ReadConfig(const std::filesystem::path& directory);
 
 // The same from parsed JSON, without generation_config.json; `where` stands for the file in errors.

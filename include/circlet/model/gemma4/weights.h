@@ -27,6 +27,7 @@ std::vector<Parameter> Parameters(const Gemma4Config& config);
 
 // "language_model.norm.weight", "model.norm.weight", "norm.weight" -> "model.language_model.norm.weight": one leading
 // "model." and one leading "language_model." are stripped, then the canonical prefix is put in front (gemma4.md 1.1).
+// The doubled "model.language_model.model." and "language_model.model.model." of some saved files mean the same.
 std::string CanonicalName(std::string_view checkpoint_name);
 
 struct UnusedTensor {
@@ -38,17 +39,29 @@ struct UnusedTensor {
 struct Inventory {
   std::map<std::string, std::string, std::less<>> name_in_checkpoint;  // canonical -> stored name, of used tensors
   std::vector<UnusedTensor> unused;                                    // for the report
+  std::vector<std::string> notes;  // where the tensors decided and not config.json, for the terminal
 };
 
-// Compares a checkpoint with its config. Throws one Error that lists every parameter that is missing or has another
-// shape or a type that is no float, with its file, the expected and the found shape, and what to check.
-Inventory CheckInventory(const Gemma4Config& config, const Checkpoint& checkpoint);
+// Compares a checkpoint with its config, and corrects `config` where the stored tensors decide, as in the reference:
+// * a stored lm_head.weight that differs from embed_tokens.weight is used, although tie_word_embeddings is true; of
+//   equal ones the table serves both, and so does either one that stands alone;
+// * a checkpoint without any vision tensor is one without a vision tower.
+// With `text_only` the vision tensors may be missing. Throws one Error that lists every parameter that is missing or
+// has another shape or a type that is no float, with its file, the expected and the found shape, and what to check.
+Inventory CheckInventory(Gemma4Config& config, const Checkpoint& checkpoint, bool text_only = false);
+
+// Whether a tensor, by its name in the checkpoint, belongs to the vision tower with its projector; to the audio tower.
+bool IsVisionTensor(std::string_view checkpoint_name);
+bool IsAudioTensor(std::string_view checkpoint_name);
 
 // A checked checkpoint as a source of parameters by canonical name. A tied lm_head.weight is embed_tokens.weight.
 class ModelWeights {
  public:
   // Opens DIRECTORY's tensors; throws as Checkpoint::Open and CheckInventory do.
-  static ModelWeights Open(const Gemma4Config& config, const std::filesystem::path& directory);
+  static ModelWeights Open(Gemma4Config config, const std::filesystem::path& directory, bool text_only = false);
+
+  // The config that was given, corrected by the stored tensors.
+  const Gemma4Config& GetConfig() const { return config_; }
 
   // The tensor as stored (mapped; bf16, f16 or f32). Throws Error naming the nearest parameter.
   const Tensor& Stored(std::string_view name) const;
@@ -66,10 +79,10 @@ class ModelWeights {
   const Checkpoint& GetCheckpoint() const { return checkpoint_; }
 
  private:
-  ModelWeights(bool tied, Checkpoint checkpoint, Inventory inventory);
+  ModelWeights(Gemma4Config config, Checkpoint checkpoint, Inventory inventory);
   const std::string* StoredName(std::string_view name) const;
 
-  bool tied_;
+  Gemma4Config config_;
   Checkpoint checkpoint_;
   Inventory inventory_;
 };
