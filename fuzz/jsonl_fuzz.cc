@@ -33,7 +33,13 @@ std::string ByteTokenizer() {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static const circlet::Processor processor{circlet::Tokenizer::Parse(ByteTokenizer(), "tokenizer.json"), {}, {}};
+  static const circlet::Processor processor{
+      circlet::Tokenizer::Parse(ByteTokenizer(), "tokenizer.json"),
+      circlet::ChatTemplate::Parse("{{ bos_token }}{% for m in messages %}{{ m.role }}{% for p in m.content or [] %}"
+                                   "{{ '<|image|>' if p.type == 'image' else p.text or p }}{% endfor %}{% endfor %}"
+                                   "{{ tools | tojson }}",
+                                   "chat_template.jinja", {{"bos_token", "<bos>"}}),
+      {}};
   static const std::filesystem::path path =
       std::filesystem::temp_directory_path() / fmt::format("circlet-jsonl-fuzz-{}.jsonl", getpid());
   std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(data), static_cast<std::streamsize>(size));

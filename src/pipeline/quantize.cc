@@ -516,6 +516,7 @@ void Run::FillResult() {
   result_.random_data = data_.random;
   result_.skipped = data_.skipped;
   result_.shortened = data_.shortened;
+  result_.dated = data_.dated;
   result_.points = static_cast<int64_t>(calibration_.Params().Size());
   result_.max_seq_len = context_.max_seq_len;
   FillUnused();

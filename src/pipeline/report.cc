@@ -32,6 +32,11 @@ std::string ReportText(const QuantizeResult& result) {
                       result.output_on_calibration_data ? "the calibration samples" : "samples not calibrated on");
   if (result.random_data) text += "The samples were RANDOM token ids: ranges of real text differ.\n";
   if (!result.shortened.empty()) text += result.shortened + "\n";
+  if (!result.dated.empty()) {
+    text += fmt::format(
+        "{}: the prompts hold the date, so that another day gives other results; SOURCE_DATE_EPOCH fixes it\n",
+        result.dated);
+  }
   for (const std::string& skipped : result.skipped) text += fmt::format("left out: {}\n", skipped);
   for (const std::string& note : result.notes) text += fmt::format("note: {}\n", note);
 
@@ -96,6 +101,7 @@ std::string ReportJson(const QuantizeResult& result) {
                       {"random_data", result.random_data},
                       {"skipped", result.skipped},
                       {"shortened", result.shortened},
+                      {"dated", result.dated},
                       {"points", result.points},
                       {"max_seq_len", result.max_seq_len},
                       {"unused_tensors", result.unused_tensors},

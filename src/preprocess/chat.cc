@@ -5,232 +5,252 @@
 #include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
-#include "circlet/io/file.h"
 #include "circlet/io/json.h"
-#include "preprocess/chat_tools.h"
+#include "circlet/io/names.h"
+#include "preprocess/chat_template.h"
 #include "preprocess/picture_source.h"
-#include "preprocess/utf8.h"
 
 namespace circlet {
-namespace {
 
 using nlohmann::json;
 
+namespace {
+
+using jinja::Dict;
+using jinja::Value;
+
 constexpr std::string_view kImage = "<|image|>", kAudio = "<|audio|>", kVideo = "<|video|>";
 
-// White space as the template's `trim` knows it.
-bool IsSpace(uint32_t c) {
-  return (c >= 0x09 && c <= 0x0d) || (c >= 0x1c && c <= 0x20) || c == 0x85 || c == 0xa0 || c == 0x1680 ||
-         (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
+// What apply_chat_template itself takes, so that it never reaches a template as a variable.
+constexpr std::array<std::string_view, 16> kOwnArguments{"conversation",
+                                                         "messages",
+                                                         "tools",
+                                                         "documents",
+                                                         "chat_template",
+                                                         "add_generation_prompt",
+                                                         "tokenize",
+                                                         "padding",
+                                                         "truncation",
+                                                         "max_length",
+                                                         "return_tensors",
+                                                         "return_dict",
+                                                         "processor_kwargs",
+                                                         "continue_final_message",
+                                                         "tokenizer_kwargs",
+                                                         "return_assistant_tokens_mask"};
+
+Value TextValue(std::string_view text) { return Value(std::string(text)); }
+
+bool IsText(const Value* value, std::string_view text) {
+  return value != nullptr && value->AsText() != nullptr && *value->AsText() == text;
 }
 
-std::string_view Trim(std::string_view text) {
-  while (!text.empty()) {
-    const size_t length = Utf8Length(text);
-    if (length == 0 || !IsSpace(CodePoint(text.substr(0, length)))) break;
-    text.remove_prefix(length);
-  }
-  while (!text.empty()) {
-    size_t begin = text.size() - 1;
-    while (begin > 0 && (static_cast<uint8_t>(text[begin]) & 0xc0) == 0x80) --begin;
-    const std::string_view last = text.substr(begin);
-    if (Utf8Length(last) != last.size() || !IsSpace(CodePoint(last))) break;
-    text.remove_suffix(last.size());
-  }
-  return text;
+const std::vector<Value>* AsList(const Value* value) {
+  return value != nullptr && value->AsSequence() != nullptr ? &value->AsSequence()->items : nullptr;
 }
 
-// The text without its thoughts, "<|channel>...<channel|>".
-std::string WithoutThoughts(std::string_view text) {
-  constexpr std::string_view kBegin = "<|channel>", kEnd = "<channel|>";
-  std::string kept;
-  while (true) {
-    const size_t end = text.find(kEnd);
-    const std::string_view part = text.substr(0, end);
-    kept += part.substr(0, part.find(kBegin));
-    if (end == std::string_view::npos) return kept;
-    text.remove_prefix(end + kEnd.size());
-  }
+Value Given(const Dict& dict, std::string_view key) {
+  const Value* value = dict.Find(key);
+  return value != nullptr ? *value : Value();
 }
 
-class Renderer {
+// One conversation, on its way to the template.
+class Conversation {
  public:
-  Renderer(const json& messages, const ChatFormat& format, const ChatOptions& options, const json& tools)
-      : messages_(messages), format_(format), options_(options), tools_(tools) {
-    if (!messages.is_array() || messages.empty())
-      Fail("messages: expected a list of messages, found {}", messages.is_null() ? "nothing" : messages.dump());
-    for (size_t i = 0; i < messages.size(); ++i) {
-      const std::string role = At(i).Required<std::string>("role");
-      if (role == "user") last_user_ = i;
+  explicit Conversation(std::string_view text)
+      : meter_({.bytes = int64_t{1} << 30}), value_(jinja::FromJson(text, meter_)) {
+    if (value_.AsDict() == nullptr) Fail("a conversation: expected an object");
+    const Value messages = Given(Object(), "messages");
+    const std::vector<Value>* list = AsList(&messages);
+    if (list == nullptr || list->empty())
+      Fail("messages: expected a list of messages, found {}",
+           messages.IsNone() ? "nothing" : jinja::ToJson(messages, {}, meter_));
+    for (size_t i = 0; i < list->size(); ++i) {
+      if ((*list)[i].AsDict() == nullptr)
+        Fail("messages[{}]: expected an object, found {}", i, jinja::ToJson((*list)[i], {}, meter_));
+      messages_.push_back(WithoutNulls(*(*list)[i].AsDict()));
     }
+    for (size_t i = 0; i < messages_.size(); ++i) TakeParts(i);
   }
 
-  ChatPrompt Render() {
-    Append("<bos>");
-    size_t i = SystemTurn();
-    while (i < messages_.size()) i = Turn(i);
-    if (options_.generation_prompt && !open_call_) {
-      Append("<|turn>model\n");
-      if (format_.empty_thought && !options_.thinking) Append("<|channel>thought\n<channel|>");
-    }
-    return std::move(prompt_);
+  const std::vector<std::string>& Images() const { return images_; }
+  const Dict& Object() const { return *value_.AsDict(); }
+  bool HasAudio() const { return has_audio_; }
+  bool HasVideo() const { return has_video_; }
+
+  // The variables that transformers gives to the template.
+  jinja::Variables Variables(const std::vector<std::pair<std::string, std::string>>& special_tokens) {
+    RejectUnknownKeys();
+    jinja::Variables variables;
+    const auto set = [&](std::string_view name, Value value) {
+      std::erase_if(variables, [&](const auto& variable) { return variable.first == name; });
+      variables.emplace_back(name, std::move(value));
+    };
+    for (const auto& [name, text] : special_tokens) set(name, TextValue(text));
+    if (const Value* thinking = Object().Find("enable_thinking")) set("enable_thinking", *thinking);
+    AddKwargs(set);
+    std::vector<Value> messages;
+    for (Dict& message : messages_) messages.push_back(MakeDict(Finished(std::move(message)), meter_));
+    messages_.clear();
+    set("messages", MakeList(std::move(messages), meter_));
+    set("tools", Objects("tools"));
+    set("documents", Objects("documents"));
+    set("add_generation_prompt", Flag("add_generation_prompt"));
+    return variables;
   }
 
  private:
-  JsonObject At(size_t i) const { return JsonObject(messages_[i], fmt::format("messages[{}]", i)); }
-  void Append(std::string_view text) { prompt_.text += text; }
-
-  // Returns the index of the first message that it did not use.
-  size_t SystemTurn() {
-    const std::string role = At(0).Required<std::string>("role");
-    const bool has_system = role == "system" || role == "developer";
-    const bool has_tools = tools_.is_array() && !tools_.empty();
-    if (!has_system && !has_tools && !options_.thinking) return 0;
-    Append("<|turn>system\n");
-    if (options_.thinking) Append("<|think|>\n");
-    if (has_system) Content(At(0), false);
-    if (has_tools) {
-      for (size_t i = 0; i < tools_.size(); ++i)
-        Append(ToolDeclaration(JsonObject(tools_[i], fmt::format("tools[{}]", i))));
-    }
-    Append("<turn|>\n");
-    return has_system ? 1 : 0;
+  static Dict WithoutNulls(const Dict& message) {
+    Dict kept;
+    for (const auto& [key, value] : message.Entries())
+      if (!value.IsNone()) kept.Set(key, value);
+    return kept;
   }
 
-  size_t Turn(size_t i) {
-    const JsonObject message = At(i);
-    const std::string role = message.Required<std::string>("role");
-    constexpr std::array<std::string_view, 4> kRoles{"user", "assistant", "system", "developer"};
-    if (role == "tool") message.FailAt("role", "a tool's answer must follow the assistant's tool_calls; move it there");
-    if (std::ranges::find(kRoles, role) == kRoles.end()) {
-      message.FailAt("role", fmt::format("expected user, assistant, system, developer or tool, found \"{}\"", role));
+  void TakeParts(size_t index) {
+    const std::vector<Value>* parts = AsList(messages_[index].Find("content"));
+    if (parts == nullptr) return;
+    std::vector<Value> taken;
+    for (size_t k = 0; k < parts->size(); ++k) {
+      const Value& part = (*parts)[k];
+      taken.push_back(
+          part.AsDict() == nullptr ? part : Part(*part.AsDict(), fmt::format("messages[{}].content[{}]", index, k)));
     }
-    const bool is_model = role == "assistant";
-    if (!is_model || !after_model_) Append(fmt::format("<|turn>{}\n", is_model ? "model" : role));
-    after_model_ = is_model;
-    size_t next = i + 1;
-    bool has_calls = false, has_responses = false;
-    if (is_model && message.Has("tool_calls")) {
-      const std::vector<JsonObject> calls = message.Objects("tool_calls");
-      has_calls = !calls.empty();
-      if (has_calls && (!last_user_ || i > *last_user_)) Thought(message);
-      for (const JsonObject& call : calls) Append(ToolCall(call));
-      for (; next < messages_.size() && At(next).Required<std::string>("role") == "tool"; ++next) {
-        Append(ToolResponse(At(next), calls));
-        has_responses = true;
-      }
-    }
-    const bool has_content = Content(message, is_model);
-    open_call_ = (has_calls && !has_responses) || (has_responses && !has_content);
-    if (has_calls && !has_responses)
-      Append("<|tool_response>");
-    else if (!has_responses || has_content)
-      Append("<turn|>\n");
-    return next;
+    messages_[index].Set("content", MakeList(std::move(taken), meter_));
   }
 
-  void Thought(const JsonObject& message) {
-    std::string reasoning = message.Optional<std::string>("reasoning", "");
-    if (reasoning.empty()) reasoning = message.Optional<std::string>("reasoning_content", "");
-    if (!reasoning.empty()) Append(fmt::format("<|channel>thought\n{}\n<channel|>", reasoning));
+  Value Part(const Dict& part, const std::string& place) {
+    const Value* type = part.Find("type");
+    const bool other_form = IsText(type, "image_url");  // of other servers; templates know "image"
+    if (other_form || IsText(type, "image")) images_.push_back(Picture(part, place));
+    if (other_form) {
+      Dict image;
+      image.Set("type", TextValue("image"));
+      image.Set("url", TextValue(images_.back()));
+      return MakeDict(std::move(image), meter_);
+    }
+    has_audio_ |= IsText(type, "audio");
+    has_video_ |= IsText(type, "video");
+    return MakeDict(part, meter_);
   }
 
-  // Whether there was any.
-  bool Content(const JsonObject& message, bool is_model) {
-    const size_t before = prompt_.text.size();
-    const json& content = message.Raw("content");
-    if (content.is_string()) {
-      Text(content.get_ref<const std::string&>(), is_model);
-    } else if (content.is_array()) {
-      for (const JsonObject& part : message.Objects("content")) Part(part, is_model);
-    } else if (!content.is_null()) {
-      message.FailAt("content", fmt::format("expected a text or a list of parts, found {}", content.dump()));
-    } else if (!is_model) {
-      message.FailAt("content", "is missing; a message needs a text or a list of parts");
-    }
-    return prompt_.text.size() > before;
-  }
-  void Text(std::string_view text, bool is_model) {
-    if (is_model)
-      Append(Trim(WithoutThoughts(text)));
-    else
-      Append(Trim(text));
-  }
-  void Part(const JsonObject& part, bool is_model) {
-    const std::string type = part.Required<std::string>("type");
-    if (type == "text") {
-      Text(part.Required<std::string>("text"), is_model);
-    } else if (type == "image" || type == "image_url") {
-      prompt_.images.push_back(PictureOf(part));
-      Picture(kImage);
-    } else if (type == "video") {
-      prompt_.has_video = true;
-      Picture(kVideo);
-    } else if (type == "audio") {
-      prompt_.has_audio = true;
-      Append(kAudio);
-    } else {
-      part.FailAt("type", fmt::format("expected \"text\", \"image\", \"audio\" or \"video\", found \"{}\"", type));
-    }
-  }
-  void Picture(std::string_view placeholder) {
-    const std::string_view around = format_.images_between_newlines ? "\n\n" : "";
-    Append(fmt::format("{}{}{}", around, placeholder, around));
+  std::string Picture(const Dict& part, const std::string& place) {
+    const json tree = json::parse(jinja::ToJson(MakeDict(part, meter_), {}, meter_));
+    return PictureOf(JsonObject(tree, place));
   }
 
-  const json& messages_;
-  const ChatFormat& format_;
-  const ChatOptions& options_;
-  const json& tools_;
-  std::optional<size_t> last_user_;
-  ChatPrompt prompt_;
-  bool after_model_ = false;  // the previous message that is no tool's answer was the assistant's
-  bool open_call_ = false;    // the model goes on after a tool call or its answer
+  // Reasoning stands under each name that templates read; beside pictures a message always has a list or a text.
+  Dict Finished(Dict message) {
+    if (!images_.empty() && !jinja::Truth(Given(message, "content"))) message.Set("content", MakeList({}, meter_));
+    for (const std::string_view name : {"reasoning_content", "thinking", "reasoning"}) {
+      const Value* reasoning = message.Find(name);
+      if (reasoning == nullptr) continue;
+      Dict aliased;
+      aliased.Set("thinking", *reasoning);
+      for (const auto& [key, value] : message.Entries()) aliased.Set(key, value);
+      aliased.Set("reasoning_content", *reasoning);
+      return aliased;
+    }
+    return message;
+  }
+
+  void RejectUnknownKeys() const {
+    static const std::vector<std::string> known{"type",      "messages", "add_generation_prompt", "enable_thinking",
+                                                "documents", "tools",    "chat_template_kwargs"};
+    for (const auto& [key, value] : Object().Entries()) {
+      if (std::ranges::find(known, *key.AsText()) != known.end()) continue;
+      Fail("unknown key \"{}\"{}; a chat line has {}, and variables of the template in chat_template_kwargs",
+           *key.AsText(), NearestHint(*key.AsText(), known), fmt::join(known, ", "));
+    }
+  }
+
+  template <typename Set>
+  void AddKwargs(const Set& set) {
+    const Value kwargs = Given(Object(), "chat_template_kwargs");
+    if (kwargs.IsNone()) return;
+    if (kwargs.AsDict() == nullptr) Fail("chat_template_kwargs: expected an object");
+    for (const auto& [key, value] : kwargs.AsDict()->Entries()) {
+      const std::string& name = *key.AsText();
+      if (std::ranges::find(kOwnArguments, name) != kOwnArguments.end())
+        Fail(
+            "chat_template_kwargs: \"{}\" is no variable of a template; tools, documents and add_generation_prompt are "
+            "keys of the line",
+            name);
+      if (name == "enable_thinking" && Object().Find(name) != nullptr)
+        Fail("enable_thinking stands in the line and in chat_template_kwargs; remove one");
+      set(name, value);
+    }
+  }
+
+  Value Objects(std::string_view key) {
+    const Value value = Given(Object(), key);
+    if (value.IsNone()) return value;
+    const std::vector<Value>* list = AsList(&value);
+    if (list == nullptr) Fail("{}: expected a list of objects, found {}", key, jinja::ToJson(value, {}, meter_));
+    for (size_t i = 0; i < list->size(); ++i)
+      if ((*list)[i].AsDict() == nullptr)
+        Fail("{}[{}]: expected an object, found {}", key, i, jinja::ToJson((*list)[i], {}, meter_));
+    return value;
+  }
+
+  Value Flag(std::string_view key) {
+    const Value* value = Object().Find(key);
+    if (value == nullptr) return false;
+    if (value->AsBool() == nullptr)
+      Fail("{}: expected true or false, found {}", key, jinja::ToJson(*value, {}, meter_));
+    return *value;
+  }
+
+  jinja::Meter meter_;
+  Value value_;
+  std::vector<Dict> messages_;
+  std::vector<std::string> images_;
+  bool has_audio_ = false, has_video_ = false;
 };
-
-// A literal of the template, with its line ends as they are or as escapes of a quoted string.
-bool Holds(std::string_view text, std::string_view literal) {
-  std::string escaped;
-  for (const char c : literal) escaped += c == '\n' ? std::string("\\n") : std::string(1, c);
-  return text.find(literal) != std::string_view::npos || text.find(escaped) != std::string_view::npos;
-}
 
 }  // namespace
 
-ChatFormat DetectChatFormat(std::string_view text, std::string_view source) {
-  ChatFormat format;
-  format.images_between_newlines = Holds(text, "\n\n<|image|>\n\n");
-  format.empty_thought = Holds(text, "<|channel>thought\n<channel|>");
-  format.source = source;
-  return format;
-}
-
-ChatFormat LoadChatFormat(const std::filesystem::path& directory) {
-  std::error_code ignored;
-  const std::filesystem::path own = directory / "chat_template.jinja";
-  if (std::filesystem::exists(own, ignored)) return DetectChatFormat(ReadFile(own), own.filename().string());
-  const std::filesystem::path config = directory / "tokenizer_config.json";
-  if (!std::filesystem::exists(config, ignored)) return {};
-  const json tree = ReadJson(config);
-  const JsonObject object(tree, config.string());
-  const json& text = object.Raw("chat_template");
-  if (text.is_string()) return DetectChatFormat(text.get_ref<const std::string&>(), config.filename().string());
-  if (!text.is_array()) return {};
-  // Several named templates: conversations use the one called "default".
-  for (const JsonObject& named : object.Objects("chat_template")) {
-    if (named.Optional<std::string>("name", "") == "default")
-      return DetectChatFormat(named.Required<std::string>("template"), config.filename().string());
+struct ChatRenderer {
+  // A template called "tool_use" is there for conversations with tools.
+  static const jinja::Template& Choose(ChatTemplate::State& state, bool has_tools) {
+    if (state.sources.empty())
+      Fail(
+          "the checkpoint has no chat template, which a conversation needs: chat_template.jinja, chat_template.json or "
+          "the key chat_template of tokenizer_config.json");
+    for (const char* name : {"tool_use", "default"})
+      if ((has_tools || std::string_view(name) == "default") && state.sources.contains(name)) return state.Get(name);
+    std::vector<std::string> names;
+    for (const auto& [name, source] : state.sources) names.push_back(name);
+    Fail("none of the chat templates is called \"default\"; there are {}", fmt::join(names, ", "));
   }
-  return {};
+
+  static ChatPrompt Render(ChatTemplate::State& state, std::string_view text) {
+    Conversation conversation(text);
+    jinja::Variables variables = conversation.Variables(state.special_tokens);
+    const bool has_tools = !Given(conversation.Object(), "tools").IsNone();
+    const jinja::Template& chosen = Choose(state, has_tools);
+    jinja::Rendering rendering = chosen.Render(std::move(variables), state.now);
+    ChatPrompt prompt{.text = std::move(rendering.text),
+                      .images = conversation.Images(),
+                      .has_audio = conversation.HasAudio(),
+                      .has_video = conversation.HasVideo()};
+    if (rendering.date_line) prompt.date_place = fmt::format("{}:{}", chosen.File(), *rendering.date_line);
+    // transformers' tokenizer adds no special token to a rendered conversation; its processor, which prepares those
+    // with pictures, does so when the prompt does not begin with <bos>.
+    const auto bos = std::ranges::find(state.special_tokens, "bos_token", &std::pair<std::string, std::string>::first);
+    prompt.add_special_tokens =
+        !prompt.images.empty() && (bos == state.special_tokens.end() || !prompt.text.starts_with(bos->second));
+    return prompt;
+  }
+
+  static ChatPrompt Render(const ChatTemplate& chat, std::string_view text) { return Render(*chat.state_, text); }
+};
+
+ChatPrompt RenderChat(const ChatTemplate& chat, std::string_view conversation) {
+  return ChatRenderer::Render(chat, conversation);
 }
 
-ChatPrompt RenderChat(const json& messages, const ChatFormat& format, const ChatOptions& options, const json& tools) {
-  return Renderer(messages, format, options, tools).Render();
-}
-
-ChatPrompt RenderChat(const json& messages, const ChatFormat& format, const ChatOptions& options) {
-  return RenderChat(messages, format, options, json());
-}
+bool HasPictures(std::string_view conversation) { return !Conversation(conversation).Images().empty(); }
 
 json UserTurn(std::string_view text, std::span<const std::string> images) {
   json content = json::array();

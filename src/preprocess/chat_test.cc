@@ -3,11 +3,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
 #include "error_text.h"
+#include "golden.h"
 #include "preprocess/gemma_tokenizer_file.h"
 #include "temp_directory.h"
 
@@ -18,190 +21,269 @@ using nlohmann::json;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-std::string Render(const char* messages, const ChatOptions& options = {}, const ChatFormat& format = {},
-                   const char* tools = "null") {
-  return RenderChat(json::parse(messages), format, options, json::parse(tools)).text;
+const std::filesystem::path kTiny = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+
+std::vector<std::string> Conversations() {
+  std::istringstream text(ReadFile(TestData("chat_templates/conversations.jsonl")));
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(text, line);) lines.push_back(line);
+  return lines;
 }
 
-std::string ErrorOf(const char* messages) {
-  return ErrorText([&] { Render(messages); });
+// expected.json.xz, recorded from transformers (scripts/record_chat_templates.py).
+const json& Expected() {
+  static const json expected = json::parse(GoldenText("chat_templates/expected.json.xz"));
+  return expected;
 }
 
-// Gemma 3's tokenizer with the control tokens that Gemma 4 has in their place (gemma4.md 7.1).
-const Tokenizer& Gemma4() {
-  static const Tokenizer tokenizer = [] {
-    constexpr std::pair<std::string_view, std::string_view> kRenamed[] = {
-        {"<start_of_turn>", "<|turn>"},   {"<end_of_turn>", "<turn|>"},  {"<unused92>", "<|think|>"},
-        {"<start_of_image>", "<|image>"}, {"<unused2978>", "<|image|>"}, {"<unused2980>", "<image|>"}};
-    std::string text = GemmaTokenizerJson();
-    for (const auto& [from, to] : kRenamed) {
-      const std::string quoted = fmt::format("\"{}\"", from);
-      for (size_t at = text.find(quoted); at != std::string::npos; at = text.find(quoted, at))
-        text.replace(at, quoted.size(), fmt::format("\"{}\"", to));
+std::string Render(const ChatTemplate& chat, std::string_view conversation) {
+  return RenderChat(chat, conversation).text;
+}
+
+// Compares every conversation; null = the reference refuses it.
+void ExpectTexts(const ChatTemplate& chat, const json& texts, const std::string& name) {
+  const std::vector<std::string> lines = Conversations();
+  ASSERT_EQ(lines.size(), texts.size());
+  for (size_t i = 0; i < lines.size(); ++i) {
+    if (texts[i].is_null()) {
+      EXPECT_THAT(ErrorText([&] { Render(chat, lines[i]); }), HasSubstr(name + ":")) << lines[i];
+      continue;
     }
-    return Tokenizer::Parse(text, "tokenizer.json");
-  }();
-  return tokenizer;
+    try {
+      EXPECT_EQ(Render(chat, lines[i]), texts[i].get<std::string>()) << name << "\n" << lines[i];
+    } catch (const Error& error) {
+      ADD_FAILURE() << name << "\n" << lines[i] << "\n" << error.what();
+    }
+  }
 }
 
-TEST(ChatTest, WorkedExamplesHaveTheIdsOfTheSpecification) {
-  const auto ids = [](const char* messages, const ChatOptions& options, std::vector<int64_t> soft_tokens) {
-    return Gemma4().Encode(ExpandImages(Render(messages, options), soft_tokens), false);
+TEST(ChatTest, ConversationsHaveTheTextOfTheReferenceInEveryTemplate) {
+  const std::vector<std::pair<std::string, std::string>> tokens{
+      {"bos_token", "<bos>"}, {"eos_token", "<eos>"}, {"pad_token", "<pad>"}};
+  size_t templates = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(TestData("chat_templates"))) {
+    if (entry.path().extension() != ".jinja") continue;
+    ++templates;
+    const std::string name = entry.path().filename().string();
+    ASSERT_TRUE(Expected()["templates"].contains(name)) << name;
+    ExpectTexts(ChatTemplate::Parse(ReadFile(entry.path()), name, tokens), Expected()["templates"][name], name);
+  }
+  EXPECT_EQ(templates, Expected()["templates"].size());
+}
+
+TEST(ChatTest, TheExamplesOwnTemplateGivesTheIdsOfTheReference) {
+  const ChatTemplate chat = ChatTemplate::Load(kTiny);
+  const Tokenizer tokenizer = Tokenizer::Load(kTiny);
+  ExpectTexts(chat, Expected()["example"], "chat_template.jinja");
+  const std::vector<std::string> lines = Conversations();
+  for (size_t i = 0; i < lines.size(); ++i) {
+    const ChatPrompt prompt = RenderChat(chat, lines[i]);
+    EXPECT_FALSE(prompt.add_special_tokens);
+    EXPECT_EQ(tokenizer.Encode(prompt.text, false), Expected()["example_ids"][i].get<std::vector<int64_t>>())
+        << lines[i];
+  }
+}
+
+TEST(ChatTest, AnyRoleIsTheTemplatesBusiness) {
+  const ChatTemplate chat = ChatTemplate::Load(kTiny);
+  const char* as_assistant =
+      R"({"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]})";
+  const char* as_model = R"({"messages": [{"role": "user", "content": "Hello"}, {"role": "model", "content": "Hi"}]})";
+  EXPECT_EQ(Render(chat, as_model), Render(chat, as_assistant));
+  EXPECT_EQ(Render(chat, R"({"messages": [{"role": "robot", "content": "x"}]})"), "<bos><|turn>robot\nx<turn|>\n");
+}
+
+TEST(ChatTest, EveryKeyOfALineReachesTheTemplate) {
+  const ChatTemplate chat = ChatTemplate::Parse(
+      "{{ [tools, documents, enable_thinking, add_generation_prompt, effort, bos_token] | tojson }}", "t",
+      {{"bos_token", "<s>"}});
+  EXPECT_EQ(Render(chat, R"({"type": "chat", "messages": [{}], "tools": [{"z": 1, "a": 2}], "documents": [{"t": "x"}],
+    "enable_thinking": true, "add_generation_prompt": true, "chat_template_kwargs": {"effort": "low", "bos_token": "<b>"}})"),
+            R"([[{"z": 1, "a": 2}], [{"t": "x"}], true, true, "low", "<b>"])");
+  const ChatTemplate defaults = ChatTemplate::Parse(
+      "{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}{{ enable_thinking is defined }}", "t");
+  EXPECT_EQ(Render(defaults, R"({"messages": [{}]})"), "TrueTrueFalseFalse");
+  EXPECT_EQ(Render(ChatTemplate::Parse("{{ enable_thinking }}", "t"),
+                   R"({"messages": [{}], "chat_template_kwargs": {"enable_thinking": true}})"),
+            "True");
+}
+
+TEST(ChatTest, MessagesReachTheTemplateWholeButForNulls) {
+  const ChatTemplate chat = ChatTemplate::Parse("{{ messages | tojson }}", "t");
+  EXPECT_EQ(
+      Render(chat, R"({"messages": [{"role": "x", "content": null, "name": "n", "calls": [null], "a": {"b": null}}]})"),
+      R"([{"role": "x", "name": "n", "calls": [null], "a": {"b": null}}])");
+  // Reasoning stands under every name that templates read.
+  EXPECT_EQ(Render(chat, R"({"messages": [{"content": "x", "reasoning": "r"}]})"),
+            R"([{"thinking": "r", "content": "x", "reasoning": "r", "reasoning_content": "r"}])");
+}
+
+TEST(ChatTest, PicturesAreTakenFromEveryFormOfPart) {
+  const ChatTemplate chat = ChatTemplate::Parse("{{ messages | tojson }}", "t", {{"bos_token", "<bos>"}});
+  const char* conversation = R"({"messages": [{"role": "user", "content": [{"type": "image", "path": "a"},
+    {"type": "image", "url": "b"}, {"type": "image", "image": "c"},
+    {"type": "image_url", "image_url": {"url": "d"}}, {"type": "image_url", "image_url": "e"}]}, {"role": "x"}]})";
+  const ChatPrompt prompt = RenderChat(chat, conversation);
+  EXPECT_THAT(prompt.images, ElementsAre("a", "b", "c", "d", "e"));
+  EXPECT_THAT(prompt.text, HasSubstr(R"({"type": "image", "url": "d"}, {"type": "image", "url": "e"}]}, )"
+                                     R"({"role": "x", "content": []})"));
+  EXPECT_TRUE(HasPictures(conversation));
+  EXPECT_FALSE(HasPictures(R"({"messages": [{"content": [{"type": "text", "text": "image"}]}, {"content": "x"}]})"));
+  const auto error = [&](const char* part) {
+    return ErrorText([&] { RenderChat(chat, fmt::format(R"({{"messages": [{{"content": [{}]}}]}})", part)); });
   };
-  EXPECT_THAT(
-      ids(R"([{"role": "user", "content": "What is 2+2?"}])", {.generation_prompt = true}, {}),
-      ElementsAre(2, 105, 2364, 107, 3689, 563, 236743, 236778, 236862, 236778, 236881, 106, 107, 105, 4368, 107));
-  EXPECT_THAT(ids(R"([{"role": "user", "content": [{"type": "image", "image": "a"},
-                      {"type": "text", "text": "Describe this image."}]}])",
-                  {.generation_prompt = true}, {3}),
-              ElementsAre(2, 105, 2364, 107, 255999, 258880, 258880, 258880, 258882, 82858, 672, 2471, 236761, 106, 107,
-                          105, 4368, 107));
-  EXPECT_THAT(ids(R"([{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Hi"}])",
-                  {.generation_prompt = true, .thinking = true}, {}),
-              ElementsAre(2, 105, 9731, 107, 98, 107, 3048, 659, 17514, 236761, 106, 107, 105, 2364, 107, 10979, 106,
-                          107, 105, 4368, 107));
-  EXPECT_EQ(FindPlaceholders(Gemma4()).image, 258880);
+  EXPECT_THAT(error(R"({"type": "image"})"), HasSubstr("messages[0].content[0]: path: is missing, and so are"));
+  EXPECT_THAT(error(R"({"type": "image", "path": 5})"), HasSubstr("messages[0].content[0]: path: expected a string"));
+  EXPECT_THAT(error(R"({"type": "image", "path": "a", "url": "b"})"), HasSubstr("names a picture, and so does"));
+  EXPECT_TRUE(RenderChat(chat, R"({"messages": [{"content": [{"type": "audio"}]}]})").has_audio);
+  EXPECT_TRUE(RenderChat(chat, R"({"messages": [{"content": [{"type": "video"}]}]})").has_video);
 }
 
-// gemma4.md 7.4, example 1.
-TEST(ChatTest, AUserTurnAsksForTheModels) {
-  EXPECT_EQ(Render(R"([{"role": "user", "content": " What is 2+2?\n"}])", {.generation_prompt = true}),
-            "<bos><|turn>user\nWhat is 2+2?<turn|>\n<|turn>model\n");
-}
-
-// Example 2.
-TEST(ChatTest, ImagesStandBareOrBetweenNewlines) {
-  const char* messages = R"([{"role": "user", "content": [
-    {"type": "image", "image": "a.png"}, {"type": "text", "text": "Describe this image."}]}])";
-  const ChatPrompt prompt = RenderChat(json::parse(messages), {}, {.generation_prompt = true});
-  EXPECT_THAT(prompt.images, ElementsAre("a.png"));
-  EXPECT_EQ(ExpandImages(prompt.text, std::vector<int64_t>{3}),
-            "<bos><|turn>user\n<|image><|image|><|image|><|image|><image|>Describe this image.<turn|>\n<|turn>model\n");
-  EXPECT_EQ(Render(messages, {}, {.images_between_newlines = true}),
-            "<bos><|turn>user\n\n\n<|image|>\n\nDescribe this image.<turn|>\n");
-}
-
-// Example 3.
-TEST(ChatTest, ThinkingOpensTheSystemTurn) {
-  EXPECT_EQ(Render(R"([{"role": "system", "content": "You are terse. "}, {"role": "user", "content": "Hi"}])",
-                   {.generation_prompt = true, .thinking = true}),
-            "<bos><|turn>system\n<|think|>\nYou are terse.<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n");
-  EXPECT_EQ(Render(R"([{"role": "user", "content": "Hi"}])", {.thinking = true}),
-            "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nHi<turn|>\n");
-}
-
-// Example 4.
-TEST(ChatTest, ToolsAreDeclaredCalledAndAnswered) {
-  const char* tools = R"([{"type": "function", "function": {"name": "get_weather", "description": "Current weather.",
-    "parameters": {"type": "object", "required": ["city"], "properties": {
-      "unit": {"type": "string", "enum": ["C", "F"]}, "days": {"type": "integer"},
-      "city": {"type": "string", "description": "City name"}}}}}])";
-  const std::string declaration =
-      "<|tool>declaration:get_weather{description:<|\"|>Current "
-      "weather.<|\"|>,parameters:{properties:{city:{description:"
-      "<|\"|>City name<|\"|>,type:<|\"|>STRING<|\"|>},days:{type:<|\"|>INTEGER<|\"|>},unit:{enum:[<|\"|>C<|\"|>,<|\"|>F"
-      "<|\"|>],type:<|\"|>STRING<|\"|>}},required:[<|\"|>city<|\"|>],type:<|\"|>OBJECT<|\"|>}}<tool|>";
-  const std::string call =
-      "<|tool_call>call:get_weather{city:<|\"|>Oslo<|\"|>,days:2,flag:true,opts:{a:[1,<|\"|>x<|\"|>]}}<tool_call|>";
-  const std::string start =
-      "<bos><|turn>system\n" + declaration + "<turn|>\n<|turn>user\nWeather?<turn|>\n<|turn>model\n";
-  json messages = json::parse(R"([{"role": "user", "content": "Weather?"},
-    {"role": "assistant", "content": null, "reasoning": "Ask.", "tool_calls": [{"id": "1", "function": {"name": "get_weather",
-      "arguments": {"opts": {"a": [1, "x"]}, "flag": true, "days": 2, "city": "Oslo"}}}]}])");
-  const auto render = [&] { return RenderChat(messages, {}, {.generation_prompt = true}, json::parse(tools)).text; };
-  const std::string thought = "<|channel>thought\nAsk.\n<channel|>";
-  EXPECT_EQ(render(), start + thought + call + "<|tool_response>");
-
-  messages.push_back(json::parse(R"({"role": "tool", "tool_call_id": "1", "content": {"temp": 21}})"));
-  const std::string answered = start + thought + call + "<|tool_response>response:get_weather{temp:21}<tool_response|>";
-  EXPECT_EQ(render(), answered);
-
-  // The model's next message goes on in the same turn.
-  messages.push_back(json::parse(R"({"role": "assistant", "content": "21 degrees."})"));
-  EXPECT_EQ(render(), answered + "21 degrees.<turn|>\n<|turn>model\n");
-
-  // Thoughts before the last question are dropped.
-  messages.push_back(json::parse(R"({"role": "user", "content": "Thanks"})"));
-  EXPECT_EQ(render(), start + call +
-                          "<|tool_response>response:get_weather{temp:21}<tool_response|>21 degrees.<turn|>\n"
-                          "<|turn>user\nThanks<turn|>\n<|turn>model\n");
-
-  messages[2]["content"] = "21 C";
-  EXPECT_THAT(render(), HasSubstr("response:get_weather{value:<|\"|>21 C<|\"|>}<tool_response|>"));
-  messages[1]["tool_calls"][0]["function"]["arguments"] = "{\"Unit\": 1, \"city\": \"Oslo\"}";
-  EXPECT_THAT(render(), HasSubstr("call:get_weather{city:<|\"|>Oslo<|\"|>,Unit:1}<tool_call|>"));
-}
-
-TEST(ChatTest, ThoughtsOfEarlierAnswersAreRemoved) {
-  EXPECT_EQ(Render(R"([{"role": "user", "content": "a"},
-    {"role": "assistant", "content": "<|channel>thought\nhm<channel|> yes <|channel>x<channel|>"}])"),
-            "<bos><|turn>user\na<turn|>\n<|turn>model\nyes<turn|>\n");
-}
-
-TEST(ChatTest, WhiteSpaceOfAnyKindIsTrimmed) {
-  EXPECT_EQ(Render(R"([{"role": "user", "content": "\u00a0\u3000\u0085x\u00e9 \u2028\t"}])"),
-            "<bos><|turn>user\nx\u00e9<turn|>\n");
-}
-
-TEST(ChatTest, LargerModelsEndThePromptWithAnEmptyThought) {
-  const ChatFormat format{.empty_thought = true};
-  const char* messages = R"([{"role": "user", "content": "a"}])";
-  EXPECT_THAT(Render(messages, {.generation_prompt = true}, format),
-              ::testing::EndsWith("<|turn>model\n<|channel>thought\n<channel|>"));
-  EXPECT_THAT(Render(messages, {.generation_prompt = true, .thinking = true}, format),
-              ::testing::EndsWith("<|turn>model\n"));
-}
-
-TEST(ChatTest, TheTemplateTellsItsVariantByItsLiterals) {
-  const ChatFormat bare = DetectChatFormat("{{- '<|image|>' -}}", "x");
-  EXPECT_FALSE(bare.images_between_newlines);
-  EXPECT_FALSE(bare.empty_thought);
-  EXPECT_TRUE(DetectChatFormat(R"({{- '\n\n<|image|>\n\n' -}})", "x").images_between_newlines);
-  EXPECT_TRUE(DetectChatFormat(R"({{- '<|channel>thought\n<channel|>' -}})", "x").empty_thought);
-  EXPECT_TRUE(DetectChatFormat("<|channel>thought\n<channel|>", "x").empty_thought);
-  EXPECT_FALSE(DetectChatFormat(R"({{- '<|channel>thought\n' + reasoning + '\n<channel|>' -}})", "x").empty_thought);
-}
-
-TEST(ChatTest, TheTemplateMayStandInTokenizerConfig) {
-  const TempDirectory directory;
-  EXPECT_EQ(LoadChatFormat(directory.Path()).source, "built in");
-  const auto config = [&](const char* text) {
-    WriteFile(directory.Path() / "tokenizer_config.json", text);
-    return LoadChatFormat(directory.Path());
-  };
-  EXPECT_EQ(config("{}").source, "built in");
-  EXPECT_TRUE(config(R"({"chat_template": "\n\n<|image|>\n\n"})").images_between_newlines);
-  const ChatFormat named = config(R"({"chat_template": [{"name": "rag", "template": ""},
-    {"name": "default", "template": "\n\n<|image|>\n\n"}]})");
-  EXPECT_TRUE(named.images_between_newlines);
-  EXPECT_EQ(named.source, "tokenizer_config.json");
-  WriteFile(directory.Path() / "chat_template.jinja", "<|image|>");
-  EXPECT_FALSE(LoadChatFormat(directory.Path()).images_between_newlines);
+// transformers' processor puts <bos> before a prompt with pictures that lacks it; its tokenizer never does.
+TEST(ChatTest, OnlyPromptsWithPicturesMayGetSpecialTokens) {
+  const char* pictured = R"({"messages": [{"content": [{"type": "image", "path": "a"}]}]})";
+  const char* text = R"({"messages": [{"content": "x"}]})";
+  const ChatTemplate bare = ChatTemplate::Parse("x", "t", {{"bos_token", "<bos>"}});
+  const ChatTemplate own = ChatTemplate::Parse("{{ bos_token }}x", "t", {{"bos_token", "<bos>"}});
+  EXPECT_FALSE(RenderChat(bare, text).add_special_tokens);
+  EXPECT_TRUE(RenderChat(bare, pictured).add_special_tokens);
+  EXPECT_FALSE(RenderChat(own, text).add_special_tokens);
+  EXPECT_FALSE(RenderChat(own, pictured).add_special_tokens);
 }
 
 TEST(ChatTest, WhatIsNoConversationIsNamed) {
-  EXPECT_THAT(ErrorOf("null"), HasSubstr("messages: expected a list of messages, found nothing"));
-  EXPECT_THAT(ErrorOf("[]"), HasSubstr("messages: expected a list"));
-  EXPECT_THAT(ErrorOf(R"([{"content": "a"}])"), HasSubstr("messages[0]: role"));
-  EXPECT_THAT(ErrorOf(R"([{"role": "robot", "content": "a"}])"),
-              HasSubstr("messages[0]: role: expected user, assistant"));
-  EXPECT_THAT(ErrorOf(R"([{"role": "user"}])"), HasSubstr("messages[0]: content: is missing"));
-  EXPECT_THAT(ErrorOf(R"([{"role": "user", "content": 5}])"), HasSubstr("expected a text or a list of parts, found 5"));
-  EXPECT_THAT(ErrorOf(R"([{"role": "user", "content": [{"type": "smell"}]}])"), HasSubstr("found \"smell\""));
-  EXPECT_THAT(ErrorOf(R"([{"role": "user", "content": [{"type": "image"}]}])"), HasSubstr("image"));
-  EXPECT_THAT(ErrorOf(R"([{"role": "tool", "content": "a"}])"), HasSubstr("must follow the assistant's tool_calls"));
-  EXPECT_THAT(ErrorOf(R"([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}])"),
-              HasSubstr("arguments: expected an object, found 5"));
+  const ChatTemplate chat = ChatTemplate::Load(kTiny);
+  const auto error = [&](const char* text) { return ErrorText([&] { Render(chat, text); }); };
+  EXPECT_EQ(error("{}"), "messages: expected a list of messages, found nothing");
+  EXPECT_EQ(error(R"({"messages": []})"), "messages: expected a list of messages, found []");
+  EXPECT_EQ(error(R"({"messages": ["x"]})"), "messages[0]: expected an object, found \"x\"");
+  EXPECT_THAT(error(R"({"messages": [{}], "imagse": 1})"),
+              HasSubstr("unknown key \"imagse\"; a chat line has type, messages"));
+  EXPECT_THAT(error(R"({"messages": [{}], "tool": []})"), HasSubstr("unknown key \"tool\"; nearest: \"tools\""));
+  EXPECT_EQ(error(R"({"messages": [{}], "tools": [5]})"), "tools[0]: expected an object, found 5");
+  EXPECT_EQ(error(R"({"messages": [{}], "documents": "x"})"), "documents: expected a list of objects, found \"x\"");
+  EXPECT_EQ(error(R"({"messages": [{}], "add_generation_prompt": 1})"),
+            "add_generation_prompt: expected true or false, found 1");
+  EXPECT_EQ(error(R"({"messages": [{}], "chat_template_kwargs": []})"), "chat_template_kwargs: expected an object");
+  EXPECT_THAT(error(R"({"messages": [{}], "chat_template_kwargs": {"tools": []}})"),
+              HasSubstr("\"tools\" is no variable of a template"));
+  EXPECT_THAT(
+      error(R"({"messages": [{}], "enable_thinking": true, "chat_template_kwargs": {"enable_thinking": true}})"),
+      HasSubstr("enable_thinking stands in the line and in chat_template_kwargs"));
+  EXPECT_THAT(error(R"({"messages": [{"role": "user"}, {"content": "x"}]})"), HasSubstr("chat_template.jinja:4: "));
+}
+
+class TemplateFilesTest : public ::testing::Test {
+ protected:
+  void Write(const std::string& name, const std::string& text) { WriteFile(directory_.Path() / name, text); }
+  ChatTemplate Load() { return ChatTemplate::Load(directory_.Path()); }
+  std::string Rendered(const char* line = R"({"messages": [{}]})") { return Render(Load(), line); }
+  std::string LoadError() {
+    return ErrorText([&] { Load(); });
+  }
+
+  TempDirectory directory_;
+};
+
+TEST_F(TemplateFilesTest, WithoutATemplateTheThreePlacesAreNamed) {
+  EXPECT_TRUE(Load().Empty());
+  EXPECT_EQ(
+      ErrorText([&] { Rendered(); }),
+      "the checkpoint has no chat template, which a conversation needs: chat_template.jinja, chat_template.json or "
+      "the key chat_template of tokenizer_config.json");
+}
+
+TEST_F(TemplateFilesTest, EachPlaceIsReadAndTheFileOfItsOwnComesFirst) {
+  Write("tokenizer_config.json", R"({"chat_template": "in the config"})");
+  EXPECT_EQ(Rendered(), "in the config");
+  Write("chat_template.jinja", "in its own file");
+  EXPECT_EQ(Rendered(), "in its own file");
+  std::filesystem::remove(directory_.Path() / "chat_template.jinja");
+  std::filesystem::remove(directory_.Path() / "tokenizer_config.json");
+  Write("chat_template.json", R"({"chat_template": "in the older file"})");
+  EXPECT_EQ(Rendered(), "in the older file");
+}
+
+TEST_F(TemplateFilesTest, NamedTemplatesAreChosenAsTheReferenceDoes) {
+  Write("tokenizer_config.json", R"({"chat_template": [{"name": "tool_use", "template": "tools"},
+    {"name": "default", "template": "plain"}]})");
+  EXPECT_EQ(Rendered(), "plain");
+  EXPECT_EQ(Rendered(R"({"messages": [{}], "tools": []})"), "tools");
+  Write("tokenizer_config.json", R"({"chat_template": [{"name": "rag", "template": "x"}]})");
+  EXPECT_EQ(ErrorText([&] { Rendered(); }), "none of the chat templates is called \"default\"; there are rag");
+  std::filesystem::create_directory(directory_.Path() / "chat_templates");
+  Write("chat_templates/tool_use.jinja", "file of tools");
+  Write("chat_template.jinja", "file");
+  EXPECT_EQ(Rendered(), "file");
+  EXPECT_EQ(Rendered(R"({"messages": [{}], "tools": [{}]})"), "file of tools");
+}
+
+TEST_F(TemplateFilesTest, PlacesThatDifferForTheReferencesTwoReadersAreRefused) {
+  Write("chat_template.jinja", "a");
+  Write("chat_template.json", R"({"chat_template": "a"})");
+  EXPECT_EQ(Rendered(), "a");
+  Write("chat_template.json", R"({"chat_template": "b"})");
+  EXPECT_THAT(LoadError(),
+              HasSubstr("two chat templates that differ: transformers' tokenizer takes chat_template.jinja, its "
+                        "processor chat_template.json (chat_template)"));
+}
+
+TEST_F(TemplateFilesTest, AFileThatCannotBeReadIsNoReasonToTakeAnother) {
+  Write("tokenizer_config.json", R"({"chat_template": "in the config"})");
+  std::filesystem::create_symlink("nowhere", directory_.Path() / "chat_template.jinja");
+  EXPECT_THAT(LoadError(), HasSubstr("chat_template.jinja"));
+  std::filesystem::remove(directory_.Path() / "chat_template.jinja");
+  std::filesystem::create_directory(directory_.Path() / "chat_template.jinja");
+  EXPECT_THAT(LoadError(), HasSubstr("chat_template.jinja"));
+  std::filesystem::remove(directory_.Path() / "chat_template.jinja");
+  Write("tokenizer_config.json", R"({"chat_template": 5})");
+  EXPECT_THAT(LoadError(), HasSubstr("tokenizer_config.json: chat_template: expected a text or a list"));
+  Write("tokenizer_config.json", "{");
+  EXPECT_THAT(LoadError(), HasSubstr("tokenizer_config.json"));
+}
+
+TEST_F(TemplateFilesTest, ABrokenTemplateFailsWhenAConversationNeedsIt) {
+  Write("chat_template.jinja", "\n{% if %}");
+  const ChatTemplate chat = Load();
+  EXPECT_THAT(ErrorText([&] { Render(chat, R"({"messages": [{}]})"); }),
+              HasSubstr("chat_template.jinja:2: expected an expression"));
+}
+
+// The values of transformers 5.24: AutoTokenizer.from_pretrained(...).special_tokens_map.
+TEST_F(TemplateFilesTest, SpecialTokensAreTheTemplatesVariables) {
+  Write("chat_template.jinja", "{{ [bos_token, eos_token, cls_token, image_token, custom_token] | join(',') }}");
+  EXPECT_EQ(Rendered(), ",,,,");
+  Write("tokenizer_config.json", R"({"tokenizer_class": "GemmaTokenizer"})");
+  EXPECT_EQ(Rendered(), "<bos>,<eos>,,,");
+  Write("tokenizer_config.json",
+        R"({"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": {"content": "</s>"},
+    "image_token": "<img>", "extra_special_tokens": {"custom_token": "<c>"}})");
+  EXPECT_EQ(Rendered(), "<s>,</s>,,<img>,<c>");
+  Write("special_tokens_map.json", R"({"cls_token": "<cls>", "bos_token": {"content": "<b>"}})");
+  EXPECT_EQ(Rendered(), "<b>,</s>,<cls>,<img>,<c>");
+  Write("tokenizer_config.json", R"({"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {}})");
+  EXPECT_EQ(Rendered(), ",,,,");
+}
+
+TEST_F(TemplateFilesTest, TheDateOfAPromptCanBeFixedAndIsTold) {
+  Write("chat_template.jinja", "x\n{{ strftime_now('%Y-%m-%d') }}");
+  ASSERT_EQ(setenv("SOURCE_DATE_EPOCH", "1700000000", 1), 0);
+  const ChatPrompt prompt = RenderChat(Load(), R"({"messages": [{}]})");
+  ASSERT_EQ(setenv("SOURCE_DATE_EPOCH", "yesterday", 1), 0);
+  const std::string error = LoadError();
+  unsetenv("SOURCE_DATE_EPOCH");
+  EXPECT_EQ(prompt.text, "x\n2023-11-14");
+  EXPECT_EQ(prompt.date_place, "chat_template.jinja:2");
+  EXPECT_EQ(error, "SOURCE_DATE_EPOCH: expected seconds since 1970, found \"yesterday\"");
+  EXPECT_EQ(RenderChat(ChatTemplate::Load(kTiny), R"({"messages": [{"role": "user", "content": "x"}]})").date_place,
+            "");
 }
 
 TEST(ChatTest, PlaceholdersAndImagesMustBeEquallyMany) {
-  try {
-    ExpandImages("a <|image|> b <|image|>", std::vector<int64_t>{2});
-    FAIL();
-  } catch (const Error& error) {
-    EXPECT_THAT(error.what(), HasSubstr("the prompt has 2 times \"<|image|>\" for 1 images"));
-  }
+  EXPECT_THAT(ErrorText([] { ExpandImages("a <|image|> b <|image|>", std::vector<int64_t>{2}); }),
+              HasSubstr("the prompt has 2 times \"<|image|>\" for 1 images"));
   EXPECT_EQ(ExpandImages("no image", {}), "no image");
+  EXPECT_EQ(ExpandImages("a<|image|>b", std::vector<int64_t>{2}), "a<|image><|image|><|image|><image|>b");
 }
 
 TEST(ChatTest, TokenTypesTellPlaceholdersApart) {

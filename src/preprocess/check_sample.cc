@@ -16,7 +16,8 @@ Sample Part(const Sample& whole, int64_t begin, int64_t end) {
   Sample part{.input_ids = cut(whole.input_ids),
               .token_types = cut(whole.token_types),
               .attention_mask = cut(whole.attention_mask),
-              .source = whole.source};
+              .source = whole.source,
+              .date_place = whole.date_place};
   if (begin > 0) return part;
   part.pixel_values = whole.pixel_values;
   part.image_position_ids = whole.image_position_ids;

@@ -46,13 +46,14 @@ std::string Conversion(const DataFile& data) {
 }
 
 DataLine LineAt(const DataFile& data, int64_t number) {
-  return {fmt::format("{}:{}", data.place, number), fmt::format("{}:{}", data.name, number)};
+  return {fmt::format("{}:{}", data.place, number), fmt::format("{}:{}", data.name, number), {}};
 }
 
 using Body = std::function<void(const JsonObject& object, const DataLine& line)>;
 
 void Take(const DataFile& data, std::string_view text, int64_t number, const Body& body) {
-  const DataLine line = LineAt(data, number);
+  DataLine line = LineAt(data, number);
+  line.text = text;
   const nlohmann::json value = ParseJsonLine(text, data.place, number);
   body(JsonObject(value, line.place), line);
 }

@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <string>
+#include <string_view>
 
 #include "circlet/io/json.h"
 #include "circlet/preprocess/data_file.h"
@@ -11,6 +12,7 @@ namespace circlet {
 struct DataLine {
   std::string place;   // "/data/calib.jsonl:7", for errors
   std::string source;  // "calib.jsonl:7"
+  std::string_view text;  // the object's JSON, in whose order its keys are
 };
 
 // Calls `body` with the object of each line that is not blank, or with each object of a JSON array. Throws Error

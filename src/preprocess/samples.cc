@@ -73,16 +73,17 @@ Sample TextSample(std::string_view text, const Tokenizer& tokenizer, const Sampl
 }  // namespace
 
 Processor LoadProcessor(const std::filesystem::path& directory) {
-  return {Tokenizer::Load(directory), LoadChatFormat(directory), LoadImageRules(directory)};
+  return {Tokenizer::Load(directory), ChatTemplate::Load(directory), LoadImageRules(directory)};
 }
 
-Sample ChatSample(const json& messages, const ChatOptions& chat, const Processor& processor,
-                  const std::filesystem::path& directory, const SampleOptions& options, std::string source) {
-  const ChatPrompt prompt = RenderChat(messages, processor.chat, chat);
+Sample ChatSample(std::string_view conversation, const Processor& processor, const std::filesystem::path& directory,
+                  const SampleOptions& options, std::string source) {
+  const ChatPrompt prompt = RenderChat(processor.chat, conversation);
   if (prompt.has_audio || prompt.has_video)
     Fail("the conversation has {}; circlet prepares text and images only", prompt.has_audio ? "a sound" : "a video");
   Sample sample;
   sample.source = std::move(source);
+  sample.date_place = prompt.date_place;
   std::vector<Tensor> pixels, positions;
   std::vector<int64_t> soft_tokens;
   for (const std::string& name : prompt.images) {
@@ -95,8 +96,7 @@ Sample ChatSample(const json& messages, const ChatOptions& chat, const Processor
   }
   sample.pixel_values = Concatenate(pixels);
   sample.image_position_ids = Concatenate(positions);
-  // The template writes <bos> itself.
-  sample.input_ids = processor.tokenizer.Encode(ExpandImages(prompt.text, soft_tokens), false);
+  sample.input_ids = processor.tokenizer.Encode(ExpandImages(prompt.text, soft_tokens), prompt.add_special_tokens);
   sample.token_types = TokenTypes(sample.input_ids, Resolve(processor.tokenizer, options.placeholders));
   CheckSample(sample, options);
   return sample;
@@ -111,15 +111,15 @@ SampleSet LoadJsonl(const DataFile& data, const Processor& processor, const Samp
     const std::string type = object.Required<std::string>("type");
     if (type == "text") {
       const std::string text = object.Required<std::string>("text");
+      object.RejectUnknownKeys();
       Within(line.place, [&] { limit.Add(TextSample(text, processor.tokenizer, resolved, line.source), set.samples); });
     } else if (type == "chat") {
-      const json& messages = object.Raw("messages");
       Within(line.place, [&] {
-        if (resolved.text_only && !RenderChat(messages, processor.chat, {}).images.empty()) {
+        if (resolved.text_only && HasPictures(line.text)) {
           set.skipped.push_back(line.source);
           return;
         }
-        limit.Add(ChatSample(messages, {}, processor, data.directory, resolved, line.source), set.samples);
+        limit.Add(ChatSample(line.text, processor, data.directory, resolved, line.source), set.samples);
       });
     } else {
       object.FailAt("type", fmt::format("expected \"text\" or \"chat\", found \"{}\"", type));
@@ -148,12 +148,12 @@ std::vector<CaptionTask> LoadCaptions(const DataFile& data, const Processor& pro
     task.image = object.Required<std::string>("image");
     task.question = object.Required<std::string>("question");
     task.caption = object.Required<std::string>("caption");
-    const json messages = UserTurn(task.question, std::span(&task.image, 1));
+    const std::string conversation =
+        json{{"messages", UserTurn(task.question, std::span(&task.image, 1))}, {"add_generation_prompt", true}}.dump();
     std::vector<Sample> prompt;
     limit.Add(Within(line.place,
                      [&] {
-                       return ChatSample(messages, {.generation_prompt = true}, processor, data.directory, options,
-                                         line.source);
+                       return ChatSample(conversation, processor, data.directory, options, line.source);
                      }),
               prompt);
     if (prompt.empty()) return;

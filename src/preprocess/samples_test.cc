@@ -166,6 +166,49 @@ TEST(JsonlTest, ImageErrorsNameLineAndImage) {
               HasSubstr("all 1 samples have images and were left out"));
 }
 
+TEST(JsonlTest, KeysOfALineReachTheTemplateAndUnknownOnesAreNamed) {
+  const TempDirectory directory;
+  WriteFile(directory.Path() / "data.jsonl",
+            R"({"type": "chat", "tools": [{"b": 1, "a": 2}], "enable_thinking": true,
+"messages": [{"role": "model", "content": "x"}], "chat_template_kwargs": {"k": "v"}})");
+  std::string line = ReadFile(directory.Path() / "data.jsonl");
+  std::erase(line, '\n');
+  WriteFile(directory.Path() / "data.jsonl", line);
+  Processor processor = Tiny();
+  processor.chat = ChatTemplate::Parse("{{ tools | tojson }} {{ enable_thinking }} {{ k }} {{ messages[0].role }}", "t");
+  const SampleSet set = LoadJsonl(directory.Path() / "data.jsonl", processor, {});
+  ASSERT_THAT(set.samples, SizeIs(1));
+  EXPECT_EQ(processor.tokenizer.Decode(set.samples[0].input_ids, false), R"([{"b": 1, "a": 2}] True v model)");
+  EXPECT_THAT(JsonlError(R"({"type": "chat", "messages": [{"role": "user", "content": "x"}], "imagse": ["cat.png"]})"),
+              HasSubstr("data.jsonl:1: unknown key \"imagse\""));
+  EXPECT_THAT(JsonlError(R"({"type": "chat", "messages": [{"role": "user", "content": "x"}], "documnts": []})"),
+              HasSubstr("data.jsonl:1: unknown key \"documnts\"; nearest: \"documents\""));
+  EXPECT_THAT(JsonlError(R"({"type": "text", "text": "x", "txt": "y"})"), HasSubstr("data.jsonl:1: "));
+  EXPECT_THAT(JsonlError(R"({"type": "text", "text": "x", "txt": "y"})"), HasSubstr("\"text\""));
+}
+
+// The template of the directory is run, whatever it is, and no <bos> is added.
+TEST(JsonlTest, TheCheckpointsOwnTemplateIsRun) {
+  const TempDirectory directory;
+  for (const char* file : {"tokenizer.json", "tokenizer_config.json", "processor_config.json"})
+    std::filesystem::copy_file(kTiny / file, directory.Path() / file);
+  const std::string line =
+      R"({"type": "chat", "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]})";
+  WriteFile(directory.Path() / "data.jsonl", line + "\n");
+  const auto load = [&] { return LoadJsonl(directory.Path() / "data.jsonl", LoadProcessor(directory.Path()), {}); };
+  EXPECT_THAT(ErrorText([&] { load(); }), HasSubstr("data.jsonl:1: the checkpoint has no chat template"));
+  WriteFile(directory.Path() / "chat_template.jinja", ReadFile(TestData("chat_templates/plain.jinja")));
+  const std::string text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n";
+  EXPECT_EQ(load().samples[0].input_ids, Tiny().tokenizer.Encode(text, false));
+  EXPECT_EQ(load().samples[0].date_place, "");
+  WriteFile(directory.Path() / "chat_template.jinja", "{{ strftime_now('%Y') }}");
+  EXPECT_EQ(load().samples[0].date_place, "chat_template.jinja:1");
+  // Texts need no template.
+  std::filesystem::remove(directory.Path() / "chat_template.jinja");
+  WriteFile(directory.Path() / "data.jsonl", R"({"type": "text", "text": "Emma"})");
+  EXPECT_THAT(load().samples, SizeIs(1));
+}
+
 // reference.json: prompts of the reference's processor.
 TEST(ChatSampleTest, ImagePromptsHaveTheIdsOfTheReference) {
   for (const json& row : Reference()["image_samples"]) {

@@ -108,6 +108,7 @@ struct QuantizeResult {
   bool random_data = false;
   std::vector<std::string> skipped;   // samples left out, with the reason
   std::string shortened;              // "3 of 32 samples cut to 64 tokens"
+  std::string dated;                  // "chat_template.jinja:3": the prompts hold the date, written there
   std::vector<StageError> stages;     // in order of computation
   ErrorMetrics output;                // of the last stage's output
   bool output_on_calibration_data = false;

@@ -2,50 +2,65 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "circlet/preprocess/tokenizer.h"
 
 namespace circlet {
 
-// What the chat templates of Gemma 4 checkpoints differ in (gemma4.md 7.3).
-struct ChatFormat {
-  bool images_between_newlines = false;  // "\n\n<|image|>\n\n" instead of "<|image|>"; videos likewise
-  bool empty_thought = false;            // the larger models: an empty thought ends the generation prompt
-  std::string source = "built in";       // the file that says so
-};
+// The chat templates of a checkpoint, with the special tokens that they may name (bos_token ...). A template is a
+// program in the language of jinja2 as transformers sets it up; it is run within limits and without access to anything
+// outside (docs/data.md).
+class ChatTemplate {
+ public:
+  // No template: RenderChat is an Error that names the places where one may be.
+  ChatTemplate();
+  // Reads what transformers would take: its tokenizer takes chat_template.jinja with the files in chat_templates/, else
+  // `chat_template` of tokenizer_config.json; its processor takes `chat_template` of processor_config.json, else
+  // chat_template.json, else the same files. An Error when both have one and they differ, and for a file that is there
+  // and cannot be read.
+  static ChatTemplate Load(const std::filesystem::path& directory);
+  // One template; `file` stands for it in errors, `special_tokens` are its variables.
+  static ChatTemplate Parse(std::string_view text, std::string_view file,
+                            std::vector<std::pair<std::string, std::string>> special_tokens = {});
 
-// Reads chat_template.jinja of a checkpoint directory, else chat_template in its tokenizer_config.json, and looks for
-// the literals that tell the variants apart; circlet does not run templates. The default when there is neither.
-ChatFormat LoadChatFormat(const std::filesystem::path& directory);
-ChatFormat DetectChatFormat(std::string_view chat_template, std::string_view source);
+  bool Empty() const;
 
-struct ChatOptions {
-  bool generation_prompt = false;  // end with the header of the model's turn
-  bool thinking = false;
+  struct State;  // src/preprocess/chat_template.h
+
+ private:
+  friend struct ChatRenderer;
+  std::shared_ptr<State> state_;
 };
 
 struct ChatPrompt {
-  std::string text;                 // with one <|image|> an image; starts with <bos>, so encode without special tokens
+  std::string text;                 // with one <|image|> an image
   std::vector<std::string> images;  // what the image parts name, in order of their placeholders
   bool has_audio = false, has_video = false;
+  bool add_special_tokens = false;  // whether the tokenizer still has to write <bos>
+  std::string date_place;           // "chat_template.jinja:3" when the template wrote the date there, else empty
 };
 
-// The prompt of a conversation (gemma4.md 7.3). `messages`: [{"role": "user" | "assistant" | "system" | "developer" |
-// "tool", "content": text or a list of {"type": "text", "text"}, {"type": "image", "image" or "path"}, {"type":
-// "audio"},
-// {"type": "video"}, ...}]; an assistant's message may have "tool_calls" [{"function": {"name", "arguments"}}] and
-// "reasoning". `tools`, when not null: [{"type": "function", "function": {"name", "description", "parameters"}}].
-// Throws Error naming the place ("messages[1].content[0]: ...") for anything else.
-ChatPrompt RenderChat(const nlohmann::json& messages, const ChatFormat& format, const ChatOptions& options,
-                      const nlohmann::json& tools);
-ChatPrompt RenderChat(const nlohmann::json& messages, const ChatFormat& format, const ChatOptions& options);
+// The prompt that transformers makes of a conversation. `conversation` is the JSON object of a data line, whose order
+// of keys reaches the template:
+//   messages                the messages, whole; keys that are null are left out, as transformers does
+//   tools, documents        lists of objects, or null
+//   add_generation_prompt   whether the prompt ends where the model begins; default false
+//   enable_thinking         a variable of the template
+//   chat_template_kwargs    an object of further variables
+//   type                    "chat"; optional
+// Throws Error for another key, for what no template takes, and for all that the template itself refuses.
+ChatPrompt RenderChat(const ChatTemplate& chat, std::string_view conversation);
+// Whether a message of the conversation has a picture.
+bool HasPictures(std::string_view conversation);
 
-// One user turn: the images, then the text.
+// The messages of one user turn: the images, then the text.
 nlohmann::json UserTurn(std::string_view text, std::span<const std::string> images = {});
 
 // The n-th <|image|> becomes <|image>, soft_tokens[n] times <|image|>, <image|> (gemma4.md 7.2). Throws Error unless

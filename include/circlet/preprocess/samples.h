@@ -24,12 +24,13 @@ struct Sample {
   Tensor pixel_values;                  // [images, patches, 3 * patch^2], uint8 or float32; Empty() without images
   Tensor image_position_ids;            // int64 [images, patches, 2], (x, y), padding (-1, -1)
   std::string source;                   // "calib.jsonl:7"
+  std::string date_place;               // where the chat template wrote the date into it, else empty
 };
 
 // What turns text and pictures into samples, read from a checkpoint directory.
 struct Processor {
   Tokenizer tokenizer;
-  ChatFormat chat;
+  ChatTemplate chat;
   ImageRules images;
 };
 Processor LoadProcessor(const std::filesystem::path& directory);
@@ -55,9 +56,9 @@ struct SampleSet {
 };
 
 // One JSON object a line, or an array of them: {"type": "text", "text": ...} (<bos> in front) or {"type": "chat",
-// "messages": [...]} (RenderChat; image paths are relative to the file). Empty lines are passed over. Throws Error
-// "FILE:LINE: ..." for a line that is not JSON or lacks a key, an empty text, an id past the vocabulary, an image that
-// cannot be read, "FILE: ..." for samples longer than max_length (how many, which flag) and when no line is left.
+// "messages": [...], ...} (RenderChat; image paths are relative to the file). Empty lines are passed over. Throws Error
+// "FILE:LINE: ..." for a line that is not JSON, lacks a key or has an unknown one, an empty text, an id past the
+// vocabulary, an image that cannot be read, "FILE: ..." for samples longer than max_length (how many, which flag) and when no line is left.
 SampleSet LoadJsonl(const DataFile& data, const Processor& processor, const SampleOptions& options);
 SampleSet LoadJsonl(const std::filesystem::path& path, const Processor& processor, const SampleOptions& options);
 
@@ -72,10 +73,9 @@ SampleSet SamplesFromSafetensors(const std::filesystem::path& path, std::string_
 std::vector<Sample> RandomSamples(int64_t count, int64_t length, uint64_t seed, int64_t vocab_size,
                                   std::span<const int64_t> forbidden);
 
-// One conversation as a sample. Image paths are relative to `directory`; errors start with `source`. Throws Error for
-// audio and video.
-Sample ChatSample(const nlohmann::json& messages, const ChatOptions& chat, const Processor& processor,
-                  const std::filesystem::path& directory, const SampleOptions& options, std::string source);
+// One conversation (RenderChat) as a sample. Image paths are relative to `directory`. Throws Error for audio and video.
+Sample ChatSample(std::string_view conversation, const Processor& processor, const std::filesystem::path& directory,
+                  const SampleOptions& options, std::string source);
 
 // The text cut into windows of `window` tokens (the last may be shorter), each with `bos` in front and on its own:
 // every token but <bos> is predicted once. Tokenized as a whole, without special tokens.

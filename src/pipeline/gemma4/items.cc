@@ -346,6 +346,11 @@ RunData LoadRunData(const QuantizeOptions& options, const Recipe& recipe, const 
     if (!config.vision) Fail("--eval-captions: the model has no vision tower");
     LoadCaptionTasks(options, needs_processor(), rules, data);
   }
+  for (const std::vector<Sample>* samples : {&data.calibration, &data.evaluation})
+    for (const Sample& sample : *samples)
+      if (data.dated.empty()) data.dated = sample.date_place;
+  for (const CaptionTask& task : data.captions)
+    if (data.dated.empty()) data.dated = task.prompt.date_place;
   if (!sources.empty() && data.calibration.empty())
     Fail("no calibration sample is left: {} have pictures, which this run leaves out", data.skipped.size());
   return data;

@@ -17,6 +17,7 @@ struct RunData {
   std::vector<std::vector<int64_t>> answers;  // of captions: token ids, the turn's end behind them
   std::vector<std::string> skipped;
   std::string shortened;        // of the calibration samples: SampleSet::shortened
+  std::string dated;            // where the chat template wrote the date into a prompt: Sample::date_place
   std::vector<DataFile> files;  // the JSON lines that were read, without their text
   bool random = false;
 };

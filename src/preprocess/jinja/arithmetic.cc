@@ -21,7 +21,7 @@ int64_t Power(int64_t base, int64_t exponent) {
   int64_t result = 1;
   for (bool overflow = false; exponent > 0; exponent >>= 1) {
     if (exponent & 1) overflow |= __builtin_mul_overflow(result, base, &result);
-    if (exponent > 1) overflow |= __builtin_mul_overflow(base, base, &base) && base != 0;
+    if (exponent > 1) overflow |= __builtin_mul_overflow(base, base, &base);
     Check(overflow);
   }
   return result;

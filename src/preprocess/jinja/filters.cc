@@ -221,7 +221,7 @@ Value ToJsonFilter(const Value& value, Given arguments, Evaluator& evaluator) {
     const int64_t width = text != nullptr ? 0 : std::max<int64_t>(0, given.Int(1));
     evaluator.GetMeter().Bytes(width);
     style.indent = text != nullptr ? *text : std::string(static_cast<size_t>(width), ' ');
-    style.item_separator = ",";
+    style.item_separator = std::string(",");
   }
   if (given.HasValue(2)) {
     const std::vector<Value> separators = ItemsOf(given.At(2), evaluator);

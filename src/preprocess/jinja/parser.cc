@@ -35,7 +35,7 @@ class Parser {
   Parser(std::string_view text, std::string_view file) : file_(file), tokens_(Tokenize(text, file)) {}
 
   Syntax Run() {
-    syntax_.body = Block({});
+    syntax_.body = Block({}, 1);
     return std::move(syntax_);
   }
 
@@ -98,11 +98,11 @@ class Parser {
     return node;
   }
 
-  // Statements up to one of the tags `ends`, whose name is the next token; without `ends` up to the end.
-  Body Block(std::initializer_list<std::string_view> ends) {
+  // Statements up to one of the tags `ends`, whose name is the next token; without `ends` up to the end. `first_line`:
+  // of the tag that begins the block.
+  Body Block(std::initializer_list<std::string_view> ends, int first_line) {
     const Nested nested(*this);
     Body body;
-    const int first_line = Here().line;
     while (true) {
       const Token& token = Here();
       if (token.kind == TokenKind::kData) {
@@ -131,8 +131,9 @@ class Parser {
   // The rest of a block's first tag, and what is in the block.
   Body TagBlock(std::initializer_list<std::string_view> ends) {
     TakeOperator(":");
+    const int line = Here().line;
     Expect(TokenKind::kTagEnd, "\"%}\"");
-    return Block(ends);
+    return Block(ends, line);
   }
   Body WholeBlock(std::string_view end) {
     Body body = TagBlock({end});

@@ -29,6 +29,8 @@ class Template {
   // `now`: seconds since 1970 that strftime_now writes, in UTC.
   Rendering Render(Variables variables, int64_t now, const Limits& limits = {}) const;
 
+  const std::string& File() const { return file_; }
+
  private:
   std::string file_;
   Syntax syntax_;

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
-#include <nlohmann/json.hpp>
 
 #include "preprocess/jinja/evaluator.h"
 #include "preprocess/jinja/text.h"
@@ -11,8 +10,6 @@
 
 namespace circlet::jinja {
 namespace {
-
-using nlohmann::ordered_json;
 
 constexpr int64_t kPerValue = sizeof(Value);
 
@@ -348,36 +345,6 @@ Value MakeDict(Dict dict, Meter& meter) {
 Value MakeText(std::string text, Meter& meter, bool safe) {
   meter.Bytes(static_cast<int64_t>(text.size()) + kPerValue);
   return Value(std::move(text), safe);
-}
-
-Value FromJson(const ordered_json& json, Meter& meter) {
-  switch (json.type()) {
-    case ordered_json::value_t::null:
-      return {};
-    case ordered_json::value_t::boolean:
-      return json.get<bool>();
-    case ordered_json::value_t::number_integer:
-      return json.get<int64_t>();
-    case ordered_json::value_t::number_unsigned: {
-      const uint64_t number = json.get<uint64_t>();
-      if (number > INT64_MAX) Fail("{} does not fit in 64 bits", number);
-      return static_cast<int64_t>(number);
-    }
-    case ordered_json::value_t::number_float:
-      return json.get<double>();
-    case ordered_json::value_t::array: {
-      std::vector<Value> items;
-      for (const ordered_json& item : json) items.push_back(FromJson(item, meter));
-      return MakeList(std::move(items), meter);
-    }
-    case ordered_json::value_t::object: {
-      Dict dict;
-      for (const auto& [key, value] : json.items()) dict.Set(key, FromJson(value, meter));
-      return MakeDict(std::move(dict), meter);
-    }
-    default:
-      return MakeText(json.get<std::string>(), meter);
-  }
 }
 
 void FailUndefined(const Undefined& undefined) { Fail("{}", *undefined.why); }

@@ -3,7 +3,6 @@
 #include <concepts>
 #include <cstdint>
 #include <memory>
-#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -150,8 +149,9 @@ inline Value MakeGenerator(std::vector<Value> items, Meter& meter, std::string_v
 Value MakeDict(Dict dict, Meter& meter);
 Value MakeText(std::string text, Meter& meter, bool safe = false);
 
-// Keys in the order of the JSON. Throws Error for an integer past 64 bits.
-Value FromJson(const nlohmann::ordered_json& json, Meter& meter);
+// JSON text as a value, keys in the order of the text. Throws Error for what ParseJson refuses and for an integer past
+// 64 bits.
+Value FromJson(std::string_view text, Meter& meter);
 
 // Python's rules for values of any kind. Each throws Error where Python raises an exception.
 bool Truth(const Value& value);
