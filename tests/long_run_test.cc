@@ -7,14 +7,17 @@
 #include <sys/mount.h>
 
 #include <chrono>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <thread>
 #include <tuple>
+#include <utility>
 
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/ops/op.h"
 #include "golden.h"
+#include "io/output_lock.h"
 #include "program.h"
 #ifdef CIRCLET_MPIEXEC
 #include "processes.h"
@@ -35,15 +38,15 @@ constexpr char kTiny[] = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
 // The program in the background.
 class Running {
  public:
-  explicit Running(std::vector<std::string> arguments) {
+  explicit Running(std::vector<std::string> arguments, const std::string& err = "/dev/null") {
     arguments.insert(arguments.begin(), CIRCLET_BINARY);
     std::vector<char*> argv;
     for (std::string& argument : arguments) argv.push_back(argument.data());
     argv.push_back(nullptr);
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
-    for (const int descriptor : {1, 2})
-      posix_spawn_file_actions_addopen(&actions, descriptor, "/dev/null", O_WRONLY, 0);
+    posix_spawn_file_actions_addopen(&actions, 1, "/dev/null", O_WRONLY, 0);
+    posix_spawn_file_actions_addopen(&actions, 2, err.c_str(), O_WRONLY | O_CREAT, 0666);
     CIRCLET_CHECK(posix_spawn(&pid_, CIRCLET_BINARY, &actions, nullptr, argv.data(), environ) == 0, "cannot start");
     posix_spawn_file_actions_destroy(&actions);
   }
@@ -59,6 +62,18 @@ class Running {
     waitpid(pid_, &status_, 0);
     pid_ = 0;
   }
+  // Its exit code, behind `signal` when `there` holds.
+  template <typename Condition>
+  int Stop(int signal, const Condition& there) {
+    while (!there() && !Ended()) std::this_thread::sleep_for(std::chrono::microseconds(200));
+    if (!Ended()) kill(pid_, signal);
+    return Wait();
+  }
+  int Wait() {
+    if (!Ended()) waitpid(std::exchange(pid_, 0), &status_, 0);
+    return ExitCode();
+  }
+  pid_t Pid() const { return pid_; }
   int ExitCode() const { return WIFEXITED(status_) ? WEXITSTATUS(status_) : 128 + WTERMSIG(status_); }
 
  private:
@@ -66,7 +81,7 @@ class Running {
   int status_ = 0;
 };
 
-// A golden model with text and pictures, 23 phases long.
+// A golden model with text and pictures, 11 phases long.
 class LongRunTest : public testing::Test {
  protected:
   LongRunTest() {
@@ -101,6 +116,35 @@ class LongRunTest : public testing::Test {
     run.Kill();
     ASSERT_EQ(run.ExitCode(), 128 + SIGKILL) << "the run was over before it could be killed";
     ASSERT_FALSE(fs::exists(Out()));
+  }
+
+  // A state as a run writes it: whoever changes it on purpose can do so too.
+  static void WriteSigned(const fs::path& path, nlohmann::json state) {
+    state.erase("sha256");
+    const std::string text = state.dump();
+    state["sha256"] = Sha256(std::as_bytes(std::span(text)));
+    WriteJson(path, state);
+  }
+
+  // The newest saved state; one before it, which the kill may have left, goes.
+  fs::path State() const {
+    const fs::path folder = Out() + ".partial/unfinished/rank.0";
+    fs::path newest;
+    for (int number = 40; number > 0; --number)
+      if (const fs::path state = folder / fmt::format("state.{}.json", number); !fs::exists(state)) {
+      } else if (newest.empty()) {
+        newest = state;
+      } else {
+        fs::remove(state);
+      }
+    return newest;
+  }
+
+  void ExpectNoResume(const std::string& what) const {
+    const ProgramResult result = RunProgram(Arguments(Out(), {"--resume"}));
+    EXPECT_EQ(result.exit_code, 2) << result.err;
+    EXPECT_THAT(result.err, AllOf(HasSubstr(what), HasSubstr("start again with --force")));
+    EXPECT_FALSE(fs::exists(Out()));
   }
 
   static std::map<std::string, std::string> Hashes(const fs::path& directory) {
@@ -192,7 +236,7 @@ TEST_F(LongRunTest, WhatChangedSinceIsNamedAndNothingIsLost) {
     if (entry.path().filename().string().starts_with("state.")) {
       nlohmann::json json = ReadJson(entry.path());
       json["identity"]["circlet version"] = "0.0.1";
-      WriteJson(entry.path(), json);
+      WriteSigned(entry.path(), json);
     }
   expect_named(Arguments(Out(), {"--resume"}), "circlet version: was \"0.0.1\"");
 }
@@ -265,50 +309,326 @@ TEST_F(LongRunTest, WhatARunLeavesThatWasKilledAtItsVeryStartIsNotInTheWay) {
   EXPECT_TRUE(fs::exists(Out() + ".partial/unfinished/business"));
 }
 
-TEST_F(LongRunTest, KilledWhileItTookItsNameGoesOnOrIsFinished) {
-  ASSERT_NO_FATAL_FAILURE(KillBehind(7));
-  fs::rename(Out() + ".partial/unfinished", Out() + ".unfinished");
-  for (const char* last : {"manifest.json", "timings.json"}) WriteFile(Out() + ".partial/" + last, "{}");
-  EXPECT_EQ(RunProgram(Arguments(Out(), {"--resume"})).exit_code, 0);
-  EXPECT_EQ(Hashes(Out()), Hashes(Reference()));
-  // Behind the rename nothing but the state is left to clear away.
-  fs::create_directories(Out() + ".unfinished/rank.0");
+// Only the name is missing: any further run gives it, and then does what it was asked for.
+TEST_F(LongRunTest, ACompleteRunWithoutItsNameGetsIt) {
+  const std::string reference = Reference();
+  const auto expect_named = [&](const std::vector<std::string>& more, int exit_code) {
+    fs::copy(reference, Out() + ".partial", fs::copy_options::recursive);
+    EXPECT_EQ(RunProgram(Arguments(Out(), more)).exit_code, exit_code);
+    EXPECT_EQ(Hashes(Out()), Hashes(reference));
+    EXPECT_FALSE(fs::exists(Out() + ".partial"));
+    fs::remove_all(Out());
+  };
+  expect_named({"--resume"}, 0);
+  expect_named({}, 2);
+  expect_named({"--dialect", "tico"}, 2);
+
+  fs::copy(reference, Out() + ".partial", fs::copy_options::recursive);
+  WriteFile(Out() + ".partial/report.json", "{}");
+  ExpectNoResume("report.json: is not the file that the run wrote before it was stopped");
   EXPECT_EQ(RunProgram(Arguments(Out(), {"--force"})).exit_code, 0);
-  EXPECT_FALSE(fs::exists(Out() + ".unfinished"));
-  fs::create_directories(Out() + ".unfinished/business");
-  EXPECT_EQ(RunProgram(Arguments(Out(), {"--force"})).exit_code, 2);
-  EXPECT_TRUE(fs::exists(Out() + ".unfinished/business"));
+  EXPECT_EQ(Hashes(Out()), Hashes(reference));
 }
 
-TEST_F(LongRunTest, ResumeWithoutAnUnfinishedRunStarts) {
-  const ProgramResult result = RunProgram(Arguments(Out(), {"--resume"}));
+TEST_F(LongRunTest, ResumeWithoutAnUnfinishedRunStartsAndSaysSo) {
+  std::vector<std::string> resume = Arguments(Out(), {"--resume"});
+  std::erase(resume, "--quiet");
+  const ProgramResult result = RunProgram(resume);
   EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.err, HasSubstr("no saved state to go on from, the run starts at its beginning"));
   EXPECT_TRUE(fs::exists(Out() + "/manifest.json"));
+}
+
+// So that a loop of runs with --resume ends.
+TEST_F(LongRunTest, ResumeOfAFinishedRunIsDone) {
+  const std::string out = Reference();
+  const auto before = fs::last_write_time(out + "/manifest.json");
+  const ProgramResult again = RunProgram(Arguments(out, {"--resume"}));
+  EXPECT_EQ(again.exit_code, 0) << again.err;
+  EXPECT_THAT(again.out, HasSubstr("is complete already"));
+  EXPECT_EQ(fs::last_write_time(out + "/manifest.json"), before);
+
+  const ProgramResult other = RunProgram(Arguments(out, {"--resume", "--dialect", "tico"}));
+  EXPECT_EQ(other.exit_code, 2);
+  EXPECT_THAT(other.err, AllOf(HasSubstr("holds the result of another run"), HasSubstr("--force")));
+
+  WriteFile(out + "/report.json", "{}");
+  const ProgramResult damaged = RunProgram(Arguments(out, {"--resume"}));
+  EXPECT_EQ(damaged.exit_code, 2);
+  EXPECT_THAT(damaged.err, AllOf(HasSubstr("report.json: is not the file that the finished run wrote"), HasSubstr("--force")));
+}
+
+TEST_F(LongRunTest, ResumeAndForceContradict) {
+  const ProgramResult result = RunProgram(Arguments(Out(), {"--resume", "--force"}));
+  EXPECT_EQ(result.exit_code, 2);
+  EXPECT_THAT(result.err, HasSubstr("give one of them"));
+}
+
+// The numbers of a state are believed only where they agree with the run.
+TEST_F(LongRunTest, AStateUnderAnotherNameIsRefused) {
+  ASSERT_NO_FATAL_FAILURE(KillBehind(3));
+  const fs::path right = State();
+  const nlohmann::json state = ReadJson(right);
+  for (const char* number : {"999", "2147483647", "0", "-1", "1"}) {
+    const fs::path wrong = right.parent_path() / fmt::format("state.{}.json", number);
+    fs::rename(right, wrong);
+    ExpectNoResume(wrong.filename().string() + ": is damaged (it says that ");
+    nlohmann::json forged = state;
+    forged["done"] = std::stoi(number);
+    if (std::string(number) != "1") {
+      WriteSigned(wrong, forged);
+      ExpectNoResume(wrong.filename().string() + ": is damaged (it says that ");
+    }
+    fs::remove(wrong);
+    WriteJson(right, state);
+  }
+  nlohmann::json last = state;  // as many as there are, but without the last one's result
+  last["done"] = 11;
+  WriteSigned(right.parent_path() / "state.11.json", last);
+  fs::remove(right);
+  ExpectNoResume("state.11.json: has no head");
+}
+
+// Every byte that a run goes on from is under a hash.
+TEST_F(LongRunTest, AChangedBitIsNamed) {
+  ASSERT_NO_FATAL_FAILURE(KillBehind(9));
+  const fs::path partial = Out() + ".partial";
+  std::vector<fs::path> files{State()};
+  const auto add_one = [&](const fs::path& folder, const std::string& ending) {
+    for (const auto& entry : fs::directory_iterator(folder))
+      if (entry.path().filename().string().ends_with(ending) && entry.file_size() > 0) return files.push_back(entry.path());
+    FAIL() << "no " << ending << " in " << folder;
+  };
+  add_one(partial, ".q.circle");
+  add_one(partial, "context.safetensors");
+  add_one(State().parent_path() / "values", ".values");
+  for (const auto& entry : fs::directory_iterator(State().parent_path()))
+    if (entry.path().filename().string().starts_with("params.")) files.push_back(entry.path());
+  ASSERT_GT(files.size(), 4u);
+  for (const fs::path& file : files) {
+    const std::string bytes = ReadFile(file);
+    std::string changed = bytes;
+    // In a number of a state, so that it is still JSON.
+    const size_t at = file == State() ? bytes.find_first_of("0123456789", bytes.find("accumulated")) : bytes.size() / 2;
+    changed[at] ^= 1;
+    WriteFile(file, changed);
+    ExpectNoResume(file.filename());
+    WriteFile(file, bytes.substr(0, bytes.size() - 2));
+    ExpectNoResume(file.filename());
+    WriteFile(file, bytes);
+  }
+  EXPECT_EQ(RunProgram(Arguments(Out(), {"--resume"})).exit_code, 0);
+}
+
+TEST_F(LongRunTest, ChangedFieldsOfAStateAreNamed) {
+  ASSERT_NO_FATAL_FAILURE(KillBehind(9));
+  const fs::path path = State();
+  const nlohmann::json state = ReadJson(path);
+  fs::copy(Out() + ".partial", Out("kept"), fs::copy_options::recursive);
+  const auto expect_refused = [&](const char* pointer, const nlohmann::json& value, const std::string& what) {
+    nlohmann::json changed = state;
+    const nlohmann::json::json_pointer place(pointer);
+    ASSERT_TRUE(changed.contains(place)) << pointer;
+    changed[place] = value;
+    WriteSigned(path, changed);
+    ExpectNoResume(what);
+    fs::remove_all(Out() + ".partial");  // a run that missed a value late has gone on until there
+    fs::copy(Out("kept"), Out() + ".partial", fs::copy_options::recursive);
+  };
+  std::string key;
+  for (const auto& [name, described] : state["values"]["keys"].items())
+    if (name.find("codes.") == std::string::npos && !described["slots"].empty()) key = name;
+  const std::string slots = "/values/keys/" + key + "/slots", slot = slots + "/0";
+  const nlohmann::json first = state.at(nlohmann::json::json_pointer(slot));
+  expect_refused((slot + "/chain").c_str(), 7, "is of chain 7");
+  expect_refused((slot + "/item").c_str(), 99, "among the values that the unfinished run saved");
+  expect_refused((slot + "/offset").c_str(), first["offset"].get<int64_t>() + 4, "values: ");
+  expect_refused((slot + "/offset").c_str(), -1, "lies outside");
+  expect_refused((slot + "/dtype").c_str(), "int32", "is not what the unfinished run saved");
+  nlohmann::json turned = first["shape"];
+  turned.push_back(1);
+  expect_refused((slot + "/shape").c_str(), turned, "is not what the unfinished run saved");
+  expect_refused(slots.c_str(), nlohmann::json::array(), "among the values that the unfinished run saved");
+  expect_refused("/units/units", 7, "is damaged");
+  expect_refused("/units/codes", {{"x", {"codes.nowhere", 3}}}, "among the values that the unfinished run saved");
 }
 
 TEST_F(LongRunTest, ADamagedStateIsAnError) {
   ASSERT_NO_FATAL_FAILURE(KillBehind(6));
-  const fs::path folder = Out() + ".partial/unfinished/rank.0";
-  const auto expect_refused = [&](const std::string& what) {
-    const ProgramResult result = RunProgram(Arguments(Out(), {"--resume"}));
-    EXPECT_EQ(result.exit_code, 2) << result.err;
-    EXPECT_THAT(result.err, AllOf(HasSubstr(what), HasSubstr("--force")));
-  };
-  fs::path values;
-  for (const auto& entry : fs::directory_iterator(folder / "values"))
-    if (fs::file_size(entry.path()) > 0) values = entry.path();
-  const std::string bytes = ReadFile(values);
-  WriteFile(values, bytes.substr(1));
-  expect_refused(values.filename());
-  WriteFile(values, bytes);
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    if (!entry.path().filename().string().starts_with("state.")) continue;
-    nlohmann::json json = ReadJson(entry.path());
-    json.erase("units");
-    WriteJson(entry.path(), json);
-  }
-  expect_refused("is damaged");
+  const fs::path path = State();
+  nlohmann::json json = ReadJson(path);
+  json.erase("units");
+  WriteJson(path, json);
+  ExpectNoResume("is damaged (its SHA-256 is another)");
+  WriteSigned(path, json);
+  ExpectNoResume("is damaged");
 }
+
+// ---- The output directory
+// ---------------------------------------------------------------------------------------------
+
+TEST_F(LongRunTest, OneRunAtATimeWritesToAnOutput) {
+  ASSERT_NO_FATAL_FAILURE(KillBehind(3));
+  {
+    const OutputLock other(Out());
+    for (const char* flag : {"--quiet", "--resume", "--force"}) {
+      const ProgramResult refused = RunProgram(Arguments(Out(), {flag}));
+      EXPECT_EQ(refused.exit_code, 2);
+      EXPECT_THAT(refused.err, HasSubstr(fmt::format("another run (process {}) is writing there", getpid())));
+    }
+  }
+  EXPECT_FALSE(fs::exists(Out() + ".lock"));
+  EXPECT_EQ(RunProgram(Arguments(Out(), {"--resume"})).exit_code, 0);
+  EXPECT_EQ(Hashes(Out()), Hashes(Reference()));
+}
+
+TEST_F(LongRunTest, OfRunsThatStartTogetherOneWritesTheResult) {
+  std::vector<std::unique_ptr<Running>> runs;
+  for (int i = 0; i < 4; ++i) runs.push_back(std::make_unique<Running>(Arguments(Out())));
+  int done = 0;
+  for (const auto& run : runs) {
+    EXPECT_THAT(run->Wait(), testing::AnyOf(0, 2));
+    done += run->ExitCode() == 0 ? 1 : 0;
+  }
+  EXPECT_EQ(done, 1);
+  EXPECT_EQ(Hashes(Out()), Hashes(Reference()));
+  for (const char* beside : {".lock", ".partial"}) EXPECT_FALSE(fs::exists(Out() + beside));
+}
+
+TEST_F(LongRunTest, TheLockOfAKilledRunIsTakenAndAFileOfTheUserIsNot) {
+  WriteFile(Out() + ".lock", "4711");
+  EXPECT_EQ(RunProgram(Arguments(Out())).exit_code, 0);
+  EXPECT_FALSE(fs::exists(Out() + ".lock"));
+  WriteFile(Out() + ".lock", "my notes");
+  const ProgramResult result = RunProgram(Arguments(Out(), {"--force"}));
+  EXPECT_EQ(result.exit_code, 2);
+  EXPECT_THAT(result.err, HasSubstr("out.lock: is in the way"));
+  EXPECT_EQ(ReadFile(Out() + ".lock"), "my notes");
+}
+
+// A shell that stands in the folder sees the result there.
+TEST_F(LongRunTest, TheCurrentDirectoryTakesAResult) {
+  const fs::path folder = Out();
+  fs::create_directory(folder);
+  for (const char* name : {".", "./", "../out/."}) {
+    const std::string there = "cd '" + folder.string() + "'; ";
+    const ProgramResult result = RunProgram(Arguments(name), there);
+    ASSERT_EQ(result.exit_code, 0) << name << ": " << result.err;
+    EXPECT_EQ(Hashes(folder), Hashes(fs::exists(Out("reference")) ? Out("reference") : Reference()));
+    EXPECT_EQ(RunProgram({"verify", "."}, there).exit_code, 0);
+    const ProgramResult refused = RunProgram(Arguments(name), there);
+    EXPECT_EQ(refused.exit_code, 2);
+    EXPECT_THAT(refused.err, HasSubstr(std::string(name) + ": is not empty"));
+    EXPECT_EQ(RunProgram(Arguments(name, {"--force"}), there).exit_code, 0);
+    EXPECT_EQ(Hashes(folder), Hashes(Out("reference")));
+    for (const auto& entry : fs::directory_iterator(folder)) fs::remove_all(entry.path());  // the folder stays the same
+  }
+}
+
+TEST_F(LongRunTest, WhatCannotBeAnOutputIsRefusedAtTheStart) {
+  const auto expect_refused = [&](const std::string& output, const std::string& what) {
+    std::vector<std::string> arguments = Arguments(output);
+    std::erase(arguments, "--quiet");
+    const ProgramResult result = RunProgram(arguments);
+    EXPECT_EQ(result.exit_code, 2) << output;
+    EXPECT_THAT(result.err, AllOf(HasSubstr(output), HasSubstr(what), Not(HasSubstr("logits"))));
+  };
+  fs::create_symlink("nowhere", Out("link"));
+  expect_refused(Out("link"), "is a link to nowhere, which is missing");
+  fs::create_symlink("loop", Out("loop"));
+  expect_refused(Out("loop"), "Too many levels of symbolic links");
+  expect_refused("/", "cannot be an output");
+  expect_refused("/proc/circlet", "cannot be written");
+  expect_refused("/dev/null", "is a file");
+  expect_refused(Out(std::string(250, 'n')), "at most 247 leave room");
+  std::string deep = directory_.Path();
+  while (deep.size() < 3900) deep += "/" + std::string(100, 'd');
+  expect_refused(deep, "choose a shorter one");
+  WriteFile(Out("file"), "");
+  expect_refused(Out("file") + "/out", "Not a directory");
+  EXPECT_FALSE(fs::exists(Out("link") + ".partial"));
+  if (fs::create_directory(Out("mounted")); mount("tmpfs", Out("mounted").c_str(), "tmpfs", 0, "size=1m") == 0) {
+    expect_refused(Out("mounted"), "name a directory in it");
+    umount(Out("mounted").c_str());
+  }
+}
+
+TEST_F(LongRunTest, ALinkToADirectoryIsThatDirectory) {
+  fs::create_directory(Out("real"));
+  fs::create_symlink("real", Out());
+  EXPECT_EQ(RunProgram(Arguments(Out())).exit_code, 0);
+  EXPECT_TRUE(fs::is_symlink(Out()));
+  EXPECT_EQ(Hashes(Out("real")), Hashes(Reference()));
+}
+
+TEST_F(LongRunTest, ForceReplacesWhatTheManifestListsAndNothingElse) {
+  EXPECT_EQ(RunProgram(Arguments(Out(), {"--dialect", "tico"})).exit_code, 0);
+  const fs::path out = Out();
+  WriteFile(directory_.Path() / "outside.txt", "dear");
+  WriteFile(out / "thesis.txt", "dear");
+  WriteFile(out / "stale.q.circle", "x");
+  fs::create_directory(out / "folder");
+  nlohmann::json manifest = ReadJson(out / "manifest.json");
+  for (const char* file : {"stale.q.circle", "../outside.txt", "folder", "gone.json"})
+    manifest["outputs"].push_back({{"file", file}, {"sha256", ""}});
+  manifest["outputs"].push_back(7);
+  WriteJson(out / "manifest.json", manifest);
+  EXPECT_EQ(RunProgram(Arguments(Out(), {"--force"})).exit_code, 0);
+  std::map<std::string, std::string> expected = Hashes(Reference());
+  expected["thesis.txt"] = Sha256File(directory_.Path() / "outside.txt");
+  expected["folder"] = "no file";
+  EXPECT_EQ(Hashes(out), expected);
+
+  WriteFile(out / "manifest.json", "{\"files\": [\"a\"]}");
+  const ProgramResult foreign = RunProgram(Arguments(Out(), {"--force"}));
+  EXPECT_EQ(foreign.exit_code, 2);
+  EXPECT_THAT(foreign.err, HasSubstr("holds a manifest.json that is not circlet's"));
+}
+
+TEST_F(LongRunTest, FourBitActivationsAreStoredInBytes) {
+  for (const char* type : {"uint4", "int4"}) {
+    const ProgramResult result = RunProgram(
+        Arguments(Out(type), {"--set", fmt::format("pipeline.0.activation={{dtype: {}}}", type)}));
+    ASSERT_EQ(result.exit_code, 0) << result.err;
+    const ProgramResult verify = RunProgram({"verify", Out(type)});
+    EXPECT_EQ(verify.exit_code, 0) << verify.err;
+    EXPECT_THAT(verify.out, HasSubstr("to the last code"));
+    EXPECT_EQ(SafetensorsFile::Open(Out(type) + "/verify.safetensors").Get("decoder_layer_decode_0.out.0").GetDType(),
+              type[0] == 'u' ? DType::kU8 : DType::kI8);
+  }
+}
+
+// ---- Stopped
+// ----------------------------------------------------------------------------------------------------------
+
+class Stopped : public LongRunTest, public testing::WithParamInterface<int> {
+ protected:
+  const std::string err_ = directory_.Path() / "err";
+};
+
+TEST_P(Stopped, SaysWhereAndHowToGoOn) {
+  Running run(Arguments(Out(), {"--force"}), err_);
+  EXPECT_EQ(run.Stop(GetParam(), [&] { return fs::exists(Out() + ".partial/unfinished/rank.0/state.4.json"); }),
+            128 + GetParam());
+  const std::string err = ReadFile(err_);
+  EXPECT_THAT(err, AllOf(testing::StartsWith("circlet: stopped; "), HasSubstr(" of 11 stages are saved, the last is "),
+                         HasSubstr("; go on with: "), testing::EndsWith(" --quiet --save-every 0 --resume\n")));
+  const size_t command = err.find("go on with: ");
+  ASSERT_NE(command, err.npos);
+  EXPECT_EQ(std::system((err.substr(command + 12, err.size() - command - 13) + " > /dev/null").c_str()), 0);
+  EXPECT_EQ(Hashes(Out()), Hashes(Reference()));
+}
+
+TEST_P(Stopped, SaysThatNothingIsSavedYet) {
+  std::vector<std::string> arguments = Arguments(Out());
+  arguments.back() = "60";
+  Running run(arguments, err_);
+  EXPECT_EQ(run.Stop(GetParam(), [&] { return fs::exists(Out() + ".partial"); }), 128 + GetParam());
+  EXPECT_THAT(ReadFile(err_),
+              AllOf(HasSubstr("stopped; nothing is saved yet, start again with: "), Not(HasSubstr("--resume"))));
+  EXPECT_EQ(RunProgram(Arguments(Out())).exit_code, 0);
+}
+INSTANTIATE_TEST_SUITE_P(Signals, Stopped, testing::Values(SIGINT, SIGTERM));
 
 // ---- Memory
 // -----------------------------------------------------------------------------------------------------------
@@ -340,6 +660,7 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
   EXPECT_THAT(refused.err, AllOf(HasSubstr("--memory-limit 20.0 MiB"), HasSubstr("the largest stage alone takes")));
 }
 
+// Its files have no names, so that nothing is left of a killed run either.
 TEST(MemoryLimit, EvaluateSpillsToo) {
   const TempDirectory scratch;
   const ProgramResult result =
@@ -348,6 +669,23 @@ TEST(MemoryLimit, EvaluateSpillsToo) {
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.out, HasSubstr("went to files"));
   EXPECT_TRUE(fs::is_empty(scratch.Path()));
+
+  setenv("TMPDIR", scratch.Path().c_str(), 1);
+  Running run({"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--memory-limit", "50MiB"});
+  const auto spills = [&] {
+    std::error_code gone;
+    for (const auto& entry : fs::directory_iterator(fmt::format("/proc/{}/fd", run.Pid()), gone))
+      if (fs::read_symlink(entry.path(), gone).string().starts_with(scratch.Path().string())) return true;
+    return false;
+  };
+  EXPECT_EQ(run.Stop(SIGKILL, spills), 128 + SIGKILL);
+  unsetenv("TMPDIR");
+  EXPECT_TRUE(fs::is_empty(scratch.Path()));
+
+  const ProgramResult nowhere = RunProgram(
+      {"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl"}, "export TMPDIR=/nonexistent; ");
+  EXPECT_EQ(nowhere.exit_code, 2);
+  EXPECT_THAT(nowhere.err, AllOf(HasSubstr("TMPDIR=/nonexistent: "), HasSubstr("set it to a directory with room")));
 }
 
 // ---- bf16

@@ -11,8 +11,8 @@ namespace circlet {
 // An empty directory that lives as long as the object.
 class TempDirectory {
  public:
-  TempDirectory() {
-    std::string name = (std::filesystem::temp_directory_path() / "circlet-test-XXXXXX").string();
+  explicit TempDirectory(const std::filesystem::path& parent = std::filesystem::temp_directory_path()) {
+    std::string name = (parent / "circlet-test-XXXXXX").string();
     CIRCLET_CHECK(mkdtemp(name.data()) != nullptr, "cannot create {}", name);
     path_ = name;
   }

@@ -10,6 +10,7 @@
 #include "circlet/io/file.h"
 #include "cli/commands.h"
 #include "cli/flags.h"
+#include "cli/stop.h"
 
 namespace circlet {
 
@@ -61,6 +62,17 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
       ->default_str("3GB");
 }
 
+// What a stopped run leaves, and how to go on.
+void TellWhenRunStopped(QuantizeOptions& options) {
+  const bool first = World().Rank() == 0;
+  TellWhenStopped(first ? "stopped; nothing is saved yet, start again with: " + CommandLine("--resume", "") : "");
+  options.saved = [first](const std::string& stage, int done, int stages) {
+    if (first)
+      TellWhenStopped(fmt::format("stopped; {} of {} stages are saved, the last is {}; go on with: {}", done, stages,
+                                  stage, CommandLine("--force", "--resume")));
+  };
+}
+
 // Of several processes the first one tells.
 int PrintFirst(const std::string& text) {
   if (World().Rank() == 0) fmt::print("{}", text);
@@ -104,7 +116,11 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
       options->exports = true;
       options->progress = switches->quiet ? nullptr : stderr;
       if (switches->dry_run) return PrintFirst(DryRun(*options));
+      TellWhenRunStopped(*options);
       const QuantizeResult result = Quantize(*options);
+      if (result.done_already)
+        return PrintFirst(fmt::format("{}: is complete already; next: circlet verify {}\n", result.output_directory,
+                                      result.output_directory));
       return PrintFirst(fmt::format("{}\nwritten to {}; next: circlet verify {}\n", ReportText(result),
                                     result.output_directory, result.output_directory));
     };
@@ -128,6 +144,7 @@ void AddEvaluate(CLI::App& app, std::function<int()>& command) {
   evaluate->callback([options, &command] {
     command = [options] {
       options->quantize.progress = options->quiet ? nullptr : stderr;
+      TellWhenStopped(World().Rank() == 0 ? "stopped; evaluate saves nothing" : "");
       const QuantizeResult result = Quantize(options->quantize);
       if (!options->json.empty() && World().Rank() == 0) WriteFile(options->json, ReportJson(result));
       return PrintFirst(ReportText(result));

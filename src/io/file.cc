@@ -3,11 +3,11 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
-#include <nlohmann/json.hpp>
+#include <utility>
 
 #include "circlet/base/error.h"
-#include "circlet/io/json.h"
 #include "io/mapped_file.h"
 #include "io/system_error.h"
 
@@ -92,13 +92,7 @@ void AtomicFile::Commit() {
   if (close(file) != 0) FailErrno(state.path, "written");
   if (rename(state.temporary.c_str(), state.path.c_str()) != 0) FailErrno(state.path, "written");
   state.temporary.clear();
-  // The new name lasts through a power cut only once its directory is on the disk; a file system that cannot do it is
-  // fine.
-  const fs::path directory = state.path.parent_path().empty() ? fs::path(".") : state.path.parent_path();
-  if (const int handle = open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); handle >= 0) {
-    fsync(handle);
-    close(handle);
-  }
+  SyncDirectory(state.path.parent_path());
 }
 
 void WriteFile(const fs::path& path, std::string_view text) {
@@ -107,44 +101,38 @@ void WriteFile(const fs::path& path, std::string_view text) {
   file.Commit();
 }
 
-namespace {
-
-// What the manifest lists; it may be damaged or foreign, so the paths are not to be trusted.
-std::vector<fs::path> OwnOutputs(const fs::path& directory) {
-  std::vector<fs::path> outputs;
-  const fs::path manifest_path = directory / "manifest.json";
-  if (!fs::is_regular_file(fs::symlink_status(manifest_path))) return outputs;
-  const nlohmann::json manifest = ReadJson(manifest_path);
-  if (!manifest.is_object() || !manifest.contains("outputs")) return outputs;
-  outputs = {"manifest.json", "timings.json"};  // which it does not list
-  const auto add = [&](const nlohmann::json& entry) {
-    const nlohmann::json& name = entry.is_object() && entry.contains("file") ? entry["file"] : entry;
-    if (name.is_string()) outputs.push_back(name.get<std::string>());
-  };
-  if (manifest["outputs"].is_array()) std::ranges::for_each(manifest["outputs"], add);
-  return outputs;
+std::vector<fs::path> EntriesOf(const fs::path& directory) {
+  std::vector<fs::path> entries;
+  std::error_code error;
+  for (fs::directory_iterator entry(directory, error); !error && entry != fs::directory_iterator();
+       entry.increment(error))
+    entries.push_back(entry->path());
+  if (error) FailErrno(directory, "listed", error.value());
+  std::sort(entries.begin(), entries.end());
+  return entries;
 }
 
-void RemoveOwnOutputs(const fs::path& directory) {
-  for (const fs::path& output : OwnOutputs(directory)) {
-    // "..", an absolute path or a link on the way could lead out of the directory.
-    const fs::path parent = fs::weakly_canonical(directory / output.parent_path());
-    const fs::path inside = parent.lexically_relative(fs::canonical(directory));
-    if (inside.empty() || *inside.begin() == "..") continue;
-    if (fs::is_regular_file(fs::symlink_status(parent / output.filename()))) fs::remove(parent / output.filename());
-  }
-  RemoveLeftovers(directory);
+void RemoveFile(const fs::path& path) {
+  std::error_code error;
+  if (fs::remove(path, error); error) FailErrno(path, "removed", error.value());
 }
 
-}  // namespace
+void SyncDirectory(const fs::path& directory) {
+  const int handle = open(directory.empty() ? "." : directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (handle < 0) return;
+  fsync(handle);
+  close(handle);
+}
+
+bool IsLeftover(const fs::path& path) {
+  const std::string name = path.filename();
+  return name.starts_with('.') && name.find(kTemporaryMark) != std::string::npos &&
+         fs::is_regular_file(fs::symlink_status(path));
+}
 
 void RemoveLeftovers(const fs::path& directory) {
-  for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
-    const std::string name = entry.path().filename().string();
-    if (name.starts_with('.') && name.find(kTemporaryMark) != std::string::npos && !entry.is_directory()) {
-      fs::remove(entry.path());
-    }
-  }
+  for (const fs::path& entry : EntriesOf(directory))
+    if (IsLeftover(entry)) RemoveFile(entry);
 }
 
 void CreateDirectories(const fs::path& path) {
@@ -153,7 +141,7 @@ void CreateDirectories(const fs::path& path) {
   if (error) FailErrno(path, "created", error.value());
 }
 
-void PrepareOutputDirectory(const fs::path& path, bool force) {
+void PrepareOutputDirectory(const fs::path& path) {
   try {
     if (fs::exists(path) && !fs::is_directory(path)) {
       Fail("{}: is a file, the output must be a directory; choose another name", path.string());
@@ -161,11 +149,8 @@ void PrepareOutputDirectory(const fs::path& path, bool force) {
     fs::create_directories(path);
     if (access(path.c_str(), R_OK | W_OK | X_OK) != 0) FailErrno(path, "written");
     if (fs::is_empty(path)) return;
-    if (!force) {
-      Fail("{}: is not empty (it holds \"{}\"); pass --force to replace it, or choose another directory", path.string(),
-           fs::directory_iterator(path)->path().filename().string());
-    }
-    RemoveOwnOutputs(path);
+    Fail("{}: is not empty (it holds \"{}\"); pass --force to replace it, or choose another directory", path.string(),
+         EntriesOf(path).front().filename().string());
   } catch (const fs::filesystem_error& error) {
     FailErrno(path, "used for output", error.code().value());
   }

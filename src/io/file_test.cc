@@ -145,58 +145,19 @@ TEST(Sha256Test, OfAFileEqualsThatOfItsBytes) {
 TEST(OutputDirectoryTest, IsCreatedWithItsParentsAndTakenWhenEmpty) {
   const TempDirectory directory;
   const fs::path out = directory.Path() / "a" / "b";
-  PrepareOutputDirectory(out, false);
+  PrepareOutputDirectory(out);
   EXPECT_TRUE(fs::is_directory(out));
-  PrepareOutputDirectory(out, false);
+  PrepareOutputDirectory(out);
 }
 
 TEST(OutputDirectoryTest, OneWithFilesIsRefusedWithoutForce) {
   const TempDirectory directory;
   WriteFile(directory.Path() / "thesis.txt", "dear");
-  EXPECT_EQ(ErrorText([&] { PrepareOutputDirectory(directory.Path(), false); }),
+  EXPECT_EQ(ErrorText([&] { PrepareOutputDirectory(directory.Path()); }),
             directory.Path().string() +
                 ": is not empty (it holds \"thesis.txt\"); pass --force to replace it, or choose "
                 "another directory");
   EXPECT_EQ(ReadFile(directory.Path() / "thesis.txt"), "dear");
-}
-
-TEST(OutputDirectoryTest, ForceRemovesWhatTheManifestListsAndNothingElse) {
-  const TempDirectory directory;
-  const TempDirectory elsewhere;
-  const fs::path out = directory.Path() / "out";
-  fs::create_directories(out / "circle");
-  fs::create_directories(out / "listed_directory");
-  WriteFile(out / "thesis.txt", "dear");
-  WriteFile(out / "circle" / "layer.circle", "x");
-  WriteFile(out / "report.json", "{}");
-  WriteFile(out / "timings.json", "{}");
-  WriteFile(directory.Path() / "outside.txt", "dear");
-  WriteFile(elsewhere.Path() / "linked.txt", "dear");
-  fs::create_directory_symlink(elsewhere.Path(), out / "link");
-  WriteFile(out / ".report.json.circlet-partial-1-0", "half");
-  WriteJson(out / "manifest.json", {{"outputs",
-                                     {{{"file", "circle/layer.circle"}},
-                                      "report.json",
-                                      "../outside.txt",
-                                      "listed_directory",
-                                      "link/linked.txt",
-                                      (elsewhere.Path() / "linked.txt").string(),
-                                      "gone.json",
-                                      7,
-                                      "circle/../../outside.txt"}}});
-  PrepareOutputDirectory(out, true);
-  EXPECT_THAT(NamesIn(out), UnorderedElementsAre("thesis.txt", "circle", "listed_directory", "link"));
-  EXPECT_TRUE(fs::is_empty(out / "circle"));
-  EXPECT_TRUE(fs::exists(directory.Path() / "outside.txt"));
-  EXPECT_TRUE(fs::exists(elsewhere.Path() / "linked.txt"));
-}
-
-TEST(OutputDirectoryTest, AForeignManifestIsNoLicenceToDelete) {
-  const TempDirectory directory;
-  WriteFile(directory.Path() / "manifest.json", "{\"files\": [\"a\"]}");
-  WriteFile(directory.Path() / "a", "dear");
-  PrepareOutputDirectory(directory.Path(), true);
-  EXPECT_THAT(NamesIn(directory.Path()), UnorderedElementsAre("manifest.json", "a"));
 }
 
 TEST(CreateDirectoriesTest, MakesParentsAndNamesWhatCannotBe) {
@@ -212,13 +173,13 @@ TEST(CreateDirectoriesTest, MakesParentsAndNamesWhatCannotBe) {
 TEST(OutputDirectoryTest, AFileInItsPlaceIsAnError) {
   const TempDirectory directory;
   WriteFile(directory.Path() / "out", "");
-  EXPECT_EQ(ErrorText([&] { PrepareOutputDirectory(directory.Path() / "out", true); }),
+  EXPECT_EQ(ErrorText([&] { PrepareOutputDirectory(directory.Path() / "out"); }),
             (directory.Path() / "out").string() + ": is a file, the output must be a directory; choose another name");
 }
 
 TEST(OutputDirectoryTest, OneThatCannotBeCreatedNamesItsPathAndReason) {
   const fs::path path = "/proc/circlet/out";
-  EXPECT_THAT(ErrorText([&] { PrepareOutputDirectory(path, false); }),
+  EXPECT_THAT(ErrorText([&] { PrepareOutputDirectory(path); }),
               StartsWith("/proc/circlet/out: cannot be used for output: No such file or directory"));
 }
 

@@ -8,18 +8,51 @@
 
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
+#include "io/sha256.h"
 #include "io/system_error.h"
 
 namespace circlet {
 namespace fs = std::filesystem;
 
-// Append-only; gone with its last owner unless it was told to stay. It is open only while something is transferred:
-// there is one for each key, and a process may have few descriptors.
+namespace {
+
+// In `directory` without a name, so that it is gone with the process.
+int OpenNameless(const fs::path& directory) {
+  if (const int file = open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); file >= 0) return file;
+  // Some file systems cannot.
+  std::string name = (directory / "circlet-XXXXXX").string();
+  const int file = mkostemp(name.data(), O_CLOEXEC);
+  if (file >= 0) unlink(name.c_str());
+  return file;
+}
+
+std::string HashOf(const Tensor& tensor) {
+  Sha256Stream stream;
+  const std::string type = tensor.Type().ToString();
+  stream.Add(std::as_bytes(std::span(type)));
+  stream.Add({tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
+  return stream.Finish();
+}
+
+}  // namespace
+
+// Append-only; gone with its last owner unless it was told to stay. With a name it is open only while something is
+// transferred: there is one for each key, and a process may have few descriptors.
 class ActivationStore::File {
  public:
-  File(fs::path path, int number) : path_(std::move(path)), number_(number) { Descriptor(*this, "written", O_CREAT); }
+  File(fs::path path, int number, Files kind) : path_(std::move(path)), number_(number) {
+    if (kind == Files::kNamed) {
+      Descriptor(*this, "written", O_CREAT);
+    } else if (nameless_ = OpenNameless(path_.parent_path()); nameless_ < 0) {
+      FailErrno(path_.parent_path(), "written");
+    }
+  }
   ~File() {
-    if (!stays_) unlink(path_.c_str());
+    if (nameless_ >= 0) {
+      close(nameless_);
+    } else if (!stays_) {
+      unlink(path_.c_str());
+    }
   }
   File(const File&) = delete;
   File& operator=(const File&) = delete;
@@ -34,6 +67,7 @@ class ActivationStore::File {
     synced_ = size_;
   }
   bool Promised() const { return synced_ >= 0; }
+  const fs::path& Path() const { return path_; }
   void Cut(int64_t size) {
     const Descriptor file(*this, "cut to size");
     if (const off_t found = lseek(file.number, 0, SEEK_END); found < size)
@@ -60,12 +94,16 @@ class ActivationStore::File {
  private:
   struct Descriptor {
     Descriptor(const File& file, std::string_view done, int flags = 0)
-        : number(open(file.path_.c_str(), O_RDWR | O_CLOEXEC | flags, 0666)) {
+        : held(file.nameless_ >= 0),
+          number(held ? file.nameless_ : open(file.path_.c_str(), O_RDWR | O_CLOEXEC | flags, 0666)) {
       if (number < 0) FailErrno(file.path_, done);
     }
-    ~Descriptor() { close(number); }
+    ~Descriptor() {
+      if (!held) close(number);
+    }
     Descriptor(const Descriptor&) = delete;
     Descriptor& operator=(const Descriptor&) = delete;
+    const bool held;
     const int number;
   };
 
@@ -76,13 +114,16 @@ class ActivationStore::File {
       const ssize_t moved = call(file.number, done, static_cast<off_t>(offset + static_cast<int64_t>(done)));
       if (moved < 0 && errno == EINTR) continue;
       if (moved < 0) FailErrno(path_, verb);
-      CIRCLET_CHECK(moved > 0, "{} ends before byte {}", path_.string(), offset + size);
+      if (moved == 0)
+        Fail("{}: ends before byte {}; another program has changed it during the run, start again", path_.string(),
+             offset + static_cast<int64_t>(size));
       done += static_cast<size_t>(moved);
     }
   }
 
   fs::path path_;
   int number_;
+  int nameless_ = -1;  // descriptor
   int64_t size_ = 0;
   int64_t synced_ = -1;
   bool stays_ = false;
@@ -96,11 +137,15 @@ ActivationStore::~ActivationStore() {
 
 void ActivationStore::Write(Entry& entry, Slot& slot, const Tensor& tensor) {
   if (entry.file == nullptr) {
-    CreateDirectories(directory_);
-    const int number = next_file_++;
-    entry.file = std::make_shared<File>(directory_ / fmt::format("{}.values", number), number);
+    if (files_ == Files::kNamed) CreateDirectories(directory_);
+    entry.file = OpenFile(next_file_++);
   }
   slot.offset = entry.file->Append({tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
+  if (files_ == Files::kNamed) slot.hash = HashOf(tensor);
+}
+
+std::shared_ptr<ActivationStore::File> ActivationStore::OpenFile(int number) const {
+  return std::make_shared<File>(directory_ / fmt::format("{}.values", number), number, files_);
 }
 
 // Late readers' tensors leave memory, until `bytes` fit.
@@ -137,7 +182,11 @@ void ActivationStore::Put(int item, Chain chain, const std::string& key, const T
 
 const ActivationStore::Entry& ActivationStore::EntryOf(const std::string& key, std::pair<int, Chain> owner) const {
   const auto it = entries_.find(key);
-  CIRCLET_CHECK(it != entries_.end() && it->second.slots.contains(owner), "item {} has no {}", owner.first, key);
+  const bool found = it != entries_.end() && it->second.slots.contains(owner);
+  if (!found && restored_)
+    Fail("{}: item {} has no {} among the values that the unfinished run saved; start again with --force",
+         directory_.string(), owner.first, key);
+  CIRCLET_CHECK(found, "item {} has no {}", owner.first, key);
   return it->second;
 }
 
@@ -196,7 +245,8 @@ nlohmann::json ActivationStore::Save() {
                        {"chain", static_cast<int>(owner.second)},
                        {"dtype", Name(slot.type.dtype)},
                        {"shape", slot.type.shape.Sizes()},
-                       {"offset", slot.offset}});
+                       {"offset", slot.offset},
+                       {"sha256", slot.hash}});
     }
     entry.file->Promise();
     keys[key] = {{"file", entry.file->Number()},
@@ -215,29 +265,42 @@ void ActivationStore::Forget() {
 void ActivationStore::Restore(const nlohmann::json& state) {
   const std::lock_guard lock(mutex_);
   CreateDirectories(directory_);
+  restored_ = true;
   next_file_ = state.at("next_file").get<int>();
   std::vector<std::string> known;
   for (const auto& [key, described] : state.at("keys").items()) {
     Entry& entry = entries_[key];
-    const int number = described.at("file").get<int>();
-    known.push_back(fmt::format("{}.values", number));
-    entry.file = std::make_shared<File>(directory_ / known.back(), number);
+    entry.file = OpenFile(described.at("file").get<int>());
+    known.push_back(entry.file->Path().filename());
+    if (entry.file->Number() >= next_file_)
+      Fail("{}: is behind the next file {}; start again with --force", known.back(), next_file_);
     const auto size = described.at("bytes").get<int64_t>();
     entry.file->Cut(size);
     entry.file->Promise();
     entry.read = described.at("late").get<bool>() ? Read::kLate : Read::kSoon;
-    for (const nlohmann::json& slot : described.at("slots")) {
-      const std::pair owner{slot.at("item").get<int>(), static_cast<Chain>(slot.at("chain").get<int>())};
-      entry.slots[owner] = {.type = {DTypeFromName(slot.at("dtype").get<std::string>()),
-                                     Shape(slot.at("shape").get<std::vector<int64_t>>())},
-                            .offset = slot.at("offset").get<int64_t>()};
-      const Slot& restored = entry.slots[owner];
-      if (restored.offset < 0 || restored.offset > size - restored.type.Bytes())
-        Fail("{}: item {} lies outside the {} bytes of its file; start again with --force", key, owner.first, size);
-    }
+    for (const nlohmann::json& slot : described.at("slots")) RestoreSlot(entry, slot, size);
   }
-  for (const auto& file : fs::directory_iterator(directory_))
-    if (std::find(known.begin(), known.end(), file.path().filename()) == known.end()) fs::remove(file.path());
+  for (const fs::path& file : EntriesOf(directory_))
+    if (std::find(known.begin(), known.end(), file.filename()) == known.end()) RemoveFile(file);
+}
+
+void ActivationStore::RestoreSlot(Entry& entry, const nlohmann::json& json, int64_t file_bytes) {
+  const auto item = json.at("item").get<int>(), chain = json.at("chain").get<int>();
+  Slot slot{.type = {DTypeFromName(json.at("dtype").get<std::string>()),
+                     Shape(json.at("shape").get<std::vector<int64_t>>())},
+            .offset = json.at("offset").get<int64_t>(),
+            .hash = json.at("sha256").get<std::string>()};
+  const auto refuse = [&](std::string_view what) {
+    Fail("{}: {} of item {} {}; start again with --force", entry.file->Path().string(), slot.type.ToString(), item, what);
+  };
+  if (chain != static_cast<int>(Chain::kFloat) && chain != static_cast<int>(Chain::kQuant))
+    refuse(fmt::format("is of chain {}, known are 0 and 1", chain));
+  if (slot.offset < 0 || slot.offset > file_bytes - slot.type.Bytes())
+    refuse(fmt::format("at byte {} lies outside the {} bytes of its file", slot.offset, file_bytes));
+  const Tensor found = Tensor::Uninitialized(slot.type);
+  entry.file->Read(slot.offset, {found.Raw(), static_cast<size_t>(found.Bytes())});
+  if (HashOf(found) != slot.hash) refuse("is not what the unfinished run saved (SHA-256)");
+  if (!entry.slots.try_emplace({item, static_cast<Chain>(chain)}, std::move(slot)).second) refuse("is there twice");
 }
 
 }  // namespace circlet

@@ -26,11 +26,15 @@ class ActivationStore {
   // Files go with the store, unless Save() has promised them to another process.
   ~ActivationStore();
 
-  // Tensors past `memory_bytes` go to files in `directory`, which is made when it is needed. Without it everything
-  // stays in memory.
-  void UseFiles(std::filesystem::path directory, int64_t memory_bytes) {
+  // Tensors past `memory_bytes` go to files in `directory`. Without it everything stays in memory.
+  enum class Files {
+    kNamed,    // for Save(); the directory is made when it is needed
+    kNameless  // unlinked while they are open, so that nothing is left of them however the process ends
+  };
+  void UseFiles(std::filesystem::path directory, int64_t memory_bytes, Files files = Files::kNamed) {
     directory_ = std::move(directory);
     budget_ = memory_bytes;
+    files_ = files;
   }
 
   // When values are read again: by the next stage, or one part at a time by stages far ahead. Those leave memory first.
@@ -38,7 +42,7 @@ class ActivationStore {
 
   // Throws Error when the disk is full.
   void Put(int item, Chain chain, const std::string& key, const Tensor& tensor, Read read = Read::kSoon);
-  // CHECKs that it is there.
+  // CHECKs that it is there; behind Restore() a missing one is an Error.
   Tensor Get(int item, Chain chain, const std::string& key) const;
   TensorType TypeOf(int item, Chain chain, const std::string& key) const;
   // Forgets `key` of every item but `kept`.
@@ -50,7 +54,8 @@ class ActivationStore {
   // now on files of dropped keys stay until Forget(), so that an older state remains whole until the next one is safe.
   nlohmann::json Save();
   void Forget();
-  // Takes the files of an earlier process and removes those that `state` does not know.
+  // Takes the files of an earlier process and removes those that `state` does not know. Throws Error for a value that is
+  // not what was saved.
   void Restore(const nlohmann::json& state);
 
  private:
@@ -59,19 +64,24 @@ class ActivationStore {
     TensorType type;
     Tensor memory;        // empty: in the file only
     int64_t offset = -1;  // in the file; -1: in memory only
+    std::string hash;     // of what is in a named file, type and bytes
   };
   struct Entry {
     std::map<std::pair<int, Chain>, Slot> slots;
     std::shared_ptr<File> file;
     Read read = Read::kSoon;
   };
-  // CHECKs that it holds a tensor of `owner`. The caller holds the lock.
+  std::shared_ptr<File> OpenFile(int number) const;
+  // The caller holds the lock.
   const Entry& EntryOf(const std::string& key, std::pair<int, Chain> owner) const;
   void Write(Entry& entry, Slot& slot, const Tensor& tensor);
   void MakeRoom(int64_t bytes);
+  void RestoreSlot(Entry& entry, const nlohmann::json& json, int64_t file_bytes);
 
   std::filesystem::path directory_;
+  Files files_ = Files::kNamed;
   int64_t budget_ = 0;
+  bool restored_ = false;
   mutable std::mutex mutex_;
   std::map<std::string, Entry> entries_;
   std::vector<std::shared_ptr<File>> dropped_;

@@ -53,27 +53,17 @@ class Clock {
   std::map<std::string, double>& seconds_;
 };
 
-// A folder that goes with the run, for activations of a run that writes nothing.
-class ScratchDirectory {
- public:
-  ScratchDirectory() {
-    std::error_code error;
-    const std::filesystem::path parent = std::filesystem::temp_directory_path(error);
-    if (error) Fail("TMPDIR={}: is no directory; set TMPDIR to a place with room for activations", std::getenv("TMPDIR"));
-    std::string name = (parent / "circlet-XXXXXX").string();
-    if (mkdtemp(name.data()) == nullptr)
-      Fail("{}: cannot be made for activations; set TMPDIR to a place with room", name);
-    path_ = name;
+// For activations of a run that writes nothing.
+std::filesystem::path TemporaryDirectory() {
+  std::error_code error;
+  std::filesystem::path path = std::filesystem::temp_directory_path(error);
+  if (error) {
+    const char* set = std::getenv("TMPDIR");
+    Fail("TMPDIR={}: cannot be used for activations: {}; set it to a directory with room", set != nullptr ? set : "/tmp",
+         error.message());
   }
-  ~ScratchDirectory() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  const std::filesystem::path& Path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
+  return path;
+}
 
 // Where a directory that does not exist yet would be made.
 std::filesystem::path NearestDirectory(std::filesystem::path path) {
@@ -192,6 +182,7 @@ class Run {
   StageContext ContextOf(const std::vector<Item>& items);
   std::function<PointSpec(const std::string&)> SpecsOfPoints() const;
   void TellStart(int64_t budget) const;
+  void TellSaved(int done) const;
   void Prefetch(const Phase& phase) const;
   void RunPhase(const Phase& phase);
   void ShareChange();
@@ -258,7 +249,7 @@ void Run::MakePhases() {
     text_.WriteHeadUnit(*units_);
     if (whole_) text_.WriteModelUnit(*units_);
     if (whole_ && vision_) vision_->WriteFullUnit(*units_);
-    if (profile_) WriteJson(units_->Directory() / "vision_profile.json", profile_->ToJson());
+    if (profile_) units_->WriteSettings("vision_profile.json", profile_->ToJson());
   });
 }
 
@@ -377,26 +368,29 @@ QuantizeResult Run::Compute() {
   if (options_.resume && options_.save_stages)
     Fail("--save-stages: values of finished stages are not saved; leave out --resume");
   std::optional<OutputRun> output;
-  std::optional<ScratchDirectory> scratch;
   std::optional<RunState> state;
-  if (writes) {
-    output.emplace(options_, data_.files, world_);
-    RequireFreeSpace(output->Directory(), std::max<int64_t>(0, NeededDisk() - output->Bytes()));
-    state.emplace(output->StateDirectory(), IdentityOf(options_, context_, output->Inputs()), options_.save_every,
-                  world_);
-  } else {
-    scratch.emplace();
-    RequireFreeSpace(scratch->Path(), NeededDisk());
-  }
-  store_.UseFiles(writes ? state->ValuesDirectory() : scratch->Path(), budget);
+  result_.phases = static_cast<int>(phases_.size());
   std::optional<RunParts> parts;
   if (writes) {
+    output.emplace(options_, data_.files, world_);
+    const nlohmann::json identity = IdentityOf(options_, context_, output->Inputs());
+    if (!output->Begin(identity)) {
+      result_.done_already = true;
+      result_.output_directory = options_.output.string();
+      return std::move(result_);
+    }
+    RequireFreeSpace(output->Directory(), std::max<int64_t>(0, NeededDisk() - output->Bytes()));
+    state.emplace(output->StateDirectory(), identity, options_.save_every, world_);
+    store_.UseFiles(state->ValuesDirectory(), budget);
     units_.emplace(output->Directory(), calibration_, store_);
     parts.emplace(
         RunParts{calibration_, store_, *units_, result_.stages, head_, result_.compute_change, result_.seconds});
-    result_.resumed_phases = state->Load(*parts, SpecsOfPoints());
+    result_.resumed_phases = state->Load(*parts, SpecsOfPoints(), result_.phases);
+  } else {
+    const std::filesystem::path directory = TemporaryDirectory();
+    RequireFreeSpace(directory, NeededDisk());
+    store_.UseFiles(directory, budget, ActivationStore::Files::kNameless);
   }
-  result_.phases = static_cast<int>(phases_.size());
   TellStart(budget);
   progress_.emplace(world_.Rank() == 0 ? options_.progress : nullptr);
   gemm::Tally tally;
@@ -406,8 +400,9 @@ QuantizeResult Run::Compute() {
     if (done + 1 < result_.phases) Prefetch(phases_[done + 1]);
     RunPhase(phases_[done]);
     if (!state) continue;
-    state->Save(done + 1, *parts);
-    if (state->Saved()) output->Keep();
+    if (!state->Save(done + 1, *parts)) continue;
+    output->Keep();
+    TellSaved(done + 1);
   }
   progress_->End();
   tallying.reset();
@@ -430,8 +425,16 @@ QuantizeResult Run::Compute() {
   return std::move(result_);
 }
 
+void Run::TellSaved(int done) const {
+  if (options_.saved) options_.saved(phases_[done - 1].name, done, result_.phases);
+}
+
 void Run::TellStart(int64_t budget) const {
+  if (result_.resumed_phases > 0) TellSaved(result_.resumed_phases);
   if (options_.progress == nullptr || world_.Rank() != 0) return;
+  if (options_.resume && result_.resumed_phases == 0)
+    fmt::print(options_.progress, "{}: no saved state to go on from, the run starts at its beginning\n",
+               options_.output.string());
   if (result_.resumed_phases > 0)
     fmt::print(options_.progress, "going on behind {}: {} of {} stages are done\n",
                phases_[result_.resumed_phases - 1].name, result_.resumed_phases, result_.phases);
@@ -527,7 +530,11 @@ void Run::FillResult() {
 
 }  // namespace
 
-QuantizeResult Quantize(const QuantizeOptions& options) { return Run(options).Compute(); }
+QuantizeResult Quantize(const QuantizeOptions& options) {
+  if (options.resume && options.force)
+    Fail("--resume goes on with an unfinished run, --force starts again: give one of them");
+  return Run(options).Compute();
+}
 
 std::string DryRun(const QuantizeOptions& options) { return Run(options).DryRun(); }
 

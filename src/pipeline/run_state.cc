@@ -52,6 +52,11 @@ HeadResult RestoreHead(const nlohmann::json& json) {
   return head;
 }
 
+std::string HashOf(const nlohmann::json& json) {
+  const std::string text = json.dump();
+  return Sha256(std::as_bytes(std::span(text)));
+}
+
 // Of all sequences, and of the pictures of this process.
 std::string HashOf(const RunContext& context) {
   std::string all;
@@ -140,63 +145,104 @@ RunState::RunState(fs::path directory, nlohmann::json identity, double save_seco
 
 std::vector<int> RunState::Numbers() const {
   std::vector<int> numbers;
-  for (const auto& entry : fs::directory_iterator(directory_)) {
+  for (const fs::path& entry : EntriesOf(directory_)) {
     int number = 0;
-    char rest = 0;
-    const std::string name = entry.path().filename();
-    if (std::sscanf(name.c_str(), "state.%d.jso%c", &number, &rest) == 2 && rest == 'n' &&
-        name == StatePath(number).filename())
+    const std::string name = entry.filename();
+    if (std::sscanf(name.c_str(), "state.%d.", &number) == 1 && name == StatePath(number).filename())
       numbers.push_back(number);
   }
   return numbers;
 }
 
-int RunState::Load(RunParts& parts, const std::function<PointSpec(const std::string&)>& specs) {
+// A state that stays is only in the way: the newest counts.
+void RunState::RemoveOthers(int kept) const {
+  std::error_code ignored;
+  for (const int number : Numbers())
+    if (number != kept) fs::remove(StatePath(number), ignored);
+}
+
+int RunState::Load(RunParts& parts, const std::function<PointSpec(const std::string&)>& specs, int phases) {
   // A process may have been killed before it saved what another had saved: the newest that all have.
   const std::vector<int> mine = Numbers();
   std::vector<int> common = mine;
   for (const std::vector<int>& others : AllGather<int>(world_, mine))
     std::erase_if(common, [&](int number) { return std::ranges::find(others, number) == others.end(); });
   if (common.empty()) {
-    for (const int number : mine) fs::remove(StatePath(number));
+    for (const int number : mine) RemoveFile(StatePath(number));
     return 0;
   }
   const int done = *std::ranges::max_element(common);
-  const fs::path path = StatePath(done);
+  const nlohmann::json state = Read(done, phases);
+  if (state.at("identity") != identity_)
+    Fail("cannot go on with the unfinished run: {}; put it back, or start again with --force",
+         FirstChange(state.at("identity"), identity_, ""));
   try {
-    const nlohmann::json state = ReadJson(path, int64_t{1} << 32);
-    if (state.at("identity") != identity_)
-      Fail("cannot go on with the unfinished run: {}; put it back, or start again with --force",
-           FirstChange(state.at("identity"), identity_, ""));
-    // Frozen grids come from their file, whose hash is part of the identity.
-    params_files_ = state.at("params").get<std::vector<std::string>>();
-    for (const std::string& file : params_files_) {
-      const nlohmann::json json = ReadJson(directory_ / file, int64_t{1} << 32);
-      const ParameterStore saved = ParseParameters(json.dump(), (directory_ / file).string());
-      ParameterStore ordered;
-      for (const auto& name : json.at("order")) {
-        PointParams params = saved.Get(name.get<std::string>());
-        params.spec = specs(params.spec.point);
-        ordered.Set(std::move(params));
-      }
-      parts.calibration.Resume(ordered);
-    }
-    params_saved_ = parts.calibration.Params().Size();
-    for (const auto& [name, observer] : state.at("observers").items())
-      parts.calibration.Observers()[name] = Observer::FromState(observer);
-    parts.units.Restore(state.at("units"));
-    for (const nlohmann::json& error : state.at("errors")) parts.errors.push_back(RestoreError(error));
-    if (!state.at("head").is_null()) parts.head = RestoreHead(state.at("head"));
-    if (!state.at("change").is_null()) parts.change = RestoreChange(state.at("change"));
-    parts.seconds = state.at("seconds").get<std::map<std::string, double>>();
-    parts.store.Restore(state.at("values"));
+    Restore(state, parts, specs);
+    if (parts.head.has_value() != (done == phases)) Fail("has {} head; start again with --force", parts.head ? "a" : "no");
   } catch (const nlohmann::json::exception& error) {
-    Fail("{}: is damaged ({}); start again with --force", path.string(), error.what());
+    Fail("{}: is damaged ({}); start again with --force", StatePath(done).string(), error.what());
+  } catch (const Error& error) {
+    throw error.Within(StatePath(done).string());
   }
-  for (const int number : mine)
-    if (number != done) fs::remove(StatePath(number));
-  saved_ = true;
+  RemoveOthers(done);
   return done;
+}
+
+// A number in a file's name is anybody's; the one inside is under the hash.
+nlohmann::json RunState::Read(int number, int phases) const {
+  const fs::path path = StatePath(number);
+  nlohmann::json state;
+  try {
+    state = ReadJson(path, int64_t{1} << 32);
+  } catch (const Error& error) {
+    Fail("{}; start again with --force", error.what());
+  }
+  const auto refuse = [&](const std::string& what) {
+    Fail("{}: is damaged ({}); start again with --force", path.string(), what);
+  };
+  if (!state.is_object() || !state.contains("sha256")) refuse("it has no SHA-256");
+  const nlohmann::json hash = state["sha256"];
+  state.erase("sha256");
+  if (hash != HashOf(state)) refuse("its SHA-256 is another");
+  if (state.value("done", nlohmann::json()) != number || number < 1 || number > phases)
+    refuse(fmt::format("it says that {} of {} stages are done, its name says {}",
+                       state.value("done", nlohmann::json()).dump(), phases, number));
+  if (!state.contains("identity")) refuse("it has no identity");
+  return state;
+}
+
+void RunState::Restore(const nlohmann::json& state, RunParts& parts,
+                       const std::function<PointSpec(const std::string&)>& specs) {
+  params_files_ = state.at("params").get<decltype(params_files_)>();
+  RestoreParams(parts.calibration, specs);
+  params_saved_ = parts.calibration.Params().Size();
+  for (const auto& [name, observer] : state.at("observers").items())
+    parts.calibration.Observers()[name] = Observer::FromState(observer);
+  parts.units.Restore(state.at("units"));
+  for (const nlohmann::json& error : state.at("errors")) parts.errors.push_back(RestoreError(error));
+  if (!state.at("head").is_null()) parts.head = RestoreHead(state.at("head"));
+  if (!state.at("change").is_null()) parts.change = RestoreChange(state.at("change"));
+  parts.seconds = state.at("seconds").get<std::map<std::string, double>>();
+  parts.store.Restore(state.at("values"));
+}
+
+// Frozen grids come from their file, whose hash is part of the identity.
+void RunState::RestoreParams(Calibration& calibration, const std::function<PointSpec(const std::string&)>& specs) {
+  for (const auto& [file, hash] : params_files_) {
+    const fs::path path = directory_ / fs::path(file).filename();
+    std::error_code missing;
+    if (!fs::is_regular_file(path, missing) || Sha256File(path) != hash)
+      Fail("{}: is not what the unfinished run saved (SHA-256); start again with --force", path.string());
+    const nlohmann::json json = ReadJson(path, int64_t{1} << 32);
+    const ParameterStore saved = ParseParameters(json.dump(), path.string());
+    ParameterStore ordered;
+    for (const auto& name : json.at("order")) {
+      PointParams params = saved.Get(name.get<std::string>());
+      params.spec = specs(params.spec.point);
+      ordered.Set(std::move(params));
+    }
+    calibration.Resume(ordered);
+  }
 }
 
 void RunState::SaveNewParams(int done, const ParameterStore& params) {
@@ -208,32 +254,35 @@ void RunState::SaveNewParams(int done, const ParameterStore& params) {
     order.push_back(name);
   }
   if (fresh.Size() == 0) return;
-  params_files_.push_back(fmt::format("params.{}.json", done));
-  fresh.Save(directory_ / params_files_.back(), {{"order", order}});
+  const std::string file = fmt::format("params.{}.json", done);
+  fresh.Save(directory_ / file, {{"order", order}});
+  params_files_.emplace_back(file, Sha256File(directory_ / file));
 }
 
-void RunState::Save(int done, RunParts& parts) {
+bool RunState::Save(int done, RunParts& parts) {
   const auto now = std::chrono::steady_clock::now();
-  if (now - last_save_ < interval_ && world_.Size() == 1) return;
+  if (now - last_save_ < interval_ && world_.Size() == 1) return false;
   if (!parts.calibration.Frozen()) SaveNewParams(done, parts.calibration.Params());
   nlohmann::json errors = nlohmann::json::array(), observers = nlohmann::json::object();
   for (const StageError& error : parts.errors) errors.push_back(SaveError(error));
   for (const auto& [name, observer] : parts.calibration.Observers()) observers[name] = observer->State();
-  WriteJson(StatePath(done), {{"identity", identity_},
-                              {"params", params_files_},
-                              {"observers", observers},
-                              {"units", parts.units.Save()},
-                              {"errors", errors},
-                              {"change", parts.change ? SaveChange(*parts.change) : nlohmann::json()},
-                              {"head", parts.head ? SaveHead(*parts.head) : nlohmann::json()},
-                              {"seconds", parts.seconds},
-                              {"values", parts.store.Save()}});
+  nlohmann::json state{{"done", done},
+                       {"identity", identity_},
+                       {"params", params_files_},
+                       {"observers", observers},
+                       {"units", parts.units.Save()},
+                       {"errors", errors},
+                       {"change", parts.change ? SaveChange(*parts.change) : nlohmann::json()},
+                       {"head", parts.head ? SaveHead(*parts.head) : nlohmann::json()},
+                       {"seconds", parts.seconds},
+                       {"values", parts.store.Save()}};
+  state["sha256"] = HashOf(state);
+  WriteJson(StatePath(done), state);
   world_.Barrier();
   parts.store.Forget();
-  for (const int number : Numbers())
-    if (number != done) fs::remove(StatePath(number));
+  RemoveOthers(done);
   last_save_ = std::chrono::steady_clock::now();
-  saved_ = true;
+  return true;
 }
 
 }  // namespace circlet

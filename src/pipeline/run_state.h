@@ -46,16 +46,20 @@ class RunState {
   // Where activations go.
   std::filesystem::path ValuesDirectory() const { return directory_ / "values"; }
 
-  // The number of finished phases, and `parts` as they were then; 0 when nothing was saved. Throws Error naming what
-  // has changed since, and for a damaged state. `specs` gives the specification of each point.
-  int Load(RunParts& parts, const std::function<PointSpec(const std::string& point)>& specs);
+  // The number of finished phases of `phases`, and `parts` as they were then; 0 when nothing was saved. Throws Error
+  // naming what has changed since, and for a state, a unit's file or a value that is not what was saved. `specs` gives the
+  // specification of each point.
+  int Load(RunParts& parts, const std::function<PointSpec(const std::string& point)>& specs, int phases);
 
-  // Behind phase number `done`. All processes call it.
-  void Save(int done, RunParts& parts);
-  bool Saved() const { return saved_; }
+  // Behind phase number `done`; false when the last one is too fresh. All processes call it.
+  bool Save(int done, RunParts& parts);
 
  private:
   std::vector<int> Numbers() const;
+  void RemoveOthers(int kept) const;
+  nlohmann::json Read(int number, int phases) const;
+  void RestoreParams(Calibration& calibration, const std::function<PointSpec(const std::string&)>& specs);
+  void Restore(const nlohmann::json& state, RunParts& parts, const std::function<PointSpec(const std::string&)>& specs);
   std::filesystem::path StatePath(int number) const { return directory_ / fmt::format("state.{}.json", number); }
   void SaveNewParams(int done, const ParameterStore& params);
 
@@ -64,9 +68,8 @@ class RunState {
   std::chrono::duration<double> interval_;
   std::chrono::steady_clock::time_point last_save_ = std::chrono::steady_clock::now();
   Communicator& world_;
-  std::vector<std::string> params_files_;
+  std::vector<std::pair<std::string, std::string>> params_files_;  // name and SHA-256
   size_t params_saved_ = 0;
-  bool saved_ = false;
 };
 
 }  // namespace circlet

@@ -6,9 +6,19 @@
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/quant/affine.h"
+#include "ops/codes.h"
 
 namespace circlet {
 namespace {
+
+// 4-bit codes one to a byte: safetensors has no smaller type.
+Tensor InBytes(const Tensor& codes) {
+  if (BitWidth(codes.GetDType()) != 4) return codes;
+  const bool is_signed = codes.GetDType() == DType::kI4;
+  const Tensor bytes = Tensor::Uninitialized({is_signed ? DType::kI8 : DType::kU8, codes.GetShape()});
+  for (int64_t i = 0; i < codes.Elements(); ++i) bytes.Raw()[i] = static_cast<std::byte>(CodeAt(codes, i));
+  return bytes;
+}
 
 UnitEnd EndOf(const circle::Tensor& tensor, const std::string& name, const std::map<std::string, std::string>& keys) {
   const auto key = keys.find(name);
@@ -21,7 +31,7 @@ void UnitWriter::Remember(const std::string& unit, bool input, size_t index, con
                           const Tensor& values) {
   const std::string name = fmt::format("{}.{}.{}", unit, input ? "in" : "out", index);
   const Tensor codes =
-      tensor.qparams ? QuantizeWeight(values, *tensor.qparams, Rounding::kHalfAwayDivide).codes : values;
+      tensor.qparams ? InBytes(QuantizeWeight(values, *tensor.qparams, Rounding::kHalfAwayDivide).codes) : values;
   const std::string hash = codes.Type().ToString() + Sha256({codes.Raw(), static_cast<size_t>(codes.Bytes())});
   const auto [it, is_new] = first_with_.try_emplace(hash, name);
   if (!is_new) {
@@ -39,6 +49,7 @@ void UnitWriter::Write(UnitSpec spec, const CalibratedGrids& grids) {
   Unit unit{.file = {.name = spec.name, .file = spec.name + kUnitSuffix}};
   unit.file.operators = static_cast<int64_t>(model.operators.size());
   unit.file.bytes = circle::Write(model, directory_ / unit.file.file);
+  Written(unit.file.file);
 
   for (size_t i = 0; i < model.inputs.size(); ++i) {
     const std::string& name = spec.graph.At(spec.graph.Inputs()[i]).name;
@@ -55,8 +66,19 @@ void UnitWriter::Write(UnitSpec spec, const CalibratedGrids& grids) {
   units_.push_back(std::move(unit));
 }
 
-void UnitWriter::WriteTensors(const std::string& file, const std::map<std::string, Tensor>& tensors) const {
+void UnitWriter::WriteTensors(const std::string& file, const std::map<std::string, Tensor>& tensors) {
   WriteSafetensors(directory_ / file, tensors);
+  Written(file);
+}
+
+void UnitWriter::WriteSettings(const std::string& file, const nlohmann::json& settings) {
+  WriteJson(directory_ / file, settings);
+  Written(file);
+}
+
+std::string UnitWriter::HashOf(const std::string& file) const {
+  const auto it = hashes_.find(file);
+  return it == hashes_.end() ? "" : it->second;
 }
 
 void UnitWriter::WriteCodes() const {
@@ -122,19 +144,23 @@ nlohmann::json UnitWriter::Save() const {
     units.push_back(std::move(json));
   }
   for (const auto& [name, place] : codes_) codes[name] = {place.key, place.item};
-  return {{"units", units}, {"codes", codes}, {"same_as", same_as_}, {"first_with", first_with_}};
+  return {{"units", units}, {"files", hashes_}, {"codes", codes}, {"same_as", same_as_}, {"first_with", first_with_}};
 }
 
 void UnitWriter::Restore(const nlohmann::json& state) {
+  hashes_ = state.at("files").get<std::map<std::string, std::string>>();
+  for (const auto& [file, hash] : hashes_) {
+    const std::filesystem::path path = directory_ / std::filesystem::path(file).filename();
+    std::error_code missing;
+    if (!std::filesystem::is_regular_file(path, missing) || Sha256File(path) != hash)
+      Fail("{}: is not the file that the unfinished run wrote (SHA-256); start again with --force", path.string());
+  }
   for (const nlohmann::json& json : state.at("units")) {
     const std::string name = json.at("name");
     Unit unit{
         .file = {
             .name = name, .file = name + kUnitSuffix, .bytes = json.at("bytes"), .operators = json.at("operators")}};
-    std::error_code missing;
-    if (std::filesystem::file_size(directory_ / unit.file.file, missing) != static_cast<uintmax_t>(unit.file.bytes))
-      Fail("{}: is not the file of {} that the unfinished run wrote; start again with --force",
-           (directory_ / unit.file.file).string(), HumanBytes(unit.file.bytes));
+    if (!hashes_.contains(unit.file.file)) Fail("unit {} has no file; start again with --force", name);
     for (const nlohmann::json& end : json.at("inputs")) unit.inputs.push_back(RestoreEnd(end));
     for (const nlohmann::json& end : json.at("outputs")) unit.outputs.push_back(RestoreEnd(end));
     units_.push_back(std::move(unit));

@@ -9,9 +9,11 @@
 #include <vector>
 
 #include "circlet/circle/export.h"
+#include "circlet/io/file.h"
 #include "circlet/pipeline/quantize.h"
 #include "circlet/quant/calibration.h"
 #include "pipeline/activations.h"
+#include "pipeline/output_directory.h"
 
 namespace circlet {
 
@@ -52,7 +54,10 @@ class UnitWriter {
   void Write(UnitSpec spec, const CalibratedGrids& grids);
 
   // A file of tensors that units share.
-  void WriteTensors(const std::string& file, const std::map<std::string, Tensor>& tensors) const;
+  void WriteTensors(const std::string& file, const std::map<std::string, Tensor>& tensors);
+  void WriteSettings(const std::string& file, const nlohmann::json& settings);
+  // SHA-256 of a file as it was written; "" for one that is not this writer's.
+  std::string HashOf(const std::string& file) const;
 
   const std::vector<Unit>& Units() const { return units_; }
   const std::filesystem::path& Directory() const { return directory_; }
@@ -62,7 +67,8 @@ class UnitWriter {
   // pipeline.json: the units, their ends, and the boundaries between them.
   nlohmann::json Pipeline() const;
 
-  // What was written, for another process that goes on with the same directory and store.
+  // What was written, for another process that goes on with the same directory and store. Restore throws Error for a
+  // file that is not what was written.
   nlohmann::json Save() const;
   void Restore(const nlohmann::json& state);
 
@@ -73,11 +79,13 @@ class UnitWriter {
     int item = 0;
   };
   void Remember(const std::string& unit, bool input, size_t index, const circle::Tensor& tensor, const Tensor& values);
+  void Written(const std::string& file) { hashes_[file] = Sha256File(directory_ / file); }
 
   std::filesystem::path directory_;
   const Calibration& calibration_;
   ActivationStore& store_;
   std::vector<Unit> units_;
+  std::map<std::string, std::string> hashes_;  // by file
   std::map<std::string, CodesPlace> codes_;
   std::map<std::string, std::string> same_as_;
   std::map<std::string, std::string> first_with_;  // hash of codes -> name
@@ -86,7 +94,6 @@ class UnitWriter {
 inline constexpr char kUnitSuffix[] = ".q.circle";
 inline constexpr char kCodesFile[] = "verify.safetensors";
 inline constexpr char kPipelineFile[] = "pipeline.json";
-inline constexpr char kManifestFile[] = "manifest.json";
 
 nlohmann::json ToJson(const UnitEnd& end);
 

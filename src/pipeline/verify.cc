@@ -21,10 +21,14 @@ namespace {
 // errors.
 Tensor ValuesOf(const circle::Tensor& tensor, const Tensor& stored, const std::string& place) {
   if (!tensor.qparams || stored.GetDType() == DType::kF32) return stored;
-  if (stored.GetDType() != tensor.type.dtype)
-    Fail("{}: is {}, expected {} codes or float32 values", place, stored.Type().ToString(), Name(tensor.type.dtype));
+  // Safetensors has no 4-bit types; such codes stand in bytes.
+  const DType expected = tensor.type.dtype == DType::kI4   ? DType::kI8
+                         : tensor.type.dtype == DType::kU4 ? DType::kU8
+                                                           : tensor.type.dtype;
+  if (stored.GetDType() != expected)
+    Fail("{}: is {}, expected {} codes or float32 values", place, stored.Type().ToString(), Name(expected));
   circle::Tensor constant = tensor;
-  constant.type.shape = stored.GetShape();
+  constant.type = stored.Type();
   constant.data = stored;
   return circle::DequantizedConstant(constant);
 }

@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace circlet {
 
@@ -48,12 +49,19 @@ std::string Sha256File(const std::filesystem::path& path);
 void CreateDirectories(const std::filesystem::path& path);
 
 // Makes `path` a directory that a run may fill: creates it with its parents, or takes it when it is empty. One that
-// holds files is an Error, unless `force`: then the files that circlet wrote go (its manifest.json, what this lists
-// under "outputs" by name or as {"file": name}, timings.json, and leftovers of AtomicFile) and everything else stays. A
-// path that is no directory or cannot be written is an Error.
-void PrepareOutputDirectory(const std::filesystem::path& path, bool force);
+// holds files, a path that is no directory or one that cannot be written is an Error.
+void PrepareOutputDirectory(const std::filesystem::path& path);
 
-// Removes what AtomicFiles of a killed process left in `directory`.
+// What lies in a directory, sorted.
+std::vector<std::filesystem::path> EntriesOf(const std::filesystem::path& directory);
+// Removes a file, when there is one.
+void RemoveFile(const std::filesystem::path& path);
+// Brings the names in a directory to the disk, where the file system can: until then a power cut takes new ones back.
+void SyncDirectory(const std::filesystem::path& directory);
+
+// Whether `path` is what an AtomicFile of a killed process left.
+bool IsLeftover(const std::filesystem::path& path);
+// Removes all such files in `directory`.
 void RemoveLeftovers(const std::filesystem::path& directory);
 
 // Throws Error naming both figures when the file system of `directory` has less than `needed_bytes` free.

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
@@ -46,7 +47,7 @@ struct QuantizeOptions {
   // Bytes that the process may take for itself, pages of mapped files apart; activations past it go to files. Below
   // what a stage needs it is an Error.
   int64_t memory_limit = 3'000'000'000;
-  bool resume = false;    // go on with an unfinished run in `output`
+  bool resume = false;    // go on with an unfinished run in `output`; not with `force`
   double save_every = 2;  // seconds between saved states; 0: after every stage
   // Precision of the matrix products of calibration and measurement. The verification sample is always float32, so that
   // the files are held to codes that do not depend on this.
@@ -54,6 +55,9 @@ struct QuantizeOptions {
   bool timings = false;  // measure the run's matrix products alone, for result.products
 
   std::FILE* progress = nullptr;  // where progress goes; null = nowhere
+  // Called when the first `done` of `stages` are saved, `stage` the last of them: a run that ends from here on goes on
+  // behind it.
+  std::function<void(const std::string& stage, int done, int stages)> saved;
 };
 
 struct StageError {
@@ -130,6 +134,7 @@ struct QuantizeResult {
   int64_t spilled_bytes = 0;              // activations that did not fit in memory
   std::optional<ProductTimes> products;
   int resumed_phases = 0, phases = 0;
+  bool done_already = false;  // with `resume`: the result was there, nothing else of this struct is filled
 };
 
 // Runs everything and fills options.output: the units' .q.circle files, pipeline.json, qparams.json, report.json,

@@ -11,6 +11,7 @@
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
+#include "io/output_lock.h"
 #include "model/gemma4/presets.h"
 #include "model/gemma4/random_weights.h"
 
@@ -97,6 +98,8 @@ CheckpointSummary MakeCheckpoint(std::string_view preset, uint64_t seed, const f
   CheckpointSummary summary;
   summary.tensors = static_cast<int64_t>(tensors.size());
   for (const Parameter& tensor : tensors) summary.parameters += tensor.shape.Elements();
+  CreateDirectories(directory);
+  const OutputLock lock(directory);
   PrepareDirectory(directory);
   RequireFreeSpace(directory, 2 * summary.parameters);
 

@@ -1,0 +1,60 @@
+#include "cli/stop.h"
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <deque>
+#include <fstream>
+#include <vector>
+
+namespace circlet {
+namespace {
+
+std::atomic<const std::string*> told{nullptr};
+
+void Stop(int signal) {
+  const std::string& text = *told.load();
+  if (write(STDERR_FILENO, text.data(), text.size()) < 0) _exit(128 + signal);
+  _exit(128 + signal);
+}
+
+void HandleUnlessIgnored(int signal) {
+  struct sigaction action {};
+  if (sigaction(signal, nullptr, &action) != 0 || action.sa_handler == SIG_IGN) return;
+  action.sa_handler = Stop;
+  sigaction(signal, &action, nullptr);
+}
+
+std::string Quoted(const std::string& word) {
+  constexpr char kPlain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-";
+  if (!word.empty() && word.find_first_not_of(kPlain) == std::string::npos) return word;
+  std::string quoted = "'";
+  for (const char c : word) quoted += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return quoted + "'";
+}
+
+}  // namespace
+
+void TellWhenStopped(std::string text) {
+  static std::deque<std::string> texts;  // the handler may be reading any of them
+  if (!text.empty()) text = (isatty(STDERR_FILENO) ? "\ncirclet: " : "circlet: ") + text + "\n";
+  texts.push_back(std::move(text));
+  if (told.exchange(&texts.back()) != nullptr) return;
+  HandleUnlessIgnored(SIGINT);
+  HandleUnlessIgnored(SIGTERM);
+}
+
+std::string CommandLine(const std::string& dropped, const std::string& added) {
+  std::ifstream file("/proc/self/cmdline", std::ios::binary);
+  std::string line;
+  bool there = added.empty();
+  for (std::string word; std::getline(file, word, '\0');) {
+    if (word == dropped) continue;
+    there |= word == added;
+    line += (line.empty() ? "" : " ") + Quoted(word);
+  }
+  return there ? line : line + " " + added;
+}
+
+}  // namespace circlet
