@@ -173,7 +173,7 @@ Row Measure(Case& c, int rounds, const Recipe& recipe) {
   }
   FakeQuantReading rounding(frozen);
   Executor rounded(c.graph, &rounding);
-  const WeightSource rounded_weights = frozen.RoundedWeights(weights);
+  const WeightSource rounded_weights = RoundedWeights(frozen, weights);
   for (int i = 0; i < rounds; ++i) {
     keep(row.rounded, Seconds([&] { rounded.Run(c.inputs, rounded_weights); }));
     keep(row.floats, Seconds([&] { plain.Run(c.inputs, weights); }));

@@ -63,7 +63,7 @@ int main(int argc, char** argv) {
   const std::map<std::string, Tensor> input{{"x", Normal({1, 8, 32}, 1.0f, random)}};
   const Tensor reference = Executor(graph, nullptr).Run(input, weights).at("y");
   FakeQuantReading rounding(calibration);
-  const Tensor simulated = Executor(graph, &rounding).Run(input, calibration.RoundedWeights(weights)).at("y");
+  const Tensor simulated = Executor(graph, &rounding).Run(input, RoundedWeights(calibration, weights)).at("y");
   ErrorMetrics metrics;
   metrics.Add(reference, simulated);
   std::printf("simulated: mean |diff| %.6f, PEIR %.4f %%\n", metrics.MeanAbs(), 100 * metrics.Peir());

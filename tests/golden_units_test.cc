@@ -333,7 +333,7 @@ TEST_P(GoldenUnitsTest, OurSimulationOfAUnitIsTheReferences) {
       inputs[graph.At(graph.Inputs()[k]).name] = values.Get(fmt::format("in.{}", k));
     FakeQuantReading reading(calibration);
     Executor executor(graph, &reading);
-    const std::map<std::string, Tensor> found = executor.Run(inputs, calibration.RoundedWeights(stored));
+    const std::map<std::string, Tensor> found = executor.Run(inputs, RoundedWeights(calibration, stored));
     ASSERT_EQ(graph.Outputs().size(), file.outputs.size());
     for (size_t k = 0; k < file.outputs.size(); ++k) {
       const std::optional<QParams>& grid = file.tensors[file.outputs[k]].qparams;

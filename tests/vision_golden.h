@@ -124,10 +124,7 @@ inline Stages RunVision(const GoldenModel& model, const Picture& picture, const 
                 {"vision.rope_cos", rope.cos},
                 {"vision.rope_sin", rope.sin}};
   WeightSource weights = PictureWeights(model, picture, dialect, grids);
-  if (grids != nullptr) {
-    grids->DropWeights();
-    weights = grids->RoundedWeights(weights);
-  }
+  if (grids != nullptr) weights = RoundedWeights(*grids, weights);
   for (const VisionStep& step : VisionSteps(model.config, picture.positions, dialect)) {
     std::map<std::string, Tensor> inputs;
     for (const auto& [name, stage] : step.inputs) {

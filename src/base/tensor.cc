@@ -177,6 +177,23 @@ Tensor Tensor::Reshaped(Shape shape) const {
   return tensor;
 }
 
+Tensor Tensor::Slice(int64_t begin, int64_t end, int axis) const {
+  TensorType type = type_;
+  const int64_t size = type.shape[axis];
+  CIRCLET_CHECK(BitWidth(type.dtype) >= 8 && 0 <= begin && begin <= end && end <= size, "[{},{}) of axis {} of {}", begin,
+                end, axis, type_.ToString());
+  int64_t outer = 1, inner = BitWidth(type.dtype) / 8;
+  for (int i = 0; i < axis; ++i) outer *= type.shape[i];
+  for (int i = axis + 1; i < type.shape.Rank(); ++i) inner *= type.shape[i];
+  type.shape[axis] = end - begin;
+  if (outer == 1) return Tensor(std::move(type), data_ + begin * inner, owner_);
+  Tensor copy = Uninitialized(std::move(type));
+  const int64_t bytes = (end - begin) * inner;
+  for (int64_t i = 0; i < outer && bytes > 0; ++i)
+    std::memcpy(copy.Raw() + i * bytes, data_ + (i * size + begin) * inner, static_cast<size_t>(bytes));
+  return copy;
+}
+
 Tensor Tensor::Clone() const {
   Tensor copy = Uninitialized(type_);
   if (Bytes() > 0) std::memcpy(copy.Raw(), data_, static_cast<size_t>(Bytes()));

@@ -170,6 +170,8 @@ void ActivationStore::Put(int item, Chain chain, const std::string& key, const T
   entry.read = read;
   const auto [slot, is_new] = entry.slots.try_emplace({item, chain}, Slot{.type = tensor.Type()});
   CIRCLET_CHECK(is_new, "item {} has {} already", item, key);
+  held_bytes_ += tensor.Bytes();
+  peak_bytes_ = std::max(peak_bytes_, held_bytes_);
   if (read == Read::kSoon) MakeRoom(tensor.Bytes());
   if (directory_.empty() || memory_bytes_ + tensor.Bytes() <= budget_) {
     memory_bytes_ += tensor.Bytes();
@@ -195,6 +197,12 @@ TensorType ActivationStore::TypeOf(int item, Chain chain, const std::string& key
   return EntryOf(key, {item, chain}).slots.at({item, chain}).type;
 }
 
+bool ActivationStore::Has(int item, Chain chain, const std::string& key) const {
+  const std::lock_guard lock(mutex_);
+  const auto it = entries_.find(key);
+  return it != entries_.end() && it->second.slots.contains({item, chain});
+}
+
 Tensor ActivationStore::Get(int item, Chain chain, const std::string& key) const {
   std::shared_ptr<File> file;
   Slot slot;
@@ -210,15 +218,20 @@ Tensor ActivationStore::Get(int item, Chain chain, const std::string& key) const
   return tensor;
 }
 
-void ActivationStore::Drop(const std::string& key, int kept) {
+void ActivationStore::Drop(const std::string& key, const std::set<int>& kept) {
   const std::lock_guard lock(mutex_);
   const auto it = entries_.find(key);
   if (it == entries_.end()) return;
   Entry& entry = it->second;
+  if (std::ranges::all_of(entry.slots, [&](const auto& slot) { return kept.contains(slot.first.first); })) {
+    entry.read = Read::kLate;
+    return;
+  }
   std::map<std::pair<int, Chain>, Tensor> stay;
   for (auto& [owner, slot] : entry.slots) {
     if (!slot.memory.Empty()) memory_bytes_ -= slot.type.Bytes();
-    if (owner.first != kept) continue;
+    held_bytes_ -= slot.type.Bytes();
+    if (!kept.contains(owner.first)) continue;
     Tensor& tensor = stay[owner] = slot.memory;
     if (!tensor.Empty()) continue;
     tensor = Tensor::Uninitialized(slot.type);
@@ -231,6 +244,7 @@ void ActivationStore::Drop(const std::string& key, int kept) {
     again.read = Read::kLate;
     again.slots[owner] = {.type = tensor.Type(), .memory = tensor};
     memory_bytes_ += tensor.Bytes();
+    held_bytes_ += tensor.Bytes();
   }
 }
 
@@ -301,6 +315,7 @@ void ActivationStore::RestoreSlot(Entry& entry, const nlohmann::json& json, int6
   entry.file->Read(slot.offset, {found.Raw(), static_cast<size_t>(found.Bytes())});
   if (HashOf(found) != slot.hash) refuse("is not what the unfinished run saved (SHA-256)");
   if (!entry.slots.try_emplace({item, static_cast<Chain>(chain)}, std::move(slot)).second) refuse("is there twice");
+  held_bytes_ += found.Bytes();
 }
 
 }  // namespace circlet

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <nlohmann/json_fwd.hpp>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -45,10 +46,12 @@ class ActivationStore {
   // CHECKs that it is there; behind Restore() a missing one is an Error.
   Tensor Get(int item, Chain chain, const std::string& key) const;
   TensorType TypeOf(int item, Chain chain, const std::string& key) const;
-  // Forgets `key` of every item but `kept`.
-  void Drop(const std::string& key, int kept = -1);
+  bool Has(int item, Chain chain, const std::string& key) const;
+  // Forgets `key` of every item but those of `kept`.
+  void Drop(const std::string& key, const std::set<int>& kept = {});
 
   int64_t SpilledBytes() const { return spilled_bytes_; }  // that did not fit in memory, over the whole run
+  int64_t PeakBytes() const { return peak_bytes_; }        // that lived at a time, in memory or in files
 
   // Brings everything to the disk and says where it lies, for Restore in another process; call it between stages. From
   // now on files of dropped keys stay until Forget(), so that an older state remains whole until the next one is safe.
@@ -86,6 +89,7 @@ class ActivationStore {
   std::map<std::string, Entry> entries_;
   std::vector<std::shared_ptr<File>> dropped_;
   int64_t memory_bytes_ = 0, spilled_bytes_ = 0;
+  int64_t held_bytes_ = 0, peak_bytes_ = 0;
   int next_file_ = 0;
 };
 

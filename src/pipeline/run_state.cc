@@ -10,7 +10,6 @@
 #include "pipeline/exchange.h"
 
 namespace circlet {
-using namespace gemma4;
 namespace fs = std::filesystem;
 namespace {
 
@@ -57,24 +56,6 @@ std::string HashOf(const nlohmann::json& json) {
   return Sha256(std::as_bytes(std::span(text)));
 }
 
-// Of all sequences, and of the pictures of this process.
-std::string HashOf(const RunContext& context) {
-  std::string all;
-  const auto add = [&](const auto& values) { all += Sha256(std::as_bytes(std::span(values.data(), values.size()))); };
-  for (const TextItem& text : context.texts) {
-    all += text.item.label;
-    add(text.ids);
-    add(text.keep);
-    add(text.places);
-  }
-  for (const ImageItem& image : context.images) {
-    add(image.positions);
-    if (!image.pixel_values.Empty())
-      add(std::span(image.pixel_values.Raw(), static_cast<size_t>(image.pixel_values.Bytes())));
-  }
-  return Sha256(std::as_bytes(std::span(all)));
-}
-
 // "data: calib.jsonl" for the first member that differs.
 std::string FirstChange(const nlohmann::json& before, const nlohmann::json& now, const std::string& place) {
   if (!before.is_object() || !now.is_object()) {
@@ -112,15 +93,16 @@ ComputeChange RestoreChange(const nlohmann::json& json) {
           .logits = std::bit_cast<ErrorMetrics>(json.at("logits").get<MetricBits>())};
 }
 
-nlohmann::json IdentityOf(const QuantizeOptions& options, const RunContext& context, const nlohmann::json& inputs) {
+nlohmann::json IdentityOf(const QuantizeOptions& options, const Recipe& recipe, int processes,
+                          const std::string& samples_hash, const nlohmann::json& inputs) {
   nlohmann::json files = nlohmann::json::object();
   for (const nlohmann::json& input : inputs) files[input.at("file").get<std::string>()] = input.at("sha256");
   return {{"circlet version", CIRCLET_VERSION},
           {"instruction set", InstructionSets()},
           {"file", files},
-          {"recipe", context.calibration.GetRecipe().EffectiveYaml()},
-          {"number of processes", context.world.Size()},
-          {"samples or the pictures that they name", HashOf(context)},
+          {"recipe", recipe.EffectiveYaml()},
+          {"number of processes", processes},
+          {"samples or the pictures that they name", samples_hash},
           {"option",
            {{"--dialect", options.dialect},
             {"--random-samples", options.random_samples},

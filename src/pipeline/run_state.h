@@ -14,14 +14,15 @@
 #include "circlet/pipeline/quantize.h"
 #include "circlet/quant/calibration.h"
 #include "pipeline/activations.h"
-#include "pipeline/gemma4/head.h"
+#include "pipeline/measures.h"
 #include "pipeline/units.h"
 
 namespace circlet {
 
 // What must be the same for a run to go on: the program, what it reads, and everything that its outputs depend on.
 // `inputs` are files by content; samples are taken as they were read, so that what their files name counts too.
-nlohmann::json IdentityOf(const QuantizeOptions& options, const gemma4::RunContext& context, const nlohmann::json& inputs);
+nlohmann::json IdentityOf(const QuantizeOptions& options, const Recipe& recipe, int processes,
+                          const std::string& samples_hash, const nlohmann::json& inputs);
 
 // Everything that a phase changes.
 struct RunParts {
@@ -29,7 +30,7 @@ struct RunParts {
   ActivationStore& store;
   UnitWriter& units;
   std::vector<StageError>& errors;
-  std::optional<gemma4::HeadResult>& head;
+  std::optional<HeadResult>& head;
   std::optional<ComputeChange>& change;
   std::map<std::string, double>& seconds;
 };

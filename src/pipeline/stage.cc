@@ -15,20 +15,27 @@
 
 namespace circlet {
 
+namespace {
+
+// A parameter as float32, converted once and kept until the source goes.
 WeightSource CachedFloat(WeightSource stored) {
-  return [stored = std::move(stored), cache = std::make_shared<std::map<std::string, Tensor>>()](const std::string& name) {
-    Tensor& tensor = (*cache)[name];
-    if (tensor.Empty()) tensor = ToF32(stored(name));
-    return tensor;
-  };
+  return
+      [stored = std::move(stored), cache = std::make_shared<std::map<std::string, Tensor>>()](const std::string& name) {
+        Tensor& tensor = (*cache)[name];
+        if (tensor.Empty()) tensor = ToF32(stored(name));
+        return tensor;
+      };
 }
 
+// The same source for several threads, one at a time.
 WeightSource Shared(WeightSource source) {
   return [source = std::move(source), mutex = std::make_shared<std::mutex>()](const std::string& name) {
     const std::lock_guard lock(*mutex);
     return source(name);
   };
 }
+
+}  // namespace
 
 void ForItems(int64_t count, bool side_by_side, const std::function<void(int64_t, int)>& body) {
   if (side_by_side) return ParallelItems(count, body);
@@ -46,44 +53,25 @@ bool OrderMatters(const Calibration& calibration, const Graph& graph) {
   return std::ranges::any_of(PointsOf(graph), [&](const Point& point) { return calibration.OrderMatters(point); });
 }
 
-std::string CapturedName(Chain chain, const Item& item, const std::string& stage) {
-  return fmt::format("{}.{}.{}", chain == Chain::kFloat ? "float" : "quant", item.label, stage);
-}
-
-Tensor Positions(const Tensor& tensor, int64_t begin, int64_t end, int axis) {
-  Shape shape = tensor.GetShape();
-  const int64_t bytes = tensor.Bytes() / shape[axis];
-  shape[axis] = end - begin;
-  return Tensor({tensor.GetDType(), shape}, tensor.Raw() + begin * bytes, std::make_shared<Tensor>(tensor));
-}
-
-Tensor ChainTables::For(Chain chain, const std::string& point, const Tensor& table) {
-  if (chain == Chain::kFloat) return table;
-  const std::lock_guard lock(mutex_);
-  Tensor& rounded = rounded_[table.Raw()];
-  if (rounded.Empty()) rounded = Rounded(calibration_, point, table);
-  return rounded;
-}
-
-Tensor LayerSlice(const Tensor& tensor, int64_t layer) {
-  const int64_t length = tensor.GetShape()[1], layers = tensor.GetShape()[2], width = tensor.GetShape()[3];
-  Tensor slice = Tensor::Uninitialized({DType::kF32, {1, length, width}});
-  for (int64_t s = 0; s < length; ++s)
-    std::memcpy(slice.F32().data() + s * width, tensor.F32().data() + (s * layers + layer) * width,
-                width * sizeof(float));
-  return slice;
-}
-
-Tensor JoinLayers(const ActivationStore& store, const Item& item, Chain chain, const std::string& key, int64_t layers) {
-  Tensor joined;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const Tensor part = store.Get(item.id, chain, fmt::format("{}.{}", key, layer));
-    const int64_t length = part.GetShape()[1], width = part.GetShape()[2];
-    if (joined.Empty()) joined = Tensor::Uninitialized({DType::kF32, {1, length, layers, width}});
-    for (int64_t s = 0; s < length; ++s)
-      std::memcpy(joined.F32().data() + (s * layers + layer) * width, part.F32().data() + s * width,
-                  width * sizeof(float));
+std::vector<Tensor> Fetch(const ActivationStore& store, const Read& read, const Item& item, Chain chain) {
+  std::vector<Tensor> values;
+  for (const int owner : read.of ? read.of(item) : std::vector<int>{item.id}) {
+    const Tensor value = store.Get(owner, chain, read.key);
+    const int64_t all = value.GetShape().Rank() > 1 ? value.GetShape()[1] : 0;
+    const int64_t taken = read.last ? read.last(item) : all;
+    values.push_back(taken == all ? value : value.Slice(all - taken, all, 1));
   }
+  return values;
+}
+
+Tensor Joined(std::span<const Tensor> layers) {
+  const auto count = static_cast<int64_t>(layers.size());
+  const int64_t length = layers[0].GetShape()[1], width = layers[0].GetShape()[2];
+  const Tensor joined = Tensor::Uninitialized({DType::kF32, {1, length, count, width}});
+  for (int64_t layer = 0; layer < count; ++layer)
+    for (int64_t s = 0; s < length; ++s)
+      std::memcpy(joined.F32().data() + (s * count + layer) * width, layers[layer].F32().data() + s * width,
+                  width * sizeof(float));
   return joined;
 }
 
@@ -100,30 +88,13 @@ void ShareObservers(Calibration& calibration, Communicator& world) {
   }
 }
 
-std::vector<ErrorMetrics> ShareMetrics(std::vector<ErrorMetrics> mine, const std::vector<Item>& items,
-                                       Communicator& world) {
-  const auto all = AllGather<ErrorMetrics>(world, mine);
-  for (size_t i = 0; i < items.size(); ++i) mine[i] = all[items[i].rank][i];
-  return mine;
-}
-
 namespace {
 
-std::map<std::string, Tensor> InputsOf(const Step& step, const Item& item, Chain chain) {
-  std::map<std::string, Tensor> inputs;
-  for (const auto& [name, source] : step.inputs) inputs[name] = source(item, chain);
-  return inputs;
-}
-
-std::map<std::string, Tensor> RunItem(const Step& step, const Item& item, Chain chain, bool rounded, Executor& executor,
-                                      const WeightSource& weights) {
-  if (step.fresh) executor.ForgetWeights();
-  return Within(item.label, [&] {
-    return executor.RunInPlace(InputsOf(step, item, chain), [&](const std::string& name) {
-      const Tensor own = step.own ? step.own(name, item, rounded) : Tensor();
-      return own.Empty() ? weights(name) : own;
-    });
-  });
+// Each process has the figures of its items in `mine`, by position in `items`; the figures of all in all processes.
+std::vector<ErrorMetrics> ShareMetrics(std::vector<ErrorMetrics> mine, const ItemSet& items, Communicator& world) {
+  const auto all = AllGather<ErrorMetrics>(world, mine);
+  for (size_t i = 0; i < items.Size(); ++i) mine[i] = all[items[i].rank][i];
+  return mine;
 }
 
 // The errors at positions that are no padding, of [1,S,..] tensors; of tensors of another form all count.
@@ -136,10 +107,6 @@ void AddReal(const Item& item, const Tensor& expected, const Tensor& found, Erro
                 found.F32().subspan(begin * width, (end - begin) * width));
 }
 
-bool Observed(const Item& item) { return item.kind == ItemKind::kCalibration; }
-bool InFloat(const Item& item) { return item.kind != ItemKind::kVerify; }
-bool Rounded(const Item& item) { return item.kind != ItemKind::kControl; }
-
 ErrorMetrics Total(const std::vector<ErrorMetrics>& of_items) {
   ErrorMetrics total;
   for (const ErrorMetrics& metrics : of_items) total.Merge(metrics);
@@ -147,31 +114,6 @@ ErrorMetrics Total(const std::vector<ErrorMetrics>& of_items) {
 }
 
 }  // namespace
-
-const Item* Repeated(const std::vector<Item>& items) {
-  for (const Item& control : items)
-    if (control.kind == ItemKind::kControl)
-      for (const Item& item : items)
-        if (item.id == control.control_of) return &item;
-  return nullptr;
-}
-
-ItemKind MeasuredKind(const std::vector<Item>& items) {
-  const bool has_evaluation =
-      std::any_of(items.begin(), items.end(), [](const Item& item) { return item.kind == ItemKind::kEvaluation; });
-  return has_evaluation ? ItemKind::kEvaluation : ItemKind::kCalibration;
-}
-
-void ChooseAlone(std::vector<Item>& items) {
-  const ItemKind measured = MeasuredKind(items);
-  const int64_t count = std::ranges::count(items, measured, &Item::kind), chosen = std::min(count, kAloneItems);
-  int64_t i = 0;
-  for (Item& item : items)
-    if (item.kind == measured) {
-      item.alone = (i + 1) * chosen / count > i * chosen / count;
-      ++i;
-    }
-}
 
 // One thread's executors of one step and one reading, by length, and what they observed.
 class StageRunner::StepRuns {
@@ -201,7 +143,7 @@ class StageRunner::StepRuns {
 int64_t StageRunner::Work(const Stage& stage) const {
   int64_t work = 0;
   for (const Item& item : c_.items)
-    if (item.rank == c_.world.Rank()) work += InFloat(item) + Rounded(item) + item.alone;
+    if (c_.IsMine(item)) work += c_.PassageOf(item).StageRuns();
   return work * static_cast<int64_t>(stage.steps.size());
 }
 
@@ -214,27 +156,45 @@ Graph StageRunner::Build(const Step& step, const Item& item) const {
 }
 
 void StageRunner::Keep(const Step& step, const Item& item, Chain chain, const std::map<std::string, Tensor>& results) {
-  static std::mutex mutex;
   for (const Step::Sink& sink : step.outputs) {
     if (!Keeps(sink)) continue;
     const Tensor& tensor = results.at(sink.output);
-    if (sink.by_layer) {
-      for (int64_t layer = 0; layer < tensor.GetShape()[2]; ++layer)
-        c_.store.Put(item.id, chain, fmt::format("{}.{}", sink.key, layer), LayerSlice(tensor, layer),
-                     ActivationStore::Read::kLate);
-    } else if (!sink.key.empty()) {
-      c_.store.Put(item.id, chain, sink.key, tensor.Clone());
+    for (size_t i = 0; i < sink.keys.size(); ++i) {
+      if (!sink.by_layer) {
+        c_.store.Put(item.id, chain, sink.keys[i], tensor.Clone());
+        continue;
+      }
+      const auto layer = static_cast<int64_t>(i);
+      const Tensor part = tensor.Slice(layer, layer + 1, 2).Reshaped({1, tensor.GetShape()[1], tensor.GetShape()[3]});
+      c_.store.Put(item.id, chain, sink.keys[i], part, ActivationStore::Read::kLate);
     }
-    if (!Captures(sink) || item.kind != ItemKind::kEvaluation) continue;
-    const std::lock_guard lock(mutex);
-    (*c_.captured)[CapturedName(chain, item, sink.capture)] = tensor.Clone();
+    if (Captures(sink) && item.kind == ItemKind::kEvaluation)
+      c_.captured->Update(chain, item, sink.capture, [&](Tensor& value) { value = tensor.Clone(); });
   }
+}
+
+std::map<std::string, Tensor> StageRunner::RunItem(const Step& step, const Item& item, Chain chain, bool rounded,
+                                                   Executor& executor, const WeightSource& weights) const {
+  if (step.fresh) executor.ForgetWeights();
+  return Within(item.label, [&] {
+    std::map<std::string, Tensor> inputs;
+    for (const Input& input : step.inputs) {
+      std::vector<Tensor> read;
+      for (const Read& each : input.reads)
+        std::ranges::move(Fetch(c_.store, each, item, chain), std::back_inserter(read));
+      inputs[input.name] = input.make ? input.make(item, chain, read) : read.at(0);
+    }
+    return executor.RunInPlace(inputs, [&](const std::string& name) {
+      const Tensor own = step.own ? step.own(name, item, rounded) : Tensor();
+      return own.Empty() ? weights(name) : own;
+    });
+  });
 }
 
 void StageRunner::Observe(const Step& step) {
   std::vector<const Item*> items;
   for (const Item& item : c_.items)
-    if (InFloat(item) && item.rank == c_.world.Rank()) items.push_back(&item);
+    if (c_.IsMine(item) && c_.PassageOf(item).in_float) items.push_back(&item);
   if (items.empty()) return;
   const Graph graph = step.build(**std::ranges::max_element(items, {}, &Item::length));
   std::set<std::string> variants;
@@ -243,14 +203,14 @@ void StageRunner::Observe(const Step& step) {
     if (variants.insert(item->variant).second) ordered |= OrderMatters(c_.calibration, step.build(*item));
   const bool side_by_side = SideBySide(graph) && !ordered;
   std::vector<StepRuns> workers(Threads());
-  const WeightSource float_weights = Shared(CachedFloat(step.stored));
-  const WeightSource stored = Shared(step.stored);  // linears take bf16 as it is
-  const Item* const repeated = Repeated(c_.items);
+  const WeightSource float_weights = Shared(CachedFloat(c_.stored));
+  const WeightSource stored = Shared(c_.stored);  // linears take bf16 as it is
+  const Item* const repeated = c_.items.Repeated();
   ObserverMap of_control, of_repeated;
   const auto observers_of = [&](const Item& item, int worker) -> ObserverMap* {
     if (c_.calibration.Frozen()) return nullptr;
-    if (item.kind == ItemKind::kControl) return item.control_of == repeated->id ? &of_control : nullptr;
-    if (!Observed(item)) return nullptr;
+    if (c_.PassageOf(item).control) return item.control_of == repeated->id ? &of_control : nullptr;
+    if (!c_.PassageOf(item).observed) return nullptr;
     return &item == repeated && !ordered ? &of_repeated : &workers[worker].observers;
   };
   ForItems(static_cast<int64_t>(items.size()), side_by_side, [&](int64_t i, int w) {
@@ -260,9 +220,9 @@ void StageRunner::Observe(const Step& step) {
       if (observers == nullptr) return nullptr;
       return std::make_unique<ObserveReading>(c_.calibration, *observers);
     };
-    ReadyGraph& plan =
-        workers[w].For(item, observers, c_.ComputeOf(item), [&] { return Build(step, item); }, reading_of);
-    auto* reading = static_cast<ObserveReading*>(plan.reading.get());
+    ReadyGraph& plan = workers[w].For(
+        item, observers, c_.ComputeOf(item), [&] { return Build(step, item); }, reading_of);
+    PointReading* const reading = plan.reading.get();
     if (reading != nullptr) reading->Begin(item.index);
     const bool bf16 = c_.ComputeOf(item).compute == Compute::kBf16;
     Keep(step, item, Chain::kFloat,
@@ -296,15 +256,14 @@ void StageRunner::CompareRanges(const ObserverMap& control, const ObserverMap& r
 
 StageError StageRunner::Round(const Step& step) {
   std::vector<size_t> mine;
-  for (size_t i = 0; i < c_.items.size(); ++i)
-    if (c_.items[i].rank == c_.world.Rank() && Rounded(c_.items[i])) mine.push_back(i);
+  for (size_t i = 0; i < c_.items.Size(); ++i)
+    if (c_.IsMine(c_.items[i]) && c_.PassageOf(c_.items[i]).rounded) mine.push_back(i);
   const auto longest = std::ranges::max_element(mine, {}, [&](size_t i) { return c_.items[i].length; });
   const bool side_by_side = longest != mine.end() && SideBySide(step.build(c_.items[*longest]));
-  std::vector<ErrorMetrics> alone(c_.items.size()), accumulated(c_.items.size());
-  const ItemKind measured = MeasuredKind(c_.items);
+  std::vector<ErrorMetrics> alone(c_.items.Size()), accumulated(c_.items.Size());
   const Step::Sink& main = step.outputs.front();
-  const bool compares = step.measured && !main.key.empty();
-  const WeightSource weights = Shared(c_.calibration.RoundedWeights(step.stored));
+  const bool compares = step.measured && !main.keys.empty();
+  const WeightSource weights = Shared(c_.rounded);
   // body(i, executor) for the items at these places.
   const auto for_items = [&](const std::vector<size_t>& places, bool on_grid, const auto& body) {
     std::vector<StepRuns> workers(Threads());
@@ -319,22 +278,21 @@ StageError StageRunner::Round(const Step& step) {
   };
   const auto compare = [&](const Item& item, const std::map<std::string, Tensor>& results, ErrorMetrics& metrics) {
     const Tensor& found = results.at(main.output);
-    const Tensor expected = main.by_layer ? JoinLayers(c_.store, item, Chain::kFloat, main.key, found.GetShape()[2])
-                                          : c_.store.Get(item.id, Chain::kFloat, main.key);
-    AddReal(item, expected, found, metrics);
+    std::vector<Tensor> expected;
+    for (const std::string& key : main.keys) expected.push_back(c_.store.Get(item.id, Chain::kFloat, key));
+    AddReal(item, main.by_layer ? Joined(expected) : expected[0], found, metrics);
   };
   std::vector<size_t> lone;
-  std::ranges::copy_if(mine, std::back_inserter(lone), [&](size_t i) { return c_.items[i].alone; });
+  std::ranges::copy_if(mine, std::back_inserter(lone), [&](size_t i) { return c_.PassageOf(c_.items[i]).alone; });
   for_items(lone, false, [&](size_t i, Executor& executor) {
-    if (compares)
-      compare(c_.items[i], RunItem(step, c_.items[i], Chain::kFloat, true, executor, weights), alone[i]);
+    if (compares) compare(c_.items[i], RunItem(step, c_.items[i], Chain::kFloat, true, executor, weights), alone[i]);
   });
   // The rounded chain runs from grid to grid; the reference's layers round their input once more.
   const bool from_grids = !c_.calibration.GetDialect().duplicate_points;
   for_items(mine, from_grids, [&](size_t i, Executor& executor) {
     const Item& item = c_.items[i];
     const std::map<std::string, Tensor> results = RunItem(step, item, Chain::kQuant, true, executor, weights);
-    if (compares && item.kind == measured) compare(item, results, accumulated[i]);
+    if (compares && c_.PassageOf(item).measured) compare(item, results, accumulated[i]);
     Keep(step, item, Chain::kQuant, results);
   });
   return {.stage = step.name,
@@ -349,11 +307,10 @@ void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors) {
   for (const Step& step : stage.steps) {
     std::set<std::string> frozen;
     for (const Item& item : c_.items)
-      if ((Observed(item) || c_.calibration.Frozen()) && frozen.insert(item.variant).second)
-        c_.calibration.Freeze(step.build(item), step.stored);
+      if ((c_.PassageOf(item).observed || c_.items.Frozen()) && frozen.insert(item.variant).second)
+        c_.calibration.Freeze(step.build(item), c_.stored);
   }
   for (const Step& step : stage.steps) errors.push_back(Round(step));
-  c_.calibration.DropWeights();
 }
 
 }  // namespace circlet

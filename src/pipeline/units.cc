@@ -1,5 +1,6 @@
 #include "pipeline/units.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "circlet/io/file.h"
@@ -7,6 +8,7 @@
 #include "circlet/io/safetensors.h"
 #include "circlet/quant/affine.h"
 #include "ops/codes.h"
+#include "pipeline/stage.h"
 
 namespace circlet {
 namespace {
@@ -43,37 +45,70 @@ void UnitWriter::Remember(const std::string& unit, bool input, size_t index, con
   codes_[name] = place;
 }
 
-void UnitWriter::Write(UnitSpec spec, const CalibratedGrids& grids) {
-  const circle::Model model = Within(
-      spec.name, [&] { return circle::ToCircle(spec.graph, grids, {.dynamic_length = spec.dynamic_length}); });
-  Unit unit{.file = {.name = spec.name, .file = spec.name + kUnitSuffix}};
+Tensor UnitWriter::ValueOf(const UnitSpec& spec, const UnitValue& value) const {
+  std::vector<Tensor> read;
+  for (const Read& each : value.reads)
+    std::ranges::move(Fetch(store_, each, *spec.item, Chain::kQuant), std::back_inserter(read));
+  return value.make ? value.make(read) : read.at(0);
+}
+
+UnitWriter::Values UnitWriter::Inputs(const UnitSpec& spec) const {
+  Values inputs;
+  if (spec.item == nullptr) return inputs;
+  for (const auto& [name, value] : spec.inputs) inputs[name] = ValueOf(spec, value);
+  return inputs;
+}
+
+UnitWriter::Values UnitWriter::Outputs(const UnitSpec& spec, const Graph& graph, const Values& inputs,
+                                       const RoundedWeights& weights) const {
+  Values outputs;
+  if (spec.item == nullptr) return outputs;
+  for (const auto& [name, value] : spec.outputs) outputs[name] = ValueOf(spec, value);
+  if (std::ranges::all_of(graph.Outputs(), [&](const Graph::Output& output) { return outputs.contains(output.name); }))
+    return outputs;
+  FakeQuantReading reading(calibration_);
+  Values computed = Executor(graph, &reading).Run(inputs, [&](const std::string& name) {
+    const Tensor own = spec.own ? spec.own(name) : Tensor();
+    return own.Empty() ? weights(name) : own;
+  });
+  outputs.merge(computed);
+  return outputs;
+}
+
+void UnitWriter::Write(const UnitSpec& spec, const RoundedWeights& weights) {
+  const Graph graph = spec.build();
+  const Values inputs = Inputs(spec);
+  const Values outputs = Outputs(spec, graph, inputs, weights);
+  if (spec.item != nullptr)
+    for (const UnitSpec::Keep& keep : spec.keeps)
+      store_.Put(spec.item->id, Chain::kQuant, keep.key, keep.make(inputs, outputs));
+
+  const CalibratedGrids grids(calibration_, weights, spec.own);
+  const circle::Model model =
+      Within(spec.name, [&] { return circle::ToCircle(graph, grids, {.dynamic_length = spec.dynamic_length}); });
+  Unit unit{.file = {.name = spec.name, .file = spec.name + kUnitSuffix}, .whole_graph = spec.whole_graph};
   unit.file.operators = static_cast<int64_t>(model.operators.size());
   unit.file.bytes = circle::Write(model, directory_ / unit.file.file);
   Written(unit.file.file);
 
   for (size_t i = 0; i < model.inputs.size(); ++i) {
-    const std::string& name = spec.graph.At(spec.graph.Inputs()[i]).name;
+    const std::string& name = graph.At(graph.Inputs()[i]).name;
     const circle::Tensor& tensor = model.tensors[model.inputs[i]];
     unit.inputs.push_back(EndOf(tensor, name, spec.keys));
-    if (!spec.inputs.empty()) Remember(spec.name, /*input=*/true, i, tensor, spec.inputs.at(name));
+    if (!inputs.empty()) Remember(spec.name, /*input=*/true, i, tensor, inputs.at(name));
   }
   for (size_t i = 0; i < model.outputs.size(); ++i) {
-    const std::string& name = spec.graph.Outputs()[i].name;
+    const std::string& name = graph.Outputs()[i].name;
     const circle::Tensor& tensor = model.tensors[model.outputs[i]];
     unit.outputs.push_back(EndOf(tensor, name, spec.output_keys.contains(name) ? spec.output_keys : spec.keys));
-    if (!spec.outputs.empty()) Remember(spec.name, /*input=*/false, i, tensor, spec.outputs.at(name));
+    if (!outputs.empty()) Remember(spec.name, /*input=*/false, i, tensor, outputs.at(name));
   }
   units_.push_back(std::move(unit));
 }
 
-void UnitWriter::WriteTensors(const std::string& file, const std::map<std::string, Tensor>& tensors) {
-  WriteSafetensors(directory_ / file, tensors);
-  Written(file);
-}
-
-void UnitWriter::WriteSettings(const std::string& file, const nlohmann::json& settings) {
-  WriteJson(directory_ / file, settings);
-  Written(file);
+void UnitWriter::WriteFile(const std::string& name, const std::function<void(const std::filesystem::path&)>& write) {
+  write(directory_ / name);
+  Written(name);
 }
 
 std::string UnitWriter::HashOf(const std::string& file) const {
@@ -136,7 +171,10 @@ UnitEnd RestoreEnd(const nlohmann::json& json) {
 nlohmann::json UnitWriter::Save() const {
   nlohmann::json units = nlohmann::json::array(), codes = nlohmann::json::object();
   for (const Unit& unit : units_) {
-    nlohmann::json json{{"name", unit.file.name}, {"bytes", unit.file.bytes}, {"operators", unit.file.operators}};
+    nlohmann::json json{{"name", unit.file.name},
+                        {"bytes", unit.file.bytes},
+                        {"operators", unit.file.operators},
+                        {"whole_graph", unit.whole_graph}};
     for (const auto& [side, ends] : {std::pair{"inputs", &unit.inputs}, std::pair{"outputs", &unit.outputs}}) {
       json[side] = nlohmann::json::array();
       for (const UnitEnd& end : *ends) json[side].push_back(SaveEnd(end));
@@ -157,9 +195,11 @@ void UnitWriter::Restore(const nlohmann::json& state) {
   }
   for (const nlohmann::json& json : state.at("units")) {
     const std::string name = json.at("name");
-    Unit unit{
-        .file = {
-            .name = name, .file = name + kUnitSuffix, .bytes = json.at("bytes"), .operators = json.at("operators")}};
+    Unit unit{.file = {.name = name,
+                       .file = name + kUnitSuffix,
+                       .bytes = json.at("bytes"),
+                       .operators = json.at("operators")},
+              .whole_graph = json.at("whole_graph")};
     if (!hashes_.contains(unit.file.file)) Fail("unit {} has no file; start again with --force", name);
     for (const nlohmann::json& end : json.at("inputs")) unit.inputs.push_back(RestoreEnd(end));
     for (const nlohmann::json& end : json.at("outputs")) unit.outputs.push_back(RestoreEnd(end));
@@ -177,7 +217,11 @@ nlohmann::json UnitWriter::Pipeline() const {
     nlohmann::json inputs = nlohmann::json::array(), outputs = nlohmann::json::array();
     for (const UnitEnd& end : unit.inputs) inputs.push_back(ToJson(end));
     for (const UnitEnd& end : unit.outputs) outputs.push_back(ToJson(end));
-    units.push_back({{"name", unit.file.name}, {"file", unit.file.file}, {"inputs", inputs}, {"outputs", outputs}});
+    units.push_back({{"name", unit.file.name},
+                     {"file", unit.file.file},
+                     {"kind", unit.whole_graph ? kWholeGraph : "part"},
+                     {"inputs", inputs},
+                     {"outputs", outputs}});
     for (size_t k = 0; k < unit.outputs.size(); ++k)
       if (!unit.outputs[k].key.empty())
         producers[unit.outputs[k].key].push_back(fmt::format("{}.out.{}", unit.file.name, k));

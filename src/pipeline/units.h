@@ -14,6 +14,7 @@
 #include "circlet/quant/calibration.h"
 #include "pipeline/activations.h"
 #include "pipeline/output_directory.h"
+#include "pipeline/phase.h"
 
 namespace circlet {
 
@@ -28,18 +29,8 @@ struct UnitEnd {
 
 struct Unit {
   UnitFile file;
+  bool whole_graph = false;  // of many layers, beside the files of its parts
   std::vector<UnitEnd> inputs, outputs;
-};
-
-// What a unit is made of. Keys by graph input and output name; values of the verification sample likewise, float32 (ids
-// int64); no values = the unit is written without codes.
-struct UnitSpec {
-  std::string name;
-  Graph graph;
-  bool dynamic_length = false;
-  std::map<std::string, std::string> keys;
-  std::map<std::string, std::string> output_keys;  // where an output's key is not that of an input with its name
-  std::map<std::string, Tensor> inputs, outputs;
 };
 
 class UnitWriter {
@@ -48,21 +39,18 @@ class UnitWriter {
   UnitWriter(std::filesystem::path directory, const Calibration& calibration, ActivationStore& store)
       : directory_(std::move(directory)), calibration_(calibration), store_(store) {}
 
-  // Writes NAME.q.circle and remembers the unit's codes. `stored` gives parameters in any float type; units that share
-  // parameters are written from the same grids.
-  void Write(UnitSpec spec, const WeightSource& stored) { Write(std::move(spec), CalibratedGrids(calibration_, stored)); }
-  void Write(UnitSpec spec, const CalibratedGrids& grids);
+  // Writes NAME.q.circle, remembers the unit's codes and puts what later units read into the store.
+  void Write(const UnitSpec& spec, const RoundedWeights& weights);
 
-  // A file of tensors that units share.
-  void WriteTensors(const std::string& file, const std::map<std::string, Tensor>& tensors);
-  void WriteSettings(const std::string& file, const nlohmann::json& settings);
+  // A file of another kind: `write` is called with its path.
+  void WriteFile(const std::string& name, const std::function<void(const std::filesystem::path&)>& write);
   // SHA-256 of a file as it was written; "" for one that is not this writer's.
   std::string HashOf(const std::string& file) const;
 
   const std::vector<Unit>& Units() const { return units_; }
   const std::filesystem::path& Directory() const { return directory_; }
-  // verify.safetensors: UNIT.in.K and UNIT.out.K as codes of the tensor's type; one that equals an earlier one is named in
-  // the metadata instead ("UNIT.in.K": "OTHER.out.K").
+  // verify.safetensors: UNIT.in.K and UNIT.out.K as codes of the tensor's type; one that equals an earlier one is named
+  // in the metadata instead ("UNIT.in.K": "OTHER.out.K").
   void WriteCodes() const;
   // pipeline.json: the units, their ends, and the boundaries between them.
   nlohmann::json Pipeline() const;
@@ -78,6 +66,11 @@ class UnitWriter {
     std::string key;
     int item = 0;
   };
+  // What the verification sample's values at the unit's ends are, by name; nothing without one.
+  using Values = std::map<std::string, Tensor>;
+  Values Inputs(const UnitSpec& spec) const;
+  Values Outputs(const UnitSpec& spec, const Graph& graph, const Values& inputs, const RoundedWeights& weights) const;
+  Tensor ValueOf(const UnitSpec& spec, const UnitValue& value) const;
   void Remember(const std::string& unit, bool input, size_t index, const circle::Tensor& tensor, const Tensor& values);
   void Written(const std::string& file) { hashes_[file] = Sha256File(directory_ / file); }
 
@@ -94,6 +87,8 @@ class UnitWriter {
 inline constexpr char kUnitSuffix[] = ".q.circle";
 inline constexpr char kCodesFile[] = "verify.safetensors";
 inline constexpr char kPipelineFile[] = "pipeline.json";
+// "kind" of a unit in it: one graph of many layers, or "part".
+inline constexpr char kWholeGraph[] = "whole_graph";
 
 nlohmann::json ToJson(const UnitEnd& end);
 

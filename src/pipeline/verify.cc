@@ -87,6 +87,7 @@ struct Listing {
   std::map<std::string, std::string> sha256;  // by file
   struct Unit {
     std::string name, file;
+    bool whole_graph = false;
   };
   std::vector<Unit> units;
   std::map<std::string, std::string> grids;  // "lm_head.in.0" -> "int16 scale 0.1 zero point 0"
@@ -124,7 +125,7 @@ Listing ReadListing(const fs::path& directory) {
     if (fs::path(file).filename() != file)
       unit.FailAt("file",
                   fmt::format("\"{}\" is no plain file name; a unit's file lies beside {}", file, kPipelineFile));
-    listing.units.push_back({name, file});
+    listing.units.push_back({name, file, unit.Optional<std::string>("kind", "part") == kWholeGraph});
     for (const auto& [side, mark] : {std::pair{"inputs", "in"}, std::pair{"outputs", "out"}}) {
       int index = 0;
       for (const JsonObject& end : unit.Objects(side))
@@ -205,10 +206,10 @@ VerifyResult Verify(const VerifyOptions& options) {
   // The reference differs from its own files by ties, in up to a fifth of a unit's codes; over many layers flips add
   // up, to at most 6.5 % of the largest value (ptq.md 11.5). Its boundaries do not all meet (findings B5, B6).
   constexpr double kReferenceShare = 0.2, kReferencePeak = 0.065;
-  for (const UnitVerdict& unit : result.units) {
+  for (size_t i = 0; i < result.units.size(); ++i) {
+    const UnitVerdict& unit = result.units[i];
     // At 8 bits one flip moves all that follows, so whole graphs say nothing there.
-    const bool whole_graph = unit.unit == "gemma4_model" || unit.unit == "vision_encoder" ||
-                             unit.unit == "vision_model" || unit.unit == "vision_prefill";
+    const bool whole_graph = listing.units[i].whole_graph;
     const bool near = (whole_graph && unit.largest_code <= 255) || unit.different <= kReferenceShare * unit.values ||
                       unit.largest_step <= kReferencePeak * unit.largest_code;
     const bool same_set = result.made_with == result.this_set;

@@ -218,16 +218,15 @@ QuantizedWeight QuantizeWeight(const Tensor& weight, const QParams& qparams, Rou
   return result;
 }
 
-QuantizedWeight QuantizeWeightToBytes(const Tensor& weight, const QParams& qparams, Rounding rounding) {
-  QuantizedWeight result = QuantizeWeight(weight, qparams, rounding);
-  if (qparams.dtype == DType::kI8) return result;
-  const Tensor codes = Tensor::Uninitialized({DType::kI8, weight.GetShape()});
-  SignedCodes(result.codes, 0, codes.As<int8_t>());
-  if (qparams.dtype == DType::kU8)
-    for (int32_t& zero_point : result.qparams.zero_point) zero_point -= 128;
-  result.qparams.dtype = DType::kI8;
-  result.codes = codes;
-  return result;
+Tensor SignedWeight(const Tensor& codes) {
+  if (codes.GetDType() == DType::kI8) return codes;
+  QParams grid = *codes.Grid();
+  const Tensor bytes = Tensor::Uninitialized({DType::kI8, codes.GetShape()});
+  SignedCodes(codes, 0, bytes.As<int8_t>());
+  if (grid.dtype == DType::kU8)
+    for (int32_t& zero_point : grid.zero_point) zero_point -= 128;
+  grid.dtype = DType::kI8;
+  return bytes.WithGrid(std::make_shared<QParams>(std::move(grid)));
 }
 
 void QuantizeWeightBytes(const Tensor& weight, const QParams& qparams, Rounding rounding, int64_t first,

@@ -2,6 +2,8 @@
 
 #include "circlet/quant/affine.h"
 #include "circlet/quant/mx.h"
+#include "circlet/base/threads.h"
+#include "ops/codes.h"
 #include "ops/integer_product.h"
 #include "ops/simd.h"
 
@@ -74,35 +76,52 @@ const QParams* Calibration::GridOf(const std::string& name) const {
   return params.spec.kind == QuantKind::kAffine ? &params.qparams : nullptr;
 }
 
-WeightSource Calibration::RoundedWeights(WeightSource weights) {
-  return [this, weights = std::move(weights)](const std::string& name) {
-    auto [it, inserted] = rounded_.try_emplace(name);
-    if (inserted) it->second = RoundedRows(name, weights(name), 0);
-    return it->second;
-  };
-}
-
-Tensor Calibration::RoundedRows(const std::string& name, const Tensor& rows, int64_t first_row) const {
+std::shared_ptr<const QParams> Calibration::GridOfRows(const std::string& name, const Tensor& rows,
+                                                       int64_t first_row) const {
   const PointParams* params = params_.Find(name);
-  if (params == nullptr || params->spec.kind == QuantKind::kNone) return ToF32(rows);
-  if (params->spec.kind == QuantKind::kMx) {
-    Tensor rounded = ToF32(rows).Clone();
-    MxFakeQuantize(rounded, params->spec.mx);
-    return rounded;
-  }
+  if (params == nullptr || params->spec.kind != QuantKind::kAffine) return nullptr;
   // Grids from a file: nobody has looked at the weights yet, and codes cannot tell a NaN.
   if (all_frozen_) Within(name, [&] { RangeOfWeight(rows, -1); });
-  QParams grid = params->qparams;
-  if (grid.PerChannel()) {
+  auto grid = std::make_shared<QParams>(params->qparams);
+  if (grid->PerChannel()) {
     const auto cut = [&](auto& values) {
       values = {values.begin() + first_row, values.begin() + first_row + rows.GetShape()[0]};
     };
-    cut(grid.scale);
-    cut(grid.zero_point);
+    cut(grid->scale);
+    cut(grid->zero_point);
   }
-  if (!MultipliedAsCodes(rows, grid)) return FakeQuantizeWeight(rows, grid, dialect_.rounding);
-  QuantizedWeight weight = QuantizeWeightToBytes(rows, grid, dialect_.rounding);
-  return weight.codes.WithGrid(std::make_shared<QParams>(std::move(weight.qparams)));
+  return grid;
+}
+
+Tensor Calibration::RoundedRows(const std::string& name, const Tensor& rows, int64_t first_row) const {
+  const std::shared_ptr<const QParams> grid = GridOfRows(name, rows, first_row);
+  if (grid != nullptr && MultipliedAsCodes(rows, *grid))
+    return OperandOf(QuantizeWeight(rows, *grid, dialect_.rounding).codes.WithGrid(grid));
+  if (grid != nullptr) return FakeQuantizeWeight(rows, *grid, dialect_.rounding);
+  const PointParams* params = params_.Find(name);
+  if (params == nullptr || params->spec.kind == QuantKind::kNone) return ToF32(rows);
+  Tensor rounded = ToF32(rows).Clone();
+  MxFakeQuantize(rounded, params->spec.mx);
+  return rounded;
+}
+
+Tensor Calibration::CodesOfRows(const std::string& name, const Tensor& rows, int64_t first_row) const {
+  const std::shared_ptr<const QParams> grid = GridOfRows(name, rows, first_row);
+  if (grid == nullptr) return {};
+  return Within(name, [&] { return QuantizeWeight(rows, *grid, dialect_.rounding).codes; }).WithGrid(grid);
+}
+
+Tensor Calibration::OperandOf(const Tensor& codes) const {
+  const QParams& grid = *codes.Grid();
+  if (!MultipliedAsCodes(codes, grid)) {
+    const Tensor values = Tensor::Uninitialized({DType::kF32, codes.GetShape()});
+    constexpr int64_t kPieceElements = int64_t{1} << 16;
+    ParallelFor(codes.Elements(), kPieceElements, [&](int64_t begin, int64_t end) {
+      Dequantize(codes, grid, begin, values.F32().subspan(begin, end - begin));
+    });
+    return values;
+  }
+  return SignedWeight(codes);
 }
 
 bool Calibration::MultipliedAsCodes(const Tensor& weight, const QParams& grid) const {
@@ -159,8 +178,8 @@ PointVisitor* ObserveReading::At(const Point& point, const TensorType& type) {
   return visitors_.back().get();
 }
 
-void ObserveReading::Begin(int64_t sample, std::optional<Slice> slice) {
-  slice_ = slice;
+void ObserveReading::Begin(int64_t sample, const std::optional<Slice>& piece) {
+  slice_ = piece;
   for (const auto& visitor : visitors_) visitor->Begin(sample);
 }
 
@@ -270,18 +289,21 @@ std::shared_ptr<const circle::LazyConstant> CalibratedGrids::LazyWeightCodes(con
                                                                              const QParams& grid) const {
   constexpr int64_t kLargeBytes = int64_t{16} << 20;
   RequireWeightType(grid.dtype);
-  const Tensor weight = stored_(name);
+  if (weights_.HoldsCodes(name) || !Own(name).Empty()) return nullptr;
+  const Tensor weight = weights_.Stored(name);
   if (TensorType{grid.dtype, weight.GetShape()}.Bytes() <= kLargeBytes) return nullptr;
   return std::make_shared<LazyCodes>(weight, grid, calibration_.GetDialect().rounding);
 }
 
 Tensor CalibratedGrids::WeightCodes(const std::string& name, const QParams& grid) const {
-  Tensor& codes = codes_[name];
-  if (codes.Empty()) codes = QuantizeWeight(stored_(name), grid, calibration_.GetDialect().rounding).codes;
-  return codes;
+  if (const Tensor own = Own(name); !own.Empty()) return Quantize(own, grid);
+  return weights_.Codes(name);
 }
 
-Tensor CalibratedGrids::WeightFloat(const std::string& name) const { return ToF32(stored_(name)); }
+Tensor CalibratedGrids::WeightFloat(const std::string& name) const {
+  const Tensor own = Own(name);
+  return own.Empty() ? ToF32(weights_.Stored(name)) : own;
+}
 
 Tensor CalibratedGrids::Quantize(const Tensor& values, const QParams& grid) const {
   return QuantizeWeight(values, grid, calibration_.GetDialect().rounding).codes;

@@ -110,10 +110,13 @@ TEST(RoundedWeightsTest, AreTheValuesOfTheirGrids) {
   for (const DType dtype : {DType::kI4, DType::kU4, DType::kI8, DType::kU8, DType::kI16}) {
     const QParams grid = RowGrids(table, dtype);
     Calibration calibration = CalibrationWith(grid);
-    const WeightSource rounded = calibration.RoundedWeights([&](const std::string&) { return table; });
-    Tensor whole = rounded("table.weight"), rows = calibration.RoundedRows("table.weight", table, 0);
+    const WeightSource rounded = RoundedWeights(calibration, [&](const std::string&) { return table; });
+    const RoundedWeights with_codes(calibration, [&](const std::string&) { return table; },
+                                    RoundedWeights::Use::kProductsAndFiles);
+    Tensor whole = rounded("table.weight"), rows = calibration.RoundedRows("table.weight", table, 0),
+           beside = with_codes("table.weight");
     const Tensor expected = FakeQuantizeWeight(table, grid, calibration.GetDialect().rounding);
-    for (Tensor* tensor : {&whole, &rows}) {
+    for (Tensor* tensor : {&whole, &rows, &beside}) {
       if (tensor->GetDType() == DType::kF32) {
         EXPECT_TRUE(std::ranges::equal(tensor->F32(), expected.F32())) << Name(dtype);
         continue;
@@ -128,6 +131,34 @@ TEST(RoundedWeightsTest, AreTheValuesOfTheirGrids) {
       }
     }
   }
+}
+
+TEST(RoundedWeightsTest, ProductsAndFilesTakeTheSameCodesMadeOnce) {
+  const Tensor table = Table(12, 33);
+  const Calibration calibration = CalibrationWith(RowGrids(table, DType::kI8));
+  int asked = 0;
+  const WeightSource stored = [&](const std::string&) {
+    ++asked;
+    return table;
+  };
+  using Use = RoundedWeights::Use;
+  const RoundedWeights rounded(calibration, stored, Use::kProductsAndFiles);
+  EXPECT_FALSE(rounded.HoldsCodes("table.weight"));
+  const Tensor operand = rounded("table.weight"), codes = rounded.Codes("table.weight");
+  EXPECT_TRUE(rounded.HoldsCodes("table.weight"));
+  const circle::Model model = circle::ToCircle(GatherGraph(table.GetShape()), CalibratedGrids(calibration, rounded));
+  EXPECT_EQ(model.tensors[model.operators[0].inputs[0]].data.Raw(), codes.Raw());
+  if (operand.GetDType() == DType::kI8) {
+    EXPECT_EQ(operand.Raw(), codes.Raw());
+  }
+  EXPECT_EQ(asked, 1);
+
+  // Codes that lay elsewhere in between are taken as they are.
+  const RoundedWeights again(calibration, stored, Use::kProductsAndFiles, [&](const std::string&) { return codes; });
+  EXPECT_TRUE(again.HoldsCodes("table.weight"));
+  EXPECT_EQ(again.Codes("table.weight").Raw(), codes.Raw());
+  again("table.weight");
+  EXPECT_EQ(asked, 1);
 }
 
 TEST(RoundedWeightsTest, ANaNUnderGridsFromAFileIsNamed) {

@@ -161,7 +161,6 @@ class Runner {
     });
     if (!written) return;
     result_.artifacts["circle"] = path.string();
-    session.GetCalibration().DropWeights();
     Try("VERIFY", [&] { Verify(path, graph, part); });
   }
 

@@ -64,7 +64,7 @@ SmokeValues SmokeSession::RunFloat(const SmokePart& part, const SmokeValues& inp
 
 SmokeValues SmokeSession::RunRounded(const SmokePart& part, const SmokeValues& inputs, PointReading* reading) {
   FakeQuantReading rounding(calibration_);
-  const WeightSource rounded = calibration_.RoundedWeights(part.stored);
+  const RoundedWeights rounded(calibration_, part.stored);
   // Position embeddings have one name and as many values as there are patch grids, and round at a point of their own.
   const WeightSource weights = [&](const std::string& name) {
     return name == VisionWeights::PositionEmbeddingsName() ? part.stored(name) : rounded(name);

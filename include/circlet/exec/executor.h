@@ -3,6 +3,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "circlet/graph/graph.h"
@@ -24,6 +25,17 @@ class PointReading {
   // The grid that the values of a point lie on when the reading is done with them; null: on none. It must stay valid as
   // long as the reading.
   virtual const QParams* GridAt(const Point&) { return nullptr; }
+
+  // A piece of a sample: positions from `position` of `length` and, of tensors that are `columns` wide, columns from
+  // `column` of `width`. Elements count as if the whole had run at once; what is not that wide is the same in every
+  // piece.
+  struct Slice {
+    int64_t position = 0, length = 0;
+    int64_t column = 0, columns = 0, width = 0;
+  };
+  // Around the run of one sample, or of one of its pieces, for readings that tell samples apart.
+  virtual void Begin(int64_t /*sample*/, const std::optional<Slice>& /*piece*/ = std::nullopt) {}
+  virtual void End() {}
 };
 
 struct ExecutorOptions {

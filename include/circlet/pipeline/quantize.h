@@ -132,6 +132,7 @@ struct QuantizeResult {
   // Not part of the deterministic outputs.
   std::map<std::string, double> seconds;  // by phase
   int64_t spilled_bytes = 0;              // activations that did not fit in memory
+  int64_t activation_bytes = 0;           // that lived at a time at most, in memory or in files
   std::optional<ProductTimes> products;
   int resumed_phases = 0, phases = 0;
   bool done_already = false;  // with `resume`: the result was there, nothing else of this struct is filled

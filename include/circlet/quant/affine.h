@@ -45,8 +45,8 @@ struct QuantizedWeight {
 
 // Codes of a parameter of any float type. qparams.axis is -1 or 0; one grid a row, or one for all (CHECKed).
 QuantizedWeight QuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding rounding);
-// The same as int8, whatever type of at most 8 bits qparams names; uint8 codes and their zero points less 128.
-QuantizedWeight QuantizeWeightToBytes(const Tensor& weight, const QParams& qparams, Rounding rounding);
+// Codes of at most 8 bits, with their grid, as int8 with theirs: uint8 codes and their zero points less 128.
+Tensor SignedWeight(const Tensor& codes);
 // Bytes first .. first + out.size() - 1 of those codes alone.
 void QuantizeWeightBytes(const Tensor& weight, const QParams& qparams, Rounding rounding, int64_t first,
                          std::span<std::byte> out);

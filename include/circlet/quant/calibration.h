@@ -9,7 +9,7 @@
 //   for (i, inputs) { observe.Begin(i); float_run.Run(inputs, weights); observe.End(); }
 //   c.Freeze(graph, weights);
 //   FakeQuantReading rounding(c);
-//   Executor(graph, &rounding).Run(inputs, c.RoundedWeights(weights));
+//   Executor(graph, &rounding).Run(inputs, RoundedWeights(c, weights));
 
 #include <map>
 #include <memory>
@@ -59,14 +59,14 @@ class Calibration final {
   const QParams* GridOf(const std::string& name) const;
   const PointParams& ParamsOf(const std::string& name) const;
 
-  // Parameters rounded to their grids, once each; the float ones of parameters without a grid. `weights` must stay
-  // valid. Matrices of at most 8 bits come as codes (int8, with their grid) where activations have grids as well and
-  // products are summed in integers, all others as float32.
-  WeightSource RoundedWeights(WeightSource weights);
-  // Rows of a parameter from `first_row` on, rounded to their grids. `rows` as stored.
+  // Rows of a parameter from `first_row` on, rounded to their grids, as products take them: the float ones of parameters
+  // without a grid; int8 codes with their grid of matrices of at most 8 bits, where activations have grids as well and
+  // products are summed in integers; all others as float32. `rows` as stored.
   Tensor RoundedRows(const std::string& name, const Tensor& rows, int64_t first_row) const;
-  // Forgets the rounded parameters (a stage is over).
-  void DropWeights() { rounded_.clear(); }
+  // The same as codes in the storage form of a file, with their grid. Empty without an integer grid.
+  Tensor CodesOfRows(const std::string& name, const Tensor& rows, int64_t first_row) const;
+  // What products take of such codes.
+  Tensor OperandOf(const Tensor& codes) const;
 
   const ParameterStore& Params() const { return params_; }
   ObserverMap& Observers() { return observers_; }
@@ -76,13 +76,36 @@ class Calibration final {
  private:
   void CheckFits(const Graph& graph, const WeightSource& weights) const;
   bool MultipliedAsCodes(const Tensor& weight, const QParams& grid) const;
+  // The grid of those rows; null: the parameter has no integer grid.
+  std::shared_ptr<const QParams> GridOfRows(const std::string& name, const Tensor& rows, int64_t first_row) const;
 
   Recipe recipe_;
   Dialect dialect_;
   bool all_frozen_ = false;
   ParameterStore params_;
   ObserverMap observers_;
-  std::map<std::string, Tensor> rounded_;
+};
+
+// Parameters on their grids, each made once, for as long as this object or a copy of it lives: what the simulation
+// multiplies is what the file holds. A WeightSource; not for several threads at a time.
+class RoundedWeights {
+ public:
+  // kProducts: no codes are kept beside what products take.
+  enum class Use : uint8_t { kProducts, kProductsAndFiles };
+  // `stored` must stay valid. `made`: codes that an earlier object made, empty for others.
+  RoundedWeights(const Calibration& calibration, WeightSource stored, Use use = Use::kProducts, WeightSource made = {});
+
+  // What products take (Calibration::RoundedRows).
+  Tensor operator()(const std::string& name) const;
+  // What the file holds (Calibration::CodesOfRows); made from the checkpoint when nobody has asked for it.
+  Tensor Codes(const std::string& name) const;
+  // Whether codes are there already.
+  bool HoldsCodes(const std::string& name) const;
+  Tensor Stored(const std::string& name) const;
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;
 };
 
 // Feeds observers. One reading for each executor.
@@ -95,16 +118,9 @@ class ObserveReading final : public PointReading {
   PointVisitor* At(const Point& point, const TensorType& type) override;
   bool Writes() const override { return false; }
 
-  // A piece of a sample: positions from `position` of `length` and, of tensors that are `columns` wide, columns from
-  // `column` of `width`. Elements count as if the whole had run at once; what is not that wide is the same in every
-  // piece.
-  struct Slice {
-    int64_t position = 0, length = 0;
-    int64_t column = 0, columns = 0, width = 0;
-  };
-  // Around the run of one sample, or of one of its pieces (not for EMA, which takes a sample as a whole).
-  void Begin(int64_t sample, std::optional<Slice> slice = std::nullopt);
-  void End();
+  // EMA takes a sample as a whole.
+  void Begin(int64_t sample, const std::optional<Slice>& piece = std::nullopt) override;
+  void End() override;
 
  private:
   class Visitor;
@@ -132,12 +148,16 @@ class FakeQuantReading final : public PointReading {
 // Values of a point, float32, on its grid.
 Tensor Rounded(const Calibration& calibration, const std::string& point, const Tensor& values);
 
-// The frozen grids as export needs them. Codes of a parameter are made once and shared by the units that read it; more
-// than 16 MiB of them are made anew each time a file is written.
+// The frozen grids as export needs them. Codes of more than 16 MiB that nobody holds are made each time a file is
+// written, piece by piece.
 class CalibratedGrids final : public circle::GridSource {
  public:
+  // `own`: parameters of this graph alone, float32; empty tensors for others.
+  CalibratedGrids(const Calibration& calibration, RoundedWeights weights, WeightSource own = {})
+      : calibration_(calibration), weights_(std::move(weights)), own_(std::move(own)) {}
   CalibratedGrids(const Calibration& calibration, WeightSource stored)
-      : calibration_(calibration), stored_(std::move(stored)) {}
+      : CalibratedGrids(calibration,
+                        RoundedWeights(calibration, std::move(stored), RoundedWeights::Use::kProductsAndFiles)) {}
   const QParams* Find(const Point& point) const override;
   Tensor WeightCodes(const std::string& name, const QParams& grid) const override;
   std::shared_ptr<const circle::LazyConstant> LazyWeightCodes(const std::string& name,
@@ -146,9 +166,11 @@ class CalibratedGrids final : public circle::GridSource {
   Tensor Quantize(const Tensor& values, const QParams& grid) const override;
 
  private:
+  Tensor Own(const std::string& name) const { return own_ ? own_(name) : Tensor(); }
+
   const Calibration& calibration_;
-  WeightSource stored_;  // any float type
-  mutable std::map<std::string, Tensor> codes_;
+  RoundedWeights weights_;
+  WeightSource own_;
 };
 
 }  // namespace circlet

@@ -320,8 +320,7 @@ void ExpectSameAsFile(const Unit& unit, const std::map<std::string, Tensor>& inp
   EXPECT_THAT(circle::Verify(file), testing::IsEmpty());
   EXPECT_THAT(circle::Dump(file), testing::Not(HasSubstr("FLOAT32")));
   FakeQuantReading reading(unit.grids);
-  unit.grids.DropWeights();
-  const auto simulated = Executor(unit.graph, &reading).Run(inputs, unit.grids.RoundedWeights(unit.weights));
+  const auto simulated = Executor(unit.graph, &reading).Run(inputs, RoundedWeights(unit.grids, unit.weights));
   std::map<std::string, Tensor> file_inputs;
   for (size_t i = 0; i < file.inputs.size(); ++i)
     file_inputs[file.tensors[file.inputs[i]].name] = inputs.at(unit.graph.At(unit.graph.Inputs()[i]).name);
@@ -482,7 +481,7 @@ TEST(FusionTest, TheReferencesFloatFusionIsOnGridsHere) {
   Calibration grids(Recipe::Load("w4a16"), kTico);
   grids.UseFrozen(GoldenGrids("tiny_wide", "w4a16"));
   const Graph graph = GraphOf([&](const Builder& b) { BuildFusion(b, model.config.text, 20, 1, 6, kTico); });
-  const circle::Model file = circle::ToCircle(graph, CalibratedGrids(grids, nullptr));
+  const circle::Model file = circle::ToCircle(graph, CalibratedGrids(grids, WeightSource()));
   for (const circle::Tensor& tensor : file.tensors) EXPECT_NE(tensor.type.dtype, DType::kF32) << tensor.name;
   ASSERT_EQ(file.outputs.size(), 1u);
   EXPECT_EQ(*file.tensors[file.outputs[0]].qparams, *grids.GridOf(EmbeddingPoint()));

@@ -1,92 +1,49 @@
 #pragma once
 
-// The text side of a model as stages and units.
+// The text side of the model as stages.
 
-#include <memory>
-#include <string>
 #include <vector>
 
-#include "circlet/model/gemma4/config.h"
-#include "circlet/model/gemma4/text.h"
-#include "circlet/model/gemma4/weights.h"
-#include "circlet/preprocess/samples.h"
-#include "pipeline/stage.h"
-#include "pipeline/units.h"
+#include "pipeline/gemma4/context.h"
+#include "pipeline/gemma4/text_tables.h"
+#include "pipeline/phase.h"
 
 namespace circlet::gemma4 {
 
-// A picture as the vision stages read it.
-struct ImageItem {
-  Item item;
-  Tensor pixel_values;             // [1,P,3 ps^2], as in the sample
-  std::vector<int64_t> positions;  // [P,2]
-  int64_t budget = 0;              // soft tokens that the sample's padding holds
-};
-
-// A sequence as the text stages read it.
-struct TextItem {
-  Item item;
-  std::vector<int64_t> ids;     // placeholders replaced by the pad id
-  std::vector<int64_t> keep;    // 1 = a real position
-  std::vector<int> images;      // ids of its pictures' items
-  std::vector<int64_t> places;  // where their features go
-  int64_t answer = 0;           // kCaption: index of the answer's first token
-
-  // Index of the last real position.
-  int64_t Last() const;
-  // Index of the first position whose logits are read: of a caption those that predict its answer.
-  int64_t FirstRead() const;
-};
-
-// What every part of a run shares.
-struct RunContext {
-  const Gemma4Config& config;
-  const ModelWeights& weights;
-  Calibration& calibration;
-  ActivationStore& store;
-  Communicator& world;
-  std::vector<TextItem> texts;    // items 0, 1, ...
-  std::vector<Item> items;        // of `texts`
-  std::vector<ImageItem> images;  // items kFirstImage, kFirstImage + 1, ...
-  std::vector<Item> image_items;
-  int64_t max_seq_len = 0;
-  int64_t head_slice_bytes = int64_t{64} << 20;  // most of the head's weight in float32 at a time, and of logits
-
-  const Dialect& GetDialect() const { return calibration.GetDialect(); }
-  const TextItem& TextOf(const Item& item) const { return texts[item.id]; }
-  const ImageItem& ImageOf(int id) const { return images[id - kFirstImage]; }
-  static constexpr int kFirstImage = 1 << 24;
-  const TextItem* VerifyText() const;
-  WeightSource Stored() const;
-};
-
-class TextRun {
+// Must outlive its stages.
+class TextStages {
  public:
-  explicit TextRun(RunContext& context);
-  ~TextRun();
+  TextStages(const Context& context, TextTables& tables)
+      : context_(context), config_(context.config.text), tables_(tables), chain_tables_(context.calibration) {}
 
   Stage Tables();
   Stage Embeddings();
-  Stage PerLayerInputs();
+  Stage PerLayerInputs();  // of models that have them
   Stage Layer(int index);
-  // Forgets what no later stage reads.
-  void DropAfterLayer(int index);
   Stage Norm();
-  void DropAfterNorm();
-
-  // Units, each behind its stage.
-  void WriteEmbeddingUnits(UnitWriter& writer);
-  void WritePleUnits(UnitWriter& writer);
-  void WriteLayerUnits(UnitWriter& writer, int index);
-  void WriteHeadUnit(UnitWriter& writer);
-  void WriteModelUnit(UnitWriter& writer);
 
   // Every point and parameter of the text side, from graphs of a short length (checks before the run).
-  std::vector<Point> Points();
+  std::vector<Point> Points() const;
 
  private:
-  struct State;
-  std::unique_ptr<State> state_;
+  Graph TablesGraph(int64_t length) const;
+  // Rows of an embedding table for one item.
+  Tensor TableRows(const std::string& name, const Item& item, bool rounded) const;
+  // Token embeddings, and the features of an item's pictures over their placeholders.
+  Tensor Merged(const Item& item, std::span<const Tensor> read) const;
+  // The first position that the layers from `layer` on take of an item: of a caption only the answer once none of them
+  // makes K and V.
+  int64_t FirstRead(const Item& item, int layer) const;
+  int64_t LengthOf(const Item& item, int layer) const { return item.length - FirstRead(item, layer); }
+  // The positions that the layers from `layer` on take of a value.
+  Read LastOf(std::string key, int layer) const {
+    return {.key = std::move(key), .last = [this, layer](const Item& item) { return LengthOf(item, layer); }};
+  }
+
+  const Context& context_;
+  const TextConfig& config_;
+  TextTables& tables_;
+  ChainTables chain_tables_;
 };
 
 }  // namespace circlet::gemma4

@@ -1,0 +1,41 @@
+#pragma once
+
+// The samples that a run reads: of files or of random ids, perplexity windows, and caption tasks.
+
+#include <string>
+#include <vector>
+
+#include "circlet/model/gemma4/config.h"
+#include "circlet/pipeline/quantize.h"
+#include "circlet/preprocess/samples.h"
+#include "circlet/quant/recipe.h"
+#include "model/gemma4/vision_profile.h"
+
+namespace circlet::gemma4 {
+
+inline constexpr int64_t kLongestSequence = int64_t{1} << 20;
+
+struct RunData {
+  std::vector<Sample> calibration, evaluation;
+  std::vector<std::vector<int64_t>> windows;
+  std::vector<CaptionTask> captions;
+  std::vector<std::vector<int64_t>> answers;  // of captions: token ids, the turn's end behind them
+  std::vector<std::string> skipped;
+  std::string shortened;        // of the calibration samples: SampleSet::shortened
+  std::string dated;            // where the chat template wrote the date into a prompt: Sample::date_place
+  std::vector<DataFile> files;  // the JSON lines that were read, without their text
+  bool random = false;
+
+  // The items hold the pixels that they need.
+  void ReleasePictures();
+};
+
+// Throws Error for data that is missing, damaged, empty or does not fit the model.
+RunData ReadData(const QuantizeOptions& options, const Recipe& recipe, const Gemma4Config& config);
+
+// A sample of a layout that none of the data has: a text sample's ids around the picture's slot, and a pattern for the
+// picture. It only tries the machinery.
+Sample PatternSample(const VisionProfile& profile, const Gemma4Config& config, std::vector<int64_t> ids,
+                     std::string source);
+
+}  // namespace circlet::gemma4

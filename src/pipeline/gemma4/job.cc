@@ -1,0 +1,272 @@
+#include "pipeline/gemma4/job.h"
+
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <chrono>
+#include <nlohmann/json.hpp>
+
+#include "circlet/io/file.h"
+#include "circlet/io/json.h"
+#include "circlet/io/names.h"
+#include "circlet/io/safetensors.h"
+#include "pipeline/gemma4/items.h"
+#include "pipeline/gemma4/verification.h"
+
+namespace circlet::gemma4 {
+namespace {
+
+ModelWeights OpenWeights(const QuantizeOptions& options) {
+  if (!std::filesystem::is_directory(options.model))
+    Fail("{}: is no directory; give a checkpoint directory with config.json and safetensors", options.model.string());
+  return ModelWeights::Open(ReadConfig(options.model), options.model, options.text_only);
+}
+
+bool WritesWholeModel(const QuantizeOptions& options, const ModelWeights& weights) {
+  constexpr int64_t kSmallModelBytes = int64_t{1} << 30;
+  if (options.units != QuantizeOptions::Units::kAuto) return options.units == QuantizeOptions::Units::kAll;
+  int64_t bytes = 0;
+  for (const auto& [canonical, stored] : weights.GetInventory().name_in_checkpoint)
+    bytes += weights.Stored(canonical).Bytes();
+  return bytes <= kSmallModelBytes;
+}
+
+// Adds the seconds that `body` takes.
+template <typename Body>
+auto Timed(double& seconds, const Body& body) {
+  const auto begin = std::chrono::steady_clock::now();
+  auto result = body();
+  seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  return result;
+}
+
+}  // namespace
+
+Gemma4Job::Gemma4Job(const RunSettings& settings)
+    : settings_(settings),
+      weights_(Timed(load_seconds_, [&] { return OpenWeights(settings.options); })),
+      config_(weights_.GetConfig()),
+      data_(Timed(load_seconds_, [&] { return ReadData(settings.options, settings.recipe, config_); })),
+      calibration_(settings.recipe, DialectFromName(settings.options.dialect)),
+      context_{.config = config_,
+               .weights = weights_,
+               .calibration = calibration_,
+               .world_rank = settings.world.Rank(),
+               .world_size = settings.world.Size()},
+      whole_(WritesWholeModel(settings.options, weights_)),
+      text_tables_(context_),
+      text_stages_(context_, text_tables_) {
+  const QuantizeOptions& options = settings.options;
+  if (!options.qparams.empty()) {
+    calibration_.UseFrozen(ParameterStore::Load(options.qparams));
+    context_.texts.SetFrozen();
+    context_.images.SetFrozen();
+  }
+  MakeItems(data_, options.compute, options.max_seq_len, context_);
+  if (settings.Writes()) {
+    AddVerification(data_, options.vision_profile, context_);
+    samples_hash_ = HashOfSamples();
+  }
+  data_.ReleasePictures();
+  if (config_.text.bidirectional_pictures && !context_.images.Empty())
+    Fail(
+        "{}: use_bidirectional_attention is \"vision\": text runs, but soft tokens of one picture would see each "
+        "other, "
+        "which circlet does not do; leave samples with pictures out with --text-only",
+        (options.model / "config.json").string());
+  profile_ = ExportedProfile(context_);
+  points_ = text_stages_.Points();
+  if (config_.vision && !options.text_only)
+    for (Point& point : VisionPoints(config_, calibration_.GetDialect())) points_.push_back(std::move(point));
+}
+
+WeightSource Gemma4Job::Stored() const {
+  if (picture_tables_) return picture_tables_->Parameters();
+  return [this](const std::string& name) { return weights_.Stored(name); };
+}
+
+std::vector<PhaseSpec> Gemma4Job::Phases() {
+  constexpr int64_t kShareOfLimit = 100;
+  head_ = std::make_shared<Head>(context_, std::min(int64_t{64} << 20, settings_.options.memory_limit / kShareOfLimit));
+  text_units_.emplace(context_, text_tables_, *head_);
+  std::vector<PhaseSpec> phases;
+  if (!context_.images.Empty()) AddVisionPhases(phases);
+  const auto add = [&](Stage stage, std::vector<UnitSpec> units = {}) {
+    phases.push_back(
+        {.name = stage.name, .items = &context_.texts, .stage = std::move(stage), .units = std::move(units)});
+  };
+  add(text_stages_.Tables());
+  add(text_stages_.Embeddings());
+  if (config_.text.HasPle()) add(text_stages_.PerLayerInputs());
+  // Behind all that goes into the layers: in this order the units stand in pipeline.json.
+  phases.back().units = text_units_->Embedding();
+  if (config_.text.HasPle())
+    for (UnitSpec& unit : text_units_->PerLayerInputs()) phases.back().units.push_back(std::move(unit));
+  if (vision_units_) AddVisionUnits(phases.back());
+  for (int i = 0; i < config_.text.NumLayers(); ++i) add(text_stages_.Layer(i), text_units_->Layer(i));
+  add(text_stages_.Norm());
+
+  PhaseSpec head{.name = "logits", .items = &context_.texts, .output = head_, .units = {}};
+  head.units.push_back(text_units_->LmHead());
+  if (whole_) head.units.push_back(text_units_->Model());
+  if (whole_ && vision_units_ && !context_.GetDialect().duplicate_points) head.units.push_back(vision_units_->Full());
+  if (profile_)
+    head.files["vision_profile.json"] = [profile = profile_->ToJson()](const auto& path) { WriteJson(path, profile); };
+  phases.push_back(std::move(head));
+  return phases;
+}
+
+void Gemma4Job::AddVisionPhases(std::vector<PhaseSpec>& phases) {
+  picture_tables_.emplace(context_);
+  vision_stages_.emplace(context_, *picture_tables_);
+  if (const Item* picture = context_.VerifyPicture())
+    vision_units_.emplace(context_, *picture_tables_, context_.PictureOf(picture->id).pixel_values);
+  std::map<int, Tensor> pixels;
+  for (const Item& image : context_.images)
+    pixels[image.id] = std::move(context_.pictures[image.id - Context::kFirstPicture].pixel_values);
+  for (Stage& stage : vision_stages_->All(std::move(pixels)))
+    phases.push_back({.name = stage.name, .items = &context_.images, .stage = std::move(stage)});
+}
+
+void Gemma4Job::AddVisionUnits(PhaseSpec& phase) {
+  using Granularity = ExportOptions::Granularity;
+  const Granularity granularity = settings_.recipe.export_options.vision;
+  const auto add = [&](std::vector<UnitSpec> units) {
+    std::move(units.begin(), units.end(), std::back_inserter(phase.units));
+  };
+  if (whole_ || granularity != Granularity::kMonolithic) {
+    add(vision_units_->Split());
+    phase.files["vision_context.safetensors"] = [this](const auto& path) {
+      WriteSafetensors(path, vision_units_->Tables());
+    };
+  }
+  if (whole_ || granularity != Granularity::kLayer) phase.units.push_back(vision_units_->Prefill());
+  phase.units.push_back(vision_units_->Fusion());
+  if (whole_) add(vision_units_->Parts());
+}
+
+int64_t Gemma4Job::OutputBytes() const {
+  const Recipe& recipe = settings_.recipe;
+  const TextConfig& text = config_.text;
+  int64_t bits = 0;
+  for (const Parameter& parameter : Parameters(config_)) {
+    const PointSpec spec =
+        recipe.SpecFor(Point{.name = parameter.name, .role = PointRole::kWeight}, context_.GetDialect());
+    const int64_t own = parameter.shape.Elements() * (spec.kind == QuantKind::kAffine ? BitWidth(spec.dtype) : 32);
+    const auto named = [&](const char* part) { return parameter.name.find(part) != std::string::npos; };
+    const bool in_layer = named("language_model.layers.");
+    const bool is_head = named("embed_tokens.weight") && config_.tie_word_embeddings;
+    // A layer stands in its prefill and its decode file, a tied table in the embedding and the head.
+    bits += own * ((in_layer && recipe.export_options.prefill_decode) || is_head ? 2 : 1) + (whole_ ? own : 0);
+  }
+  const int64_t layers = text.NumLayers(), ple = text.HasPle() ? layers * text.ple_dim : 0;
+  const int64_t codes =
+      context_.Verify() == nullptr ? 0 : 2 * context_.max_seq_len * (text.hidden_size * (layers + 3) + 3 * ple);
+  return bits / 8 + codes;
+}
+
+// The graph from ids and pixels to the last hidden state runs once in one piece.
+int64_t Gemma4Job::WholeGraphBytes() const {
+  int64_t bytes = 0;
+  if (whole_ && !context_.images.Empty())
+    for (const Parameter& parameter : Parameters(config_)) bytes += 4 * parameter.shape.Elements();
+  return bytes;
+}
+
+// Of all sequences, and of the pictures of this process.
+std::string Gemma4Job::HashOfSamples() const {
+  std::string all;
+  const auto add = [&](const auto& values) { all += Sha256(std::as_bytes(std::span(values.data(), values.size()))); };
+  for (const Item& text : context_.texts) {
+    const Sequence& sequence = context_.SequenceOf(text);
+    all += text.label;
+    add(sequence.ids);
+    add(sequence.keep);
+    add(sequence.places);
+  }
+  for (const Picture& picture : context_.pictures) {
+    add(picture.positions);
+    if (!picture.pixel_values.Empty())
+      add(std::span(picture.pixel_values.Raw(), static_cast<size_t>(picture.pixel_values.Bytes())));
+  }
+  return Sha256(std::as_bytes(std::span(all)));
+}
+
+void Gemma4Job::Describe(QuantizeResult& result) const {
+  const QuantizeOptions& options = settings_.options;
+  result.seconds["load"] += load_seconds_;
+  result.output_on_calibration_data = data_.evaluation.empty();
+  if (result.perplexity) result.perplexity->windows = static_cast<int64_t>(data_.windows.size());
+  if (profile_)
+    result.vision_profile =
+        fmt::format("{}x{} patches, {} soft tokens from position {} ({})", profile_->patch_grid_height,
+                    profile_->patch_grid_width, profile_->num_visual_tokens, profile_->visual_start_idx,
+                    options.vision_profile.empty() ? "the most frequent of the calibration samples" : profile_->name);
+  result.pictures = static_cast<int64_t>(context_.pictures.size());
+  result.model = options.model.filename().empty() ? options.model.parent_path().filename().string()
+                                                  : options.model.filename().string();
+  result.calibration_samples = static_cast<int64_t>(data_.calibration.size());
+  result.evaluation_samples = static_cast<int64_t>(data_.evaluation.size());
+  result.random_data = data_.random;
+  result.skipped = data_.skipped;
+  result.shortened = data_.shortened;
+  result.dated = data_.dated;
+  result.max_seq_len = context_.max_seq_len;
+  DescribeUnused(result);
+}
+
+// What the run did not use or had to assume. Of parts that do not run, one line is enough on the terminal.
+void Gemma4Job::DescribeUnused(QuantizeResult& result) const {
+  const bool runs_vision = !context_.images.Empty();
+  const Inventory& inventory = weights_.GetInventory();
+  result.notes = inventory.notes;
+  result.unknown_keys = config_.unknown_keys;
+  std::vector<std::string> keys, tensors;
+  for (const std::string& key : config_.unknown_keys)
+    if (runs_vision || !key.starts_with("vision_config.")) keys.push_back(key);
+  for (const UnusedTensor& tensor : inventory.unused) {
+    result.unused_tensors.push_back(fmt::format("{}: {}", tensor.name, tensor.reason));
+    if (!IsVisionTensor(tensor.name) && !IsAudioTensor(tensor.name)) tensors.push_back(tensor.name);
+  }
+  if (config_.vision && !runs_vision) {
+    const char* const why = settings_.options.text_only ? "--text-only" : "no sample has a picture";
+    result.notes.push_back(fmt::format("vision units are left out: {}", why));
+    if (!settings_.options.text_only)
+      for (const auto& [canonical, stored] : inventory.name_in_checkpoint)
+        if (IsVisionTensor(canonical))
+          result.unused_tensors.push_back(fmt::format("{}: vision tower: {}", stored, why));
+  }
+  const auto note = [&](const std::vector<std::string>& names, const char* what, const char* list) {
+    constexpr size_t kNamed = 3;
+    if (names.empty()) return;
+    std::vector<std::string> first;
+    for (const std::string& name : std::span(names).first(std::min(names.size(), kNamed)))
+      first.push_back(Shortened(name));
+    result.notes.push_back(fmt::format("{} that are not used: {}, {}{} (all: {} of the JSON report)", what,
+                                       names.size(), fmt::join(first, ", "), names.size() > kNamed ? " ..." : "",
+                                       list));
+  };
+  note(keys, "keys of config.json", "unknown_config_keys");
+  note(tensors, "stored tensors", "unused_tensors");
+}
+
+}  // namespace circlet::gemma4
+
+namespace circlet {
+
+// The only family there is; with another one config.json's "architectures" chooses here.
+QuantizeResult Quantize(const QuantizeOptions& options) {
+  if (options.resume && options.force)
+    Fail("--resume goes on with an unfinished run, --force starts again: give one of them");
+  const RunSettings settings(options);
+  gemma4::Gemma4Job job(settings);
+  return RunJob(settings, job);
+}
+
+std::string DryRun(const QuantizeOptions& options) {
+  const RunSettings settings(options);
+  gemma4::Gemma4Job job(settings);
+  return DryRunJob(settings, job);
+}
+
+}  // namespace circlet
