@@ -85,6 +85,8 @@ class Verifier {
     if (!HoldsCodes(type.dtype))
       return Fault(place, "scale and zero point on {}; only int4 to int64 and uint4 to uint16 are quantized",
                    type.ToString());
+    if (type.dtype == DType::kI64 && !tensor.IsConstant())
+      return Fault(place, "scale and zero point on computed {}; int64 codes are those of constants", type.ToString());
     if (grid.dtype != type.dtype) Fault(place, "is {}, its grid is for {}", type.ToString(), Name(grid.dtype));
     if (const std::optional<std::string> fault = FaultOf(grid); fault.has_value()) return Fault(place, "{}", *fault);
     CheckAxis(tensor, grid, place);

@@ -80,6 +80,13 @@ TEST(CircleVerifyTest, GridsMustBeCompleteAndSound) {
               HasSubstr("tensor 2 \"y\": scale and zero point on float32[1,1,3]"));
 }
 
+TEST(CircleVerifyTest, ComputedTensorsHaveNoInt64Codes) {
+  const auto to_int64 = [](Tensor& tensor) { tensor.type.dtype = tensor.qparams->dtype = DType::kI64; };
+  EXPECT_THAT(FaultAfter([&](Model& m) { to_int64(m.tensors[4]); }),
+              StartsWith("tensor 4 \"n\": scale and zero point on computed int64[1,1,3]"));
+  EXPECT_THAT(FaultAfter([&](Model& m) { to_int64(m.tensors[0]); }), HasSubstr("computed int64[1,1,8]"));
+}
+
 TEST(CircleVerifyTest, ScalesMustBeFiniteAndPositive) {
   for (const float scale :
        {0.0f, -1.0f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
