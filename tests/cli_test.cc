@@ -74,6 +74,11 @@ class CliTest : public testing::Test {
     EXPECT_THAT(result.out, IsEmpty());
     ExpectNothingLeft();
   }
+  static void ExpectError(const std::vector<std::string>& arguments, const Matcher<std::string>& message) {
+    const ProgramResult result = RunProgram(arguments);
+    EXPECT_EQ(result.exit_code, 2) << result.err;
+    EXPECT_THAT(result.err, AllOf(StartsWith("circlet: "), message));
+  }
   void ExpectNothingLeft() const {
     EXPECT_FALSE(fs::exists(out_));
     for (const auto& entry : fs::directory_iterator(directory_.Path()))
@@ -108,9 +113,23 @@ TEST_F(CliTest, QuantizeShowRunAndVerifyFollowEachOther) {
 
   const SafetensorsFile codes = SafetensorsFile::Open(out_ + "/verify.safetensors");
   const std::string in = directory_.Path() / "in.safetensors", result = directory_.Path() / "result.safetensors";
+  const std::string stored = out_ + "/verify.safetensors";
+  const ProgramResult raw =
+      RunProgram({"run", head, "--unit", "lm_head", "--inputs", stored, "--outputs", result, "--codes"});
+  EXPECT_EQ(raw.exit_code, 0) << raw.err;
+  EXPECT_THAT(raw.out, HasSubstr("out.0: int16[1,1,256]"));
+  const Tensor raw_codes = SafetensorsFile::Open(result).Get("out.0").Clone();
+  EXPECT_EQ(0, std::memcmp(raw_codes.Raw(), codes.Get("lm_head.out.0").Raw(), raw_codes.Bytes()));
+  ExpectError({"run", head, "--inputs", stored, "--outputs", result},
+              AllOf(HasSubstr("input 0 \"hidden\""), HasSubstr("take those of the unit with --unit lm_head")));
+
   // Codes that equal others are stored once; the metadata says where.
   const auto same = codes.Metadata().find("lm_head.in.0");
-  WriteSafetensors(in, {{"in.0", codes.Get(same == codes.Metadata().end() ? "lm_head.in.0" : same->second)}});
+  const Tensor hidden = codes.Get(same == codes.Metadata().end() ? "lm_head.in.0" : same->second);
+  WriteSafetensors(in, {{"in.0", hidden}, {"hiden", hidden}});
+  ExpectError({"run", head, "--inputs", in, "--outputs", result},
+              AllOf(HasSubstr("\"hiden\" is no input of"), HasSubstr("nearest: \"hidden\"")));
+  WriteSafetensors(in, {{"in.0", hidden}});
   const ProgramResult run = RunProgram({"run", head, "--inputs", in, "--outputs", result});
   EXPECT_EQ(run.exit_code, 0) << run.err;
   EXPECT_THAT(run.out, AllOf(HasSubstr("out.0: float32[1,1,256]"), HasSubstr(result)));
@@ -500,17 +519,21 @@ TEST_F(CliTest, RunNamesAMissingInputAndOneOfAnotherShape) {
 }
 
 TEST_F(CliTest, VerifyRefusesADirectoryThatIsNoResult) {
-  ExpectRefused({"verify", model_}, AllOf(HasSubstr(model_ + "/manifest.json"), HasSubstr("No such file")));
+  ExpectRefused({"verify", model_},
+                AllOf(HasSubstr(model_), HasSubstr("is a checkpoint; give the directory that quantize wrote")));
 }
 
-TEST_F(CliTest, VerifyRefusesACutFileByItsHash) {
+TEST_F(CliTest, VerifyNamesACutFileByItsHashAndLooksAtTheOthers) {
   ASSERT_EQ(RunProgram(Quantize()).exit_code, 0);
   fs::resize_file(out_ + "/lm_head.q.circle", 1000);
-  const ProgramResult result = RunProgram({"verify", out_});
+  const std::string json = directory_.Path() / "verdict.json";
+  const ProgramResult result = RunProgram({"verify", out_, "--quiet", "--json", json});
   EXPECT_EQ(result.exit_code, 2);
-  EXPECT_THAT(result.err,
-              AllOf(HasSubstr("lm_head.q.circle"), HasSubstr("differs from the file that manifest.json lists"),
-                    HasSubstr("quantize again")));
+  EXPECT_THAT(result.err, IsEmpty());
+  EXPECT_THAT(result.out,
+              AllOf(HasSubstr("lm_head.q.circle: differs from the file that manifest.json lists"),
+                    HasSubstr("quantize again"), HasSubstr("files are missing or damaged"), HasSubstr("gemma4_model")));
+  EXPECT_EQ(ReadJson(json).at("verdict"), "damaged");
 }
 
 // Anyone may hand us a directory with his own manifest and pipeline.

@@ -17,7 +17,9 @@ namespace {
 
 namespace fs = std::filesystem;
 using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using ::testing::StartsWith;
 
 class ExactFilesTest : public testing::TestWithParam<GoldenCase> {};
@@ -118,6 +120,13 @@ struct SpoiledRunTest : testing::Test {
   }
 };
 
+std::vector<std::string> Faults(const VerifyResult& result) {
+  std::vector<std::string> faults;
+  for (const UnitVerdict& unit : result.units)
+    if (!unit.fault.empty()) faults.push_back(unit.fault);
+  return faults;
+}
+
 TEST_F(SpoiledRunTest, AChangedCodeIsNamedWithItsPlace) {
   const SafetensorsFile stored = SafetensorsFile::Open(out / "verify.safetensors");
   std::map<std::string, Tensor> codes = stored.Tensors();
@@ -147,10 +156,146 @@ TEST_F(SpoiledRunTest, AChangedCodeIsNamedWithItsPlace) {
 
 TEST_F(SpoiledRunTest, AFlippedWeightIsRefusedByItsHash) {
   FlipWeight("lm_head.q.circle");
-  EXPECT_THAT(ErrorText([&] { Verify({.directory = out}); }),
-              AllOf(StartsWith((out / "lm_head.q.circle").string()),
-                    HasSubstr("differs from the file that manifest.json lists"), HasSubstr("SHA-256"),
-                    HasSubstr("quantize again")));
+  const VerifyResult result = Verify({.directory = out});
+  EXPECT_EQ(result.verdict, VerifyResult::Verdict::kDamaged);
+  EXPECT_FALSE(result.exact);
+  EXPECT_THAT(Faults(result), ElementsAre(AllOf(StartsWith((out / "lm_head.q.circle").string()),
+                                                HasSubstr("differs from the file that manifest.json lists"),
+                                                HasSubstr("SHA-256"), HasSubstr("quantize again"))));
+}
+
+TEST_F(SpoiledRunTest, TheOtherFilesAreLookedAtAfterADamagedOne) {
+  WriteFile(out / "token_embedding.q.circle", "no Circle file");
+  fs::remove(out / "lm_head.q.circle");
+  const VerifyResult result = Verify({.directory = out});
+  EXPECT_EQ(result.verdict, VerifyResult::Verdict::kDamaged);
+  EXPECT_THAT(Faults(result), ElementsAre(HasSubstr("token_embedding.q.circle: differs"),
+                                          HasSubstr("lm_head.q.circle: cannot be opened")));
+  for (const UnitVerdict& unit : result.units) EXPECT_EQ(unit.values > 0, unit.fault.empty()) << unit.unit;
+  EXPECT_THAT(VerifyText(result), HasSubstr("files are missing or damaged"));
+}
+
+// ---- Nothing compared is no success -------------------------------------------------------------------------------
+
+TEST_F(SpoiledRunTest, CodesThatNoUnitReadsAreNoSuccess) {
+  const fs::path file = out.parent_path() / "codes.safetensors";
+  const auto verify = [&] { return Verify({.directory = out, .codes = file}); };
+  WriteSafetensors(file, {});
+  const VerifyResult nothing = verify();
+  EXPECT_EQ(nothing.verdict, VerifyResult::Verdict::kNothingCompared);
+  EXPECT_FALSE(nothing.exact);
+  EXPECT_FALSE(nothing.within_bounds);
+  EXPECT_THAT(VerifyText(nothing),
+              AllOf(HasSubstr("not compared, no input codes: token_embedding"), HasSubstr("lm_head"),
+                    HasSubstr(" 0 compared: nothing was compared"), Not(HasSubstr("last code"))));
+  WriteSafetensors(file, {{"lm_haed.in.0", Tensor::Of<int64_t>({1}, std::vector<int64_t>{1})}});
+  EXPECT_THAT(ErrorText(verify), AllOf(StartsWith(file.string()), HasSubstr("\"lm_haed.in.0\" is no end of a unit"),
+                                       HasSubstr("nearest: \"lm_head.in.0\"")));
+  // Inputs alone compute something, which is compared with nothing.
+  const SafetensorsFile stored = SafetensorsFile::Open(out / "verify.safetensors");
+  const Tensor ids = StoredCodes(stored, "token_embedding.in.0");
+  WriteSafetensors(file, {{"token_embedding.in.0", ids}});
+  EXPECT_EQ(verify().verdict, VerifyResult::Verdict::kNothingCompared);
+  WriteSafetensors(
+      file, {{"token_embedding.in.0", ids}, {"token_embedding.out.0", StoredCodes(stored, "token_embedding.out.0")}});
+  const VerifyResult some = verify();
+  EXPECT_EQ(some.verdict, VerifyResult::Verdict::kExact);
+  EXPECT_THAT(VerifyText(some), AllOf(HasSubstr("not compared, no input codes: ple_embedding"),
+                                      HasSubstr(" 1 compared: every compared file")));
+  const nlohmann::json json = nlohmann::json::parse(VerifyJson(some));
+  EXPECT_EQ(json.at("verdict"), "exact");
+  EXPECT_EQ(json.at("units").at(0).at("uncompared"), "");
+  EXPECT_EQ(json.at("units").at(1).at("uncompared"), "no input codes");
+}
+
+TEST_F(SpoiledRunTest, ValuesOutOfTheGridAreCountedAndNaNsAreRefused) {
+  const SafetensorsFile stored = SafetensorsFile::Open(out / "verify.safetensors");
+  const circle::Model model = circle::Read(out / "lm_head.q.circle");
+  Tensor values(TensorType{DType::kF32, model.tensors[model.inputs[0]].type.shape});
+  values.F32()[0] = 1e9f;
+  values.F32()[5] = -1e9f;
+  const fs::path file = out.parent_path() / "codes.safetensors";
+  WriteSafetensors(file, {{"lm_head.in.0", values}, {"lm_head.out.0", StoredCodes(stored, "lm_head.out.0")}});
+  EXPECT_THAT(VerifyText(Verify({.directory = out, .codes = file})),
+              HasSubstr("lm_head.in.0: 2 of 64 values are out of the grid (-"));
+  const RunOptions run{.file = out / "lm_head.q.circle", .inputs = file, .unit = "lm_head"};
+  EXPECT_THAT(RunFile(run).outside, ElementsAre(HasSubstr("2 of 64 values are out of the grid")));
+  values.F32()[7] = NAN;
+  WriteSafetensors(file, {{"lm_head.in.0", values}});
+  EXPECT_THAT(ErrorText([&] { RunFile(run); }), HasSubstr("value [0,0,7] is NaN"));
+  EXPECT_THAT(Faults(Verify({.directory = out, .codes = file})),
+              ElementsAre(HasSubstr("lm_head.in.0: value [0,0,7] is NaN")));
+}
+
+// The unit hands its ids through beside what it computes.
+TEST_F(SpoiledRunTest, IntegerOutputsAreComparedAsIntegers) {
+  circle::Model model = circle::Read(out / "token_embedding.q.circle");
+  model.outputs.push_back(model.inputs[0]);
+  circle::Write(model, out / "token_embedding.q.circle");
+  nlohmann::json pipeline = ReadJson(out / "pipeline.json");
+  for (auto& unit : pipeline.at("units"))
+    if (unit.at("name") == "token_embedding") unit.at("outputs").push_back({{"dtype", "int64"}});
+  WriteJson(out / "pipeline.json", pipeline);
+  Manifest([](nlohmann::json& manifest) { manifest.erase("outputs"); });
+  const SafetensorsFile stored = SafetensorsFile::Open(out / "verify.safetensors");
+  std::map<std::string, Tensor> codes{{"token_embedding.in.0", StoredCodes(stored, "token_embedding.in.0")},
+                                      {"token_embedding.out.0", StoredCodes(stored, "token_embedding.out.0")}};
+  codes["token_embedding.out.1"] = codes.at("token_embedding.in.0");
+  const fs::path file = out.parent_path() / "codes.safetensors";
+  WriteSafetensors(file, codes);
+  const VerifyResult same = Verify({.directory = out, .codes = file});
+  EXPECT_EQ(same.verdict, VerifyResult::Verdict::kExact) << VerifyText(same);
+  EXPECT_THAT(same.notes, testing::Contains(HasSubstr("token_embedding.q.circle is not listed in manifest.json")));
+  Tensor& ids = codes.at("token_embedding.out.1");
+  ids = ids.Clone();
+  ids.I64()[3] += 2;
+  WriteSafetensors(file, codes);
+  const VerifyResult other = Verify({.directory = out, .codes = file});
+  EXPECT_EQ(other.verdict, VerifyResult::Verdict::kDifferent);
+  EXPECT_THAT(other.units.at(0).first_difference, StartsWith("out.1[0,3]: code "));
+  EXPECT_EQ(other.units.at(0).largest_step, 2);
+}
+
+TEST_F(SpoiledRunTest, TheListedGridsAreThoseOfTheFiles) {
+  nlohmann::json pipeline = ReadJson(out / "pipeline.json");
+  // Both ends of every boundary agree, with each other only.
+  for (auto& unit : pipeline.at("units"))
+    for (const char* side : {"inputs", "outputs"})
+      for (auto& end : unit.at(side))
+        if (end.at("key") == "hidden.1") end["scale"] = 0.5;
+  WriteJson(out / "pipeline.json", pipeline);
+  Manifest([](nlohmann::json& manifest) { manifest.erase("outputs"); });
+  const VerifyResult result = Verify({.directory = out});
+  EXPECT_EQ(result.verdict, VerifyResult::Verdict::kDifferent);
+  EXPECT_THAT(result.broken_boundaries, testing::Contains(AllOf(StartsWith("lm_head.in.0: the file has int16 scale "),
+                                                                HasSubstr("pipeline.json says int16 scale 0.5"))));
+}
+
+TEST_F(SpoiledRunTest, OtherInstructionsAreJudgedByABound) {
+  Manifest([](nlohmann::json& manifest) { manifest["instruction_set"] = "OTHER"; });
+  const SafetensorsFile stored = SafetensorsFile::Open(out / "verify.safetensors");
+  std::map<std::string, Tensor> codes = stored.Tensors();
+  Tensor& changed = codes.at("decoder_layer_prefill_0.out.0");
+  changed = changed.Clone();
+  const fs::path file = out.parent_path() / "codes.safetensors";
+  changed.As<int16_t>()[17] += 2;
+  WriteSafetensors(file, codes, stored.Metadata());
+  const VerifyResult near = Verify({.directory = out, .codes = file});
+  EXPECT_EQ(near.verdict, VerifyResult::Verdict::kWithinBounds);
+  EXPECT_THAT(VerifyText(near), HasSubstr("made with OTHER, this is "));
+  for (int16_t& code : changed.As<int16_t>()) code = static_cast<int16_t>(code / 2 + 9000);
+  WriteSafetensors(file, codes, stored.Metadata());
+  EXPECT_EQ(Verify({.directory = out, .codes = file}).verdict, VerifyResult::Verdict::kDifferent);
+}
+
+TEST_F(SpoiledRunTest, WhatIsNoOutputOfQuantizeIsSaid) {
+  const auto said = [](const fs::path& path) { return ErrorText([&] { Verify({.directory = path}); }); };
+  EXPECT_THAT(said(out / "lm_head.q.circle"), HasSubstr("is a file; give the directory that quantize wrote"));
+  EXPECT_THAT(said(out / "absent"), HasSubstr("there is no such directory"));
+  EXPECT_THAT(said(TestData("golden/seed_example/model")), HasSubstr("is a checkpoint"));
+  EXPECT_THAT(said(out.parent_path()), HasSubstr("is no output of quantize, it has no manifest.json"));
+  fs::create_directory(out.string() + ".partial");
+  EXPECT_THAT(said(out.string() + ".partial"), HasSubstr("is an unfinished run of quantize; go on with it (--resume)"));
 }
 
 TEST_F(SpoiledRunTest, OtherChangedFilesOfTheManifestAreRefusedByTheirHashes) {
@@ -193,8 +338,8 @@ TEST_F(SpoiledRunTest, GridsThatDoNotMeetAreABrokenBoundary) {
 
 TEST_F(SpoiledRunTest, AMissingFileIsNamed) {
   fs::remove(out / "token_embedding.q.circle");
-  EXPECT_THAT(ErrorText([&] { Verify({.directory = out}); }),
-              AllOf(StartsWith((out / "token_embedding.q.circle").string()), HasSubstr("No such file")));
+  EXPECT_THAT(Faults(Verify({.directory = out})),
+              ElementsAre(AllOf(StartsWith((out / "token_embedding.q.circle").string()), HasSubstr("No such file"))));
 }
 
 // ---- Determinism ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/circle/model.h"
+#include "circlet/io/file.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/pipeline/verify.h"
 #include "cli/commands.h"
@@ -11,17 +12,26 @@
 namespace circlet {
 
 void AddVerify(CLI::App& app, std::function<int()>& command) {
-  auto options = std::make_shared<VerifyOptions>();
+  struct Options {
+    VerifyOptions verify;
+    std::string json;
+    bool quiet = false;
+  };
+  auto options = std::make_shared<Options>();
   CLI::App* verify = app.add_subcommand("verify", "Run every exported file and compare it with the simulation");
   verify->footer("Example:\n  circlet verify out/");
-  verify->add_option("DIR", options->directory, "Output directory of quantize")->required();
-  verify->add_option("--samples", options->codes, "Other inputs and codes, keys as in verify.safetensors");
+  verify->add_option("DIR", options->verify.directory, "Output directory of quantize")->required();
+  verify->add_option("--samples", options->verify.codes, "Other inputs and codes, keys as in verify.safetensors");
+  verify->add_option("--json", options->json, "Also write the verdict as JSON");
+  verify->add_flag("--quiet", options->quiet, "No progress");
   verify->callback([options, &command] {
     command = [options] {
-      options->progress = stderr;
-      const VerifyResult result = Verify(*options);
+      options->verify.progress = options->quiet ? nullptr : stderr;
+      const VerifyResult result = Verify(options->verify);
+      if (!options->json.empty()) WriteFile(options->json, VerifyJson(result));
       fmt::print("{}", VerifyText(result));
-      return result.within_bounds ? 0 : 1;
+      if (result.within_bounds) return 0;
+      return result.verdict == VerifyResult::Verdict::kDifferent ? 1 : 2;
     };
   });
 }
@@ -41,20 +51,27 @@ void AddShow(CLI::App& app, std::function<int()>& command) {
 
 void AddRun(CLI::App& app, std::function<int()>& command) {
   struct Options {
-    std::string file, inputs, outputs;
+    RunOptions run;
+    std::string outputs;
   };
   auto options = std::make_shared<Options>();
   CLI::App* run = app.add_subcommand("run", "Run a Circle file on tensors of a safetensors file");
-  run->footer("Example:\n  circlet run out/lm_head.q.circle --inputs in.safetensors --outputs out.safetensors");
-  run->add_option("FILE", options->file, "Circle file")->required();
-  run->add_option("--inputs", options->inputs, "By tensor name or in.0, in.1, ...; codes or float values")->required();
+  run->footer(
+      "Example:\n  circlet run out/lm_head.q.circle --unit lm_head --inputs out/verify.safetensors "
+      "--outputs result.safetensors");
+  run->add_option("FILE", options->run.file, "Circle file")->required();
+  run->add_option("--inputs", options->run.inputs, "By tensor name or in.0, in.1, ...; codes or float values")
+      ->required();
+  run->add_option("--unit", options->run.unit,
+                  "Take UNIT.in.0, UNIT.in.1, ... of the inputs, as in verify.safetensors");
   run->add_option("--outputs", options->outputs, "out.0, out.1, ... as float32")->required();
+  run->add_flag("--codes", options->run.codes, "Outputs as codes of their tensors' types");
   run->callback([options, &command] {
     command = [options] {
-      const SafetensorsFile inputs = SafetensorsFile::Open(options->inputs);
-      const auto outputs = RunFile(options->file, inputs.Tensors());
-      WriteSafetensors(options->outputs, outputs);
-      for (const auto& [name, tensor] : outputs) fmt::print("{}: {}\n", name, tensor.Type().ToString());
+      const RunResult result = RunFile(options->run);
+      WriteSafetensors(options->outputs, result.outputs);
+      for (const std::string& outside : result.outside) fmt::print("{}\n", outside);
+      for (const auto& [name, tensor] : result.outputs) fmt::print("{}: {}\n", name, tensor.Type().ToString());
       fmt::print("written to {}\n", options->outputs);
       return 0;
     };

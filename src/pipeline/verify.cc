@@ -1,12 +1,17 @@
 #include "circlet/pipeline/verify.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "circlet/circle/export.h"
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
+#include "circlet/io/names.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/quant/affine.h"
 #include "circlet/report/terminal.h"
@@ -17,21 +22,7 @@ namespace circlet {
 namespace fs = std::filesystem;
 namespace {
 
-// Codes of a stored reference as float32 values of the tensor's grid; ids and floats pass. `place` stands in front of
-// errors.
-Tensor ValuesOf(const circle::Tensor& tensor, const Tensor& stored, const std::string& place) {
-  if (!tensor.qparams || stored.GetDType() == DType::kF32) return stored;
-  // Safetensors has no 4-bit types; such codes stand in bytes.
-  const DType expected = tensor.type.dtype == DType::kI4   ? DType::kI8
-                         : tensor.type.dtype == DType::kU4 ? DType::kU8
-                                                           : tensor.type.dtype;
-  if (stored.GetDType() != expected)
-    Fail("{}: is {}, expected {} codes or float32 values", place, stored.Type().ToString(), Name(expected));
-  circle::Tensor constant = tensor;
-  constant.type = stored.Type();
-  constant.data = stored;
-  return circle::DequantizedConstant(constant);
-}
+constexpr char kNoInputs[] = "no input codes";
 
 std::string IndexText(const Shape& shape, int64_t flat) {
   std::vector<int64_t> index(shape.Rank());
@@ -42,28 +33,107 @@ std::string IndexText(const Shape& shape, int64_t flat) {
   return Shape(index).ToString();
 }
 
+// How many values lie beyond the ends of a tensor's grid, which a run moves to the nearest end; a NaN has no nearest
+// end.
+int64_t CountOutside(const circle::Tensor& tensor, const Tensor& values, const std::string& place) {
+  const std::span<const float> all = values.F32();
+  const auto nan = std::ranges::find_if(all, [](float value) { return std::isnan(value); });
+  if (nan != all.end())
+    Fail("{}: value {} is NaN; give numbers", place, IndexText(values.GetShape(), nan - all.begin()));
+  if (!tensor.qparams || tensor.qparams->PerChannel()) return 0;
+  const double scale = tensor.qparams->scale[0], zero = tensor.qparams->zero_point[0];
+  const CodeRange codes = CodesOf(tensor.qparams->dtype);
+  // Half a step is rounding.
+  const double least = (codes.min - zero - 0.5) * scale, greatest = (codes.max - zero + 0.5) * scale;
+  return std::ranges::count_if(all, [&](float value) { return value < least || value > greatest; });
+}
+
+// Codes of a stored reference as float32 values of the tensor's grid; ids and floats pass. `place` stands in front of
+// errors; values out of the grid are told in `outside`.
+Tensor ValuesOf(const circle::Tensor& tensor, const Tensor& stored, const std::string& place,
+                std::vector<std::string>& outside) {
+  Tensor values = stored;
+  if (tensor.qparams && stored.GetDType() != DType::kF32) {
+    // Safetensors has no 4-bit types; such codes stand in bytes.
+    const DType expected = tensor.type.dtype == DType::kI4   ? DType::kI8
+                           : tensor.type.dtype == DType::kU4 ? DType::kU8
+                                                             : tensor.type.dtype;
+    if (stored.GetDType() != expected)
+      Fail("{}: is {}, expected {} codes or float32 values", place, stored.Type().ToString(), Name(expected));
+    circle::Tensor constant = tensor;
+    constant.type = stored.Type();
+    constant.data = stored;
+    values = circle::DequantizedConstant(constant);
+  }
+  if (values.GetDType() != DType::kF32) return values;
+  if (const int64_t count = CountOutside(tensor, values, place); count > 0) {
+    const QParams& grid = *tensor.qparams;
+    const CodeRange codes = CodesOf(grid.dtype);
+    outside.push_back(fmt::format("{}: {} of {} values are out of the grid ({} to {}) and were moved to its ends",
+                                  place, count, values.Elements(), (codes.min - grid.zero_point[0]) * grid.scale[0],
+                                  (codes.max - grid.zero_point[0]) * grid.scale[0]));
+  }
+  return values;
+}
+
+// The elements of two tensors of one type, as codes where they have a grid. A float that no code stands for, such as a
+// NaN, is further away than any code.
+class Elements {
+ public:
+  Elements(const Tensor& tensor, const QParams* grid) : tensor_(tensor), grid_(grid) {}
+  // Less the zero point.
+  int64_t Code(int64_t i) const {
+    if (tensor_.GetDType() != DType::kF32) return Integer(i);
+    const double code =
+        std::nearbyint(static_cast<double>(tensor_.F32()[i]) / (grid_ != nullptr ? grid_->scale[0] : 1));
+    constexpr double kFar = 1e15;
+    return std::isnan(code) ? static_cast<int64_t>(kFar) : static_cast<int64_t>(std::clamp(code, -kFar, kFar));
+  }
+  bool Equal(const Elements& other, int64_t i) const {
+    if (tensor_.GetDType() == DType::kF32) return tensor_.F32()[i] == other.tensor_.F32()[i];
+    return Integer(i) == other.Integer(i);
+  }
+
+ private:
+  int64_t Integer(int64_t i) const {
+    const DType type = tensor_.GetDType();
+    if (BitWidth(type) % 8 != 0) Fail("{} values cannot be compared one by one", Name(type));
+    const size_t bytes = BitWidth(type) / 8;
+    int64_t value = 0;
+    std::memcpy(&value, tensor_.Raw() + i * bytes, bytes);
+    const int unused = 64 - 8 * static_cast<int>(bytes);
+    const bool is_signed = type == DType::kI8 || type == DType::kI16 || type == DType::kI32 || type == DType::kI64;
+    return is_signed ? static_cast<int64_t>(static_cast<uint64_t>(value) << unused) >> unused : value;
+  }
+  const Tensor& tensor_;
+  const QParams* grid_;
+};
+
 void Compare(const circle::Model& model, int output, const Tensor& found, const Tensor& expected,
              UnitVerdict& verdict) {
   const circle::Tensor& tensor = model.tensors[model.outputs[output]];
-  const QParams grid = tensor.qparams.value_or(QParams{.scale = {1}, .zero_point = {0}});
+  const QParams* grid = tensor.qparams ? &*tensor.qparams : nullptr;
+  const int64_t zero = grid == nullptr ? 0 : grid->zero_point[0];
   const std::string place = fmt::format("{}.out.{}", verdict.unit, output);
-  const Tensor reference = ValuesOf(tensor, expected, place);
+  const Tensor reference = ValuesOf(tensor, expected, place, verdict.outside);
   if (reference.Type() != found.Type())
     Fail("{}: the stored codes are {}, {} computes {}; quantize again", place, expected.Type().ToString(), verdict.file,
          found.Type().ToString());
-  for (size_t i = 0; i < found.F32().size(); ++i) {
+  const Elements a(found, grid), b(reference, grid);
+  for (int64_t i = 0; i < found.Elements(); ++i) {
     ++verdict.values;
-    const int64_t code_of_reference = std::lrint(reference.F32()[i] / grid.scale[0]);
-    verdict.largest_code = std::max<int64_t>(verdict.largest_code, std::abs(code_of_reference));
-    if (found.F32()[i] == reference.F32()[i]) continue;
-    const auto code = [&](float value) {
-      return static_cast<int64_t>(std::lrint(value / grid.scale[0])) + grid.zero_point[0];
-    };
-    const int64_t a = code(found.F32()[i]), b = code(reference.F32()[i]);
+    const int64_t wanted = b.Code(i);
+    verdict.largest_code = std::max<int64_t>(verdict.largest_code, std::abs(wanted));
+    verdict.least = std::min(verdict.least, wanted);
+    verdict.greatest = std::max(verdict.greatest, wanted);
+    if (a.Equal(b, i)) continue;
+    const int64_t code = a.Code(i);
     if (verdict.different++ == 0)
       verdict.first_difference = fmt::format("out.{}{}: code {}, expected {} (tensor \"{}\")", output,
-                                             IndexText(found.GetShape(), static_cast<int64_t>(i)), a, b, tensor.name);
-    verdict.largest_step = std::max(verdict.largest_step, std::abs(a - b));
+                                             IndexText(found.GetShape(), i), code + zero, wanted + zero, tensor.name);
+    const uint64_t step = code > wanted ? static_cast<uint64_t>(code) - static_cast<uint64_t>(wanted)
+                                        : static_cast<uint64_t>(wanted) - static_cast<uint64_t>(code);
+    verdict.largest_step = std::max(verdict.largest_step, static_cast<int64_t>(std::min<uint64_t>(step, INT64_MAX)));
   }
 }
 
@@ -76,6 +146,15 @@ class StoredCodes {
     const auto same = file_.Metadata().find(name);
     return same == file_.Metadata().end() ? nullptr : file_.Find(same->second);
   }
+  std::vector<std::string> Names() const {
+    std::vector<std::string> names;
+    for (const auto& [name, tensor] : file_.Tensors()) names.push_back(name);
+    // Other metadata ("format": "pt") names no tensor.
+    for (const auto& [name, same] : file_.Metadata())
+      if (file_.Find(same) != nullptr) names.push_back(name);
+    return names;
+  }
+  std::string Path() const { return file_.Path().string(); }
 
  private:
   SafetensorsFile file_;
@@ -88,19 +167,23 @@ struct Listing {
   struct Unit {
     std::string name, file;
     bool whole_graph = false;
+    std::vector<std::string> inputs, outputs;  // grids: "int16 scale 0.1 zero point 0"
   };
   std::vector<Unit> units;
-  std::map<std::string, std::string> grids;  // "lm_head.in.0" -> "int16 scale 0.1 zero point 0"
+  std::map<std::string, std::string> grids;  // the same by end, "lm_head.in.0"
   struct Boundary {
     std::string key, producer, consumer;
   };
   std::vector<Boundary> boundaries;
 };
 
-void CheckHash(const Listing& listing, const fs::path& path) {
+// Whether the file is listed; throws Error when it is not the listed one.
+bool CheckHash(const Listing& listing, const fs::path& path) {
   const auto hash = listing.sha256.find(path.filename());
-  if (hash != listing.sha256.end() && hash->second != Sha256File(path))
+  if (hash == listing.sha256.end()) return false;
+  if (hash->second != Sha256File(path))
     Fail("{}: differs from the file that {} lists (SHA-256); quantize again", path.string(), kManifestFile);
+  return true;
 }
 
 std::string GridText(const JsonObject& end) {
@@ -108,8 +191,31 @@ std::string GridText(const JsonObject& end) {
                      end.Raw("zero_point").dump());
 }
 
-Listing ReadListing(const fs::path& directory) {
+std::string GridText(const circle::Tensor& tensor) {
+  const nlohmann::json end =
+      ToJson(UnitEnd{.type = tensor.type, .signature = tensor.signature, .grid = tensor.qparams});
+  return GridText(JsonObject(end, tensor.name));
+}
+
+// What was given instead of an output directory of quantize.
+void CheckDirectory(const fs::path& directory) {
+  const std::string name = directory.string();
+  std::error_code ignored;
+  if (!fs::exists(directory, ignored)) Fail("{}: there is no such directory; give the one that quantize wrote", name);
+  if (!fs::is_directory(directory, ignored))
+    Fail("{}: is a file; give the directory that quantize wrote (`circlet show` lists a file, `circlet run` runs one)",
+         name);
+  if (fs::exists(directory / kManifestFile, ignored)) return;
+  if (directory.extension() == ".partial" || directory.parent_path().extension() == ".partial")
+    Fail("{}: is an unfinished run of quantize; go on with it (--resume), then verify the result", name);
+  if (fs::exists(directory / "config.json", ignored))
+    Fail("{}: is a checkpoint; give the directory that quantize wrote", name);
+  Fail("{}: is no output of quantize, it has no {}", name, kManifestFile);
+}
+
+Listing ReadListing(const fs::path& directory, std::vector<std::string>& notes) {
   Listing listing;
+  CheckDirectory(directory);
   const nlohmann::json manifest_json = ReadJson(directory / kManifestFile);
   const JsonObject manifest(manifest_json, (directory / kManifestFile).string());
   listing.dialect = manifest.Required<std::string>("dialect");
@@ -117,20 +223,25 @@ Listing ReadListing(const fs::path& directory) {
   for (const JsonObject& output : manifest.Objects("outputs"))
     listing.sha256[output.Required<std::string>("file")] = output.Required<std::string>("sha256");
 
-  CheckHash(listing, directory / kPipelineFile);
+  if (!CheckHash(listing, directory / kPipelineFile))
+    notes.push_back(fmt::format("{} is not listed in {}: its hash was not compared", kPipelineFile, kManifestFile));
   const nlohmann::json pipeline_json = ReadJson(directory / kPipelineFile);
   const JsonObject pipeline(pipeline_json, (directory / kPipelineFile).string());
   for (const JsonObject& unit : pipeline.Objects("units")) {
-    const std::string name = unit.Required<std::string>("name"), file = unit.Required<std::string>("file");
-    if (fs::path(file).filename() != file)
-      unit.FailAt("file",
-                  fmt::format("\"{}\" is no plain file name; a unit's file lies beside {}", file, kPipelineFile));
-    listing.units.push_back({name, file, unit.Optional<std::string>("kind", "part") == kWholeGraph});
-    for (const auto& [side, mark] : {std::pair{"inputs", "in"}, std::pair{"outputs", "out"}}) {
-      int index = 0;
-      for (const JsonObject& end : unit.Objects(side))
-        listing.grids[fmt::format("{}.{}.{}", name, mark, index++)] = GridText(end);
+    Listing::Unit listed{.name = unit.Required<std::string>("name"),
+                         .file = unit.Required<std::string>("file"),
+                         .whole_graph = unit.Optional<std::string>("kind", "part") == kWholeGraph};
+    if (fs::path(listed.file).filename() != listed.file)
+      unit.FailAt("file", fmt::format("\"{}\" is no plain file name; a unit's file lies beside {}", listed.file,
+                                      kPipelineFile));
+    for (const auto& [side, mark, grids] :
+         {std::tuple{"inputs", "in", &listed.inputs}, std::tuple{"outputs", "out", &listed.outputs}}) {
+      for (const JsonObject& end : unit.Objects(side)) {
+        listing.grids[fmt::format("{}.{}.{}", listed.name, mark, grids->size())] = GridText(end);
+        grids->push_back(GridText(end));
+      }
     }
+    listing.units.push_back(std::move(listed));
   }
   if (listing.units.empty()) pipeline.FailAt("units", "lists no unit; is it the output of quantize?");
   for (const JsonObject& boundary : pipeline.Objects("boundaries"))
@@ -146,10 +257,56 @@ std::vector<std::string> BrokenBoundaries(const Listing& listing) {
     return it == listing.grids.end() ? std::string("missing") : it->second;
   };
   for (const Listing::Boundary& boundary : listing.boundaries)
-    if (grid(boundary.producer) != grid(boundary.consumer))
+    if (grid(boundary.producer) != grid(boundary.consumer) || !listing.grids.contains(boundary.producer))
       broken.push_back(fmt::format("{}: {} is {}, {} expects {}", boundary.key, boundary.producer,
                                    grid(boundary.producer), boundary.consumer, grid(boundary.consumer)));
   return broken;
+}
+
+// Boundaries are checked between the ends that pipeline.json states, so the file's ends must be those.
+void CompareEnds(const Listing::Unit& unit, const circle::Model& model, std::vector<std::string>& broken) {
+  for (const auto& [mark, stated, tensors] :
+       {std::tuple{"in", &unit.inputs, &model.inputs}, std::tuple{"out", &unit.outputs, &model.outputs}}) {
+    if (stated->size() != tensors->size())
+      broken.push_back(fmt::format("{}.{}: the file has {}, {} lists {}", unit.name, mark, tensors->size(),
+                                   kPipelineFile, stated->size()));
+    for (size_t k = 0; k < std::min(stated->size(), tensors->size()); ++k)
+      if (const std::string own = GridText(model.tensors[(*tensors)[k]]); own != (*stated)[k])
+        broken.push_back(
+            fmt::format("{}.{}.{}: the file has {}, {} says {}", unit.name, mark, k, own, kPipelineFile, (*stated)[k]));
+  }
+}
+
+// Keys that no unit reads are misspelt ones.
+void CheckKeys(const Listing& listing, const StoredCodes& codes) {
+  std::vector<std::string> known;
+  for (const auto& [end, grid] : listing.grids) known.push_back(end);
+  for (const std::string& name : codes.Names())
+    if (!listing.grids.contains(name))
+      Fail("{}: \"{}\" is no end of a unit{}; keys are UNIT.in.K and UNIT.out.K of {}", codes.Path(), name,
+           NearestHint(name, known), kPipelineFile);
+}
+
+void RunUnit(const circle::Model& model, const StoredCodes& codes, UnitVerdict& verdict) {
+  std::map<std::string, Tensor> inputs;
+  for (size_t k = 0; k < model.inputs.size(); ++k) {
+    const std::string name = fmt::format("{}.in.{}", verdict.unit, k);
+    const Tensor* stored = codes.Find(name);
+    if (stored == nullptr) {
+      verdict.uncompared = k == 0 ? kNoInputs : fmt::format("no codes of in.{}", k);
+      return;
+    }
+    const circle::Tensor& tensor = model.tensors[model.inputs[k]];
+    inputs[tensor.name] = ValuesOf(tensor, *stored, name, verdict.outside);
+  }
+  const std::map<std::string, Tensor> outputs = Within(verdict.file, [&] { return circle::RunModel(model, inputs); });
+  for (size_t k = 0; k < model.outputs.size(); ++k) {
+    const Tensor* stored = codes.Find(fmt::format("{}.out.{}", verdict.unit, k));
+    if (stored == nullptr)
+      verdict.uncompared = fmt::format("no codes of out.{}", k);
+    else
+      Compare(model, static_cast<int>(k), outputs.at(model.tensors[model.outputs[k]].name), *stored, verdict);
+  }
 }
 
 // Largest steps, in shares of a unit's largest code, on another instruction set than the files were made with. Float
@@ -163,102 +320,222 @@ bool NearOnAnotherSet(const UnitVerdict& unit) {
   return unit.largest_step <= std::max(1.0, share * static_cast<double>(unit.largest_code));
 }
 
+VerifyResult::Verdict VerdictOf(const VerifyResult& result) {
+  using Verdict = VerifyResult::Verdict;
+  const auto any = [&](const auto& test) { return std::ranges::any_of(result.units, test); };
+  if (any([](const UnitVerdict& unit) { return !unit.fault.empty(); })) return Verdict::kDamaged;
+  const bool tico = result.dialect == "tico";
+  if (!tico && !result.broken_boundaries.empty()) return Verdict::kDifferent;
+  const bool same_set = result.made_with == result.this_set;
+  if (any([&](const UnitVerdict& unit) {
+        return tico ? unit.judged && !unit.Within() : same_set ? unit.different > 0 : !NearOnAnotherSet(unit);
+      }))
+    return Verdict::kDifferent;
+  if (!any([](const UnitVerdict& unit) { return unit.values > 0 && unit.judged; })) return Verdict::kNothingCompared;
+  return any([](const UnitVerdict& unit) { return unit.different > 0; }) ? Verdict::kWithinBounds : Verdict::kExact;
+}
+
+const char* Name(VerifyResult::Verdict verdict) {
+  switch (verdict) {
+    case VerifyResult::Verdict::kExact:
+      return "exact";
+    case VerifyResult::Verdict::kWithinBounds:
+      return "within bounds";
+    case VerifyResult::Verdict::kDifferent:
+      return "different";
+    case VerifyResult::Verdict::kDamaged:
+      return "damaged";
+    case VerifyResult::Verdict::kNothingCompared:
+      return "nothing compared";
+  }
+  return "";
+}
+
+const char* Sentence(VerifyResult::Verdict verdict, bool all, bool tico) {
+  switch (verdict) {
+    case VerifyResult::Verdict::kExact:
+      return all ? "every file computes what was simulated, to the last code"
+                 : "every compared file computes what was simulated, to the last code";
+    case VerifyResult::Verdict::kWithinBounds:
+      return tico ? "the files differ from the simulation within the reference's bounds"
+                  : "the files compute what was simulated, but for rounding";
+    case VerifyResult::Verdict::kDifferent:
+      return "the files do not compute what was simulated";
+    case VerifyResult::Verdict::kDamaged:
+      return "files are missing or damaged; quantize again";
+    case VerifyResult::Verdict::kNothingCompared:
+      return "nothing was compared, so nothing is known; give codes whose keys are UNIT.in.K and UNIT.out.K";
+  }
+  return "";
+}
+
 }  // namespace
 
+bool UnitVerdict::Within() const {
+  // The reference differs from its own files by ties. Measured: mostly fewer than a fifth of a unit's codes; where
+  // more, flips that add up over the operators of a layer, by 2 % of what the codes span at 16 bits and by 7 % at 8.
+  constexpr double kShare = 0.2, kSpan = 0.1;
+  return static_cast<double>(different) <= kShare * static_cast<double>(values) ||
+         static_cast<double>(largest_step) <= kSpan * static_cast<double>(greatest - least);
+}
+
 VerifyResult Verify(const VerifyOptions& options) {
-  const Listing listing = ReadListing(options.directory);
+  VerifyResult result;
+  const Listing listing = ReadListing(options.directory, result.notes);
   const bool own_codes = options.codes.empty();
   const fs::path codes_path = own_codes ? options.directory / kCodesFile : options.codes;
-  if (own_codes) CheckHash(listing, codes_path);
+  if (own_codes && !CheckHash(listing, codes_path))
+    result.notes.push_back(fmt::format("{} is not listed in {}: its hash was not compared", kCodesFile, kManifestFile));
   const StoredCodes codes(codes_path);
-  VerifyResult result{.dialect = listing.dialect,
-                      .made_with = listing.instruction_set,
-                      .this_set = InstructionSets(),
-                      .broken_boundaries = BrokenBoundaries(listing)};
+  CheckKeys(listing, codes);
+  result.dialect = listing.dialect;
+  result.broken_boundaries = BrokenBoundaries(listing);
+  result.made_with = listing.instruction_set;
+  result.this_set = InstructionSets();
 
   Progress progress(options.progress);
   progress.Begin("verify", static_cast<int64_t>(listing.units.size()));
   for (const Listing::Unit& unit : listing.units) {
     UnitVerdict verdict{.unit = unit.name, .file = unit.file};
-    const fs::path path = options.directory / verdict.file;
-    CheckHash(listing, path);
-    const circle::Model model = circle::Read(path);
-    verdict.operators = static_cast<int64_t>(model.operators.size());
-    std::map<std::string, Tensor> inputs;
-    bool given = true;
-    for (size_t k = 0; k < model.inputs.size() && given; ++k) {
-      const std::string name = fmt::format("{}.in.{}", verdict.unit, k);
-      const Tensor* stored = codes.Find(name);
-      given = stored != nullptr;
-      if (given) inputs[model.tensors[model.inputs[k]].name] = ValuesOf(model.tensors[model.inputs[k]], *stored, name);
+    // In the reference's dialect flips add up over a whole model or vision tower.
+    verdict.judged = listing.dialect != "tico" || !unit.whole_graph;
+    try {
+      const fs::path path = options.directory / verdict.file;
+      if (!CheckHash(listing, path))
+        result.notes.push_back(
+            fmt::format("{} is not listed in {}: its hash was not compared", unit.file, kManifestFile));
+      const circle::Model model = circle::Read(path);
+      verdict.operators = static_cast<int64_t>(model.operators.size());
+      CompareEnds(unit, model, result.broken_boundaries);
+      RunUnit(model, codes, verdict);
+    } catch (const Error& error) {
+      verdict.fault = error.what();
     }
-    if (given) {
-      const std::map<std::string, Tensor> outputs =
-          Within(verdict.file, [&] { return circle::RunModel(model, inputs); });
-      for (size_t k = 0; k < model.outputs.size(); ++k)
-        if (const Tensor* stored = codes.Find(fmt::format("{}.out.{}", verdict.unit, k)); stored != nullptr)
-          Compare(model, static_cast<int>(k), outputs.at(model.tensors[model.outputs[k]].name), *stored, verdict);
-    }
-    result.exact &= verdict.different == 0;
     result.units.push_back(std::move(verdict));
     progress.Advance();
   }
-  // The reference differs from its own files by ties, in up to a fifth of a unit's codes; over many layers flips add
-  // up, to at most 6.5 % of the largest value (ptq.md 11.5). Its boundaries do not all meet (findings B5, B6).
-  constexpr double kReferenceShare = 0.2, kReferencePeak = 0.065;
-  for (size_t i = 0; i < result.units.size(); ++i) {
-    const UnitVerdict& unit = result.units[i];
-    // At 8 bits one flip moves all that follows, so whole graphs say nothing there.
-    const bool whole_graph = listing.units[i].whole_graph;
-    const bool near = (whole_graph && unit.largest_code <= 255) || unit.different <= kReferenceShare * unit.values ||
-                      unit.largest_step <= kReferencePeak * unit.largest_code;
-    const bool same_set = result.made_with == result.this_set;
-    result.within_bounds &= result.dialect == "tico" ? near : same_set ? unit.different == 0 : NearOnAnotherSet(unit);
-  }
-  if (result.dialect != "tico") result.within_bounds &= result.broken_boundaries.empty();
+  result.verdict = VerdictOf(result);
+  result.exact = std::ranges::any_of(result.units, [](const UnitVerdict& unit) { return unit.values > 0; }) &&
+                 std::ranges::all_of(result.units,
+                                     [](const UnitVerdict& unit) { return unit.different == 0 && unit.fault.empty(); });
+  result.within_bounds =
+      result.verdict == VerifyResult::Verdict::kExact || result.verdict == VerifyResult::Verdict::kWithinBounds;
   return result;
 }
 
 std::string VerifyText(const VerifyResult& result) {
   TextTable table({"unit", "operators", "codes", "different", "largest step"});
   std::string notes;
+  std::vector<std::string> uncompared, unjudged;
+  int64_t compared = 0;
   for (const UnitVerdict& unit : result.units) {
     table.Row({unit.unit, fmt::to_string(unit.operators), fmt::to_string(unit.values), fmt::to_string(unit.different),
                fmt::to_string(unit.largest_step)});
+    compared += unit.values > 0;
+    if (!unit.fault.empty()) notes += unit.fault + "\n";
     if (!unit.first_difference.empty()) notes += fmt::format("{}: {}\n", unit.unit, unit.first_difference);
+    for (const std::string& outside : unit.outside) notes += outside + "\n";
+    if (!unit.uncompared.empty())
+      uncompared.push_back(unit.uncompared == kNoInputs ? unit.unit
+                                                        : fmt::format("{} ({})", unit.unit, unit.uncompared));
+    if (!unit.judged && unit.different > 0) unjudged.push_back(unit.unit);
   }
   for (const std::string& boundary : result.broken_boundaries) notes += fmt::format("boundary {}\n", boundary);
+  for (const std::string& note : result.notes) notes += note + "\n";
   if (!result.exact && result.made_with != result.this_set)
     notes += fmt::format(
-        "made with {}, this is {}: codes may differ by the rounding of sums, {:.0f} % of a unit's largest code ({:.0f} "
-        "% "
-        "at 8 bits) are let pass\n",
+        "made with {}, this is {}: codes may differ by the rounding of sums, by up to {:.0f} % of a unit's largest code "
+        "({:.0f} % at 8 bits)\n",
         result.made_with, result.this_set, 100 * kOtherSetShare, 100 * kOtherSetShareOfBytes);
-  const char* verdict = result.exact            ? "every file computes what was simulated, to the last code"
-                        : !result.within_bounds ? "the files do not compute what was simulated"
-                        : result.dialect == "tico"
-                            ? "the files differ from the simulation within the reference's bounds"
-                            : "the files compute what was simulated, but for rounding";
-  return table.ToString() + notes + fmt::format("{} files: {}\n", result.units.size(), verdict);
+  if (!unjudged.empty())
+    notes += fmt::format("not judged, whole graphs of the tico dialect: {}\n", fmt::join(unjudged, ", "));
+  if (!uncompared.empty()) notes += fmt::format("not compared, {}: {}\n", kNoInputs, fmt::join(uncompared, ", "));
+  const auto files = static_cast<int64_t>(result.units.size());
+  return table.ToString() + notes +
+         fmt::format("{} files{}: {}\n", files, compared == files ? "" : fmt::format(", {} compared", compared),
+                     Sentence(result.verdict, compared == files, result.dialect == "tico"));
 }
 
-std::map<std::string, Tensor> RunFile(const fs::path& file, const std::map<std::string, Tensor>& inputs) {
-  const circle::Model model = circle::Read(file);
+std::string VerifyJson(const VerifyResult& result) {
+  nlohmann::json units = nlohmann::json::array();
+  for (const UnitVerdict& unit : result.units)
+    units.push_back({{"unit", unit.unit},
+                     {"file", unit.file},
+                     {"fault", unit.fault},
+                     {"operators", unit.operators},
+                     {"values", unit.values},
+                     {"uncompared", unit.uncompared},
+                     {"different", unit.different},
+                     {"largest_step", unit.largest_step},
+                     {"judged", unit.judged},
+                     {"first_difference", unit.first_difference},
+                     {"outside", unit.outside}});
+  return DumpJson({{"schema_version", 1},
+                   {"verdict", Name(result.verdict)},
+                   {"dialect", result.dialect},
+                   {"units", units},
+                   {"broken_boundaries", result.broken_boundaries},
+                   {"notes", result.notes}});
+}
+
+namespace {
+
+// The stored tensors of a file's inputs, in their order.
+std::vector<const Tensor*> InputsOf(const circle::Model& model, const RunOptions& options, const StoredCodes& stored) {
+  const std::string prefix = options.unit.empty() ? "" : options.unit + ".";
+  std::vector<const Tensor*> inputs;
+  std::vector<std::string> known;
+  std::set<std::string> used;
+  for (size_t k = 0; k < model.inputs.size(); ++k) {
+    const circle::Tensor& tensor = model.tensors[model.inputs[k]];
+    const std::string numbered = fmt::format("{}in.{}", prefix, k);
+    const std::string& name = options.unit.empty() && stored.Find(tensor.name) != nullptr ? tensor.name : numbered;
+    inputs.push_back(stored.Find(name));
+    used.insert(name);
+    known.push_back(numbered);
+    if (options.unit.empty()) known.push_back(tensor.name);
+    if (inputs.back() != nullptr) continue;
+    const std::string file = options.file.filename().string(), unit = file.substr(0, file.find(kUnitSuffix));
+    const bool has_unit = stored.Find(fmt::format("{}.in.{}", unit, k)) != nullptr;
+    Fail("{}: input {} \"{}\" ({}) is missing in {}: give \"{}\"{}{}", options.file.string(), k, tensor.name,
+         tensor.type.ToString(), stored.Path(), options.unit.empty() ? tensor.name : numbered,
+         options.unit.empty() ? fmt::format(" or \"in.{}\"", k) : "",
+         has_unit ? fmt::format(", or take those of the unit with --unit {}", unit) : "");
+  }
+  for (const std::string& name : stored.Names()) {
+    // Of a file for many units only those of this one are looked at, and its outputs are not needed.
+    if (!name.starts_with(prefix) || used.contains(name)) continue;
+    if (!options.unit.empty() && name.starts_with(prefix + "out.")) continue;
+    if (!options.unit.empty() && !name.starts_with(prefix + "in.")) continue;
+    Fail("{}: \"{}\" is no input of {}{}; take it out", stored.Path(), name, options.file.string(),
+         NearestHint(name, known));
+  }
+  return inputs;
+}
+
+}  // namespace
+
+RunResult RunFile(const RunOptions& options) {
+  const circle::Model model = circle::Read(options.file);
+  const StoredCodes stored(options.inputs);
+  const std::vector<const Tensor*> given = InputsOf(model, options, stored);
+  RunResult result;
   std::map<std::string, Tensor> bound;
   for (size_t k = 0; k < model.inputs.size(); ++k) {
     const circle::Tensor& tensor = model.tensors[model.inputs[k]];
-    auto it = inputs.find(tensor.name);
-    if (it == inputs.end()) it = inputs.find(fmt::format("in.{}", k));
-    if (it == inputs.end())
-      Fail("{}: input {} \"{}\" ({}) is missing: give \"{}\" or \"in.{}\"", file.string(), k, tensor.name,
-           tensor.type.ToString(), tensor.name, k);
-    bound[tensor.name] = ValuesOf(tensor, it->second, fmt::format("{}: input \"{}\"", file.string(), it->first));
+    bound[tensor.name] = ValuesOf(
+        tensor, *given[k], fmt::format("{}: input {} \"{}\"", options.inputs.string(), k, tensor.name), result.outside);
   }
-  const std::map<std::string, Tensor> outputs = Within(file.string(), [&] { return circle::RunModel(model, bound); });
-  std::map<std::string, Tensor> numbered;
-  for (size_t k = 0; k < model.outputs.size(); ++k)
-    numbered[fmt::format("out.{}", k)] = outputs.at(model.tensors[model.outputs[k]].name);
-  return numbered;
+  const std::map<std::string, Tensor> outputs =
+      Within(options.file.string(), [&] { return circle::RunModel(model, bound); });
+  for (size_t k = 0; k < model.outputs.size(); ++k) {
+    const circle::Tensor& tensor = model.tensors[model.outputs[k]];
+    Tensor& output = result.outputs[fmt::format("out.{}", k)];
+    output = outputs.at(tensor.name);
+    if (options.codes && tensor.qparams && !tensor.qparams->PerChannel())
+      output = QuantizeWeight(output, *tensor.qparams, Rounding::kHalfAwayDivide).codes;
+  }
+  return result;
 }
 
 }  // namespace circlet
