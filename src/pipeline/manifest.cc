@@ -26,8 +26,7 @@ nlohmann::json InputEntries(const QuantizeOptions& options, std::span<const Data
   for (const std::string& name : Checkpoint::FilesOf(options.model)) files.push_back(options.model / name);
   for (const auto& entry : fs::directory_iterator(options.model)) {
     const std::string extension = entry.path().extension();
-    if (entry.is_regular_file() && (extension == ".json" || extension == ".jinja"))
-      files.push_back(entry.path());
+    if (entry.is_regular_file() && (extension == ".json" || extension == ".jinja")) files.push_back(entry.path());
   }
   for (const fs::path& path : {options.samples, options.qparams, options.eval_text})
     if (!path.empty()) files.push_back(path);
@@ -46,6 +45,8 @@ OutputDirectory::Mode ModeOf(const QuantizeOptions& options) {
 }
 
 }  // namespace
+
+nlohmann::json ToJson(const FrozenGrids& grids) { return {{"file", grids.file}, {"recipe", grids.recipe}}; }
 
 OutputRun::OutputRun(const QuantizeOptions& options, std::span<const DataFile> data, Communicator& world)
     : options_(options),
@@ -88,9 +89,9 @@ fs::path OutputRun::StateDirectory() const { return directory_.State() / fmt::fo
 
 void OutputRun::Finish(const Calibration& calibration, const UnitWriter& units, const QuantizeResult& result) {
   WriteJson(Directory() / kPipelineFile, units.Pipeline());
-  calibration.Params().Save(Directory() / "qparams.json", {{"model", result.model},
-                                                           {"recipe", result.recipe},
-                                                           {"dialect", result.dialect}});
+  nlohmann::json grids = {{"model", result.model}, {"recipe", result.recipe}, {"dialect", result.dialect}};
+  if (result.grids) grids["grids"] = ToJson(*result.grids);
+  calibration.Params().Save(Directory() / "qparams.json", grids);
   WriteFile(Directory() / "report.json", ReportJson(result));
   WriteFile(Directory() / "effective_config.yaml", calibration.GetRecipe().EffectiveYaml());
 
@@ -99,18 +100,20 @@ void OutputRun::Finish(const Calibration& calibration, const UnitWriter& units, 
     if (const std::string name = path.filename(); fs::is_regular_file(path) && name != kTimingsFile)
       outputs.push_back(FileEntry(path, name, units.HashOf(name)));
   WriteJson(Directory() / kTimingsFile, {{"seconds", result.seconds}});
-  WriteJson(Directory() / kManifestFile, {{"schema_version", 1},
-                                          {"circlet_version", CIRCLET_VERSION},
-                                          {"instruction_set", InstructionSets()},
-                                          {"run", run_},
-                                          {"model", result.model},
-                                          {"recipe", result.recipe},
-                                          {"dialect", result.dialect},
-                                          {"seed", calibration.GetRecipe().runtime.seed},
-                                          {"max_seq_len", result.max_seq_len},
-                                          {"random_data", result.random_data},
-                                          {"inputs", inputs_},
-                                          {"outputs", outputs}});
+  nlohmann::json manifest = {{"schema_version", 1},
+                             {"circlet_version", CIRCLET_VERSION},
+                             {"instruction_set", InstructionSets()},
+                             {"run", run_},
+                             {"model", result.model},
+                             {"recipe", result.recipe},
+                             {"dialect", result.dialect},
+                             {"seed", calibration.GetRecipe().runtime.seed},
+                             {"max_seq_len", result.max_seq_len},
+                             {"random_data", result.random_data},
+                             {"inputs", inputs_},
+                             {"outputs", outputs}};
+  if (result.grids) manifest["grids"] = ToJson(*result.grids);
+  WriteJson(Directory() / kManifestFile, manifest);
   directory_.TakeName();
 }
 

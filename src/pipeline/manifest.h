@@ -46,4 +46,7 @@ class OutputRun {
   std::string run_;  // hash of the identity
 };
 
+// As report.json, manifest.json and qparams.json have it.
+nlohmann::json ToJson(const FrozenGrids& grids);
+
 }  // namespace circlet

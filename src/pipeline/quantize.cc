@@ -398,6 +398,9 @@ void Run::FillResult() {
                                     .quantized_value = std::exp(head_->quantized_nll / head_->window_tokens)};
   if (head_->captions > 0) result_.captions = Captions{head_->captions, head_->float_exact, head_->quantized_exact};
   result_.recipe = settings_.recipe.Name();
+  if (const Calibration& calibration = job_.GetCalibration(); calibration.Frozen())
+    result_.grids =
+        FrozenGrids{settings_.options.qparams.filename().string(), calibration.Params().RecipeName()};
   result_.output_directory = settings_.options.output.string();
   result_.dialect = job_.GetCalibration().GetDialect().name;
   result_.points = static_cast<int64_t>(job_.GetCalibration().Params().Size());

@@ -7,6 +7,7 @@
 #include "circlet/io/json.h"
 #include "circlet/pipeline/quantize.h"
 #include "circlet/report/terminal.h"
+#include "pipeline/manifest.h"
 
 namespace circlet {
 namespace {
@@ -30,6 +31,10 @@ std::string ReportText(const QuantizeResult& result) {
   text += fmt::format("{} on {}, {} dialect; figures of {} on {}\n", result.recipe, result.model, result.dialect,
                       result.output_name,
                       result.output_on_calibration_data ? "the calibration samples" : "samples not calibrated on");
+  if (result.grids)
+    text += fmt::format("grids of {}, made with {}\n", result.grids->file,
+                        result.grids->recipe.empty() ? "a recipe that it does not name" : result.grids->recipe);
+  if (result.output.count == 0) text += "No sample was measured: nothing is known of the error.\n";
   if (result.random_data) text += "The samples were RANDOM token ids: ranges of real text differ.\n";
   if (!result.shortened.empty()) text += result.shortened + "\n";
   if (!result.dated.empty()) {
@@ -81,7 +86,9 @@ std::string ReportText(const QuantizeResult& result) {
     text += fmt::format("float logits differ by PEIR {:.4f} %, mean |diff| {:.6f}\n", 100 * change.logits.Peir(),
                         change.logits.MeanAbs());
   }
-  if (result.products)
+  if (result.products && result.products->flops == 0)
+    text += "matrix products: none ran, so there is nothing to measure\n";
+  if (result.products && result.products->flops > 0)
     text += fmt::format(
         "matrix products: {:.2f} TFLOP, {:.1f} s alone in oneDNN; the run took {:.1f} s, {:.2f} times that\n",
         result.products->flops / 1e12, result.products->alone_seconds, result.products->run_seconds,
@@ -112,6 +119,7 @@ std::string ReportJson(const QuantizeResult& result) {
                         {"shape", result.output_shape},
                         {"on_calibration_data", result.output_on_calibration_data},
                         {"error", ToJson(result.output)}}}};
+  if (result.grids) json["grids"] = ToJson(*result.grids);
   json["stages"] = nlohmann::json::array();
   for (const StageError& stage : result.stages)
     json["stages"].push_back({{"stage", stage.stage}, {"alone", ToJson(stage.alone)}, {"accumulated", ToJson(stage.accumulated)}});

@@ -1,5 +1,7 @@
 #include "circlet/quant/calibration.h"
 
+#include <fmt/ranges.h>
+
 #include "circlet/quant/affine.h"
 #include "circlet/quant/mx.h"
 #include "circlet/base/threads.h"
@@ -9,9 +11,45 @@
 
 namespace circlet {
 
+namespace {
+
+// What a file is labelled with: everything of a specification but how its range was found.
+bool SameType(const PointSpec& a, const PointSpec& b) {
+  if (a.kind != b.kind) return false;
+  if (a.kind == QuantKind::kMx) return a.mx == b.mx;
+  return a.kind == QuantKind::kNone ||
+         (a.dtype == b.dtype && a.scheme.symmetric == b.scheme.symmetric && a.axis == b.axis);
+}
+
+std::string TypeText(const PointSpec& spec) {
+  if (spec.kind == QuantKind::kMx) return "MX";
+  if (spec.kind == QuantKind::kNone) return "float";
+  return fmt::format("{} {}{}", Name(spec.dtype), spec.scheme.symmetric ? "symmetric" : "asymmetric",
+                     spec.axis < 0 ? "" : fmt::format(" by axis {}", spec.axis));
+}
+
+}  // namespace
+
 void Calibration::UseFrozen(ParameterStore params) {
   params_ = std::move(params);
   all_frozen_ = true;
+}
+
+void Calibration::CheckTypes(std::span<const Point> points, const std::string& file) const {
+  constexpr size_t kShown = 3;
+  std::vector<std::string> shown;
+  size_t different = 0;
+  for (const Point& point : points) {
+    const PointParams* frozen = params_.Find(point.name);
+    if (frozen == nullptr) continue;
+    const PointSpec spec = recipe_.SpecFor(point, dialect_);
+    if (SameType(frozen->spec, spec) || different++ >= kShown) continue;
+    shown.push_back(fmt::format("{} is {} there and {} here", point.name, TypeText(frozen->spec), TypeText(spec)));
+  }
+  if (different > 0)
+    Fail("{}: {} of {} points have another type than in recipe {}: {}{}; give the recipe that made the file{}", file,
+         different, points.size(), recipe_.Name(), fmt::join(shown, ", "), different > kShown ? ", ..." : "",
+         params_.RecipeName().empty() ? "" : fmt::format(" (it says {})", params_.RecipeName()));
 }
 
 void Calibration::Resume(const ParameterStore& params) {

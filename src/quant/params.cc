@@ -192,6 +192,10 @@ ParameterStore ParseParameters(std::string_view text, std::string_view file) {
   const auto points = object.OptionalObject("quant_points");
   if (!points) Fail("{}: there is no \"quant_points\"; is this a file of quantization parameters?", file);
   ParameterStore store;
+  // Grids that a run took from a file are those of that file's recipe.
+  const auto frozen = object.OptionalObject("grids");
+  store.SetRecipeName(frozen ? frozen->Optional<std::string>("recipe", "")
+                             : object.Optional<std::string>("recipe", ""));
   for (const std::string& name : points->Keys()) store.Set(ReadPoint(points->Object(name), name));
   return store;
 }

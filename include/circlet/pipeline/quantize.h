@@ -105,8 +105,15 @@ struct ProductTimes {
   double run_seconds = 0;  // of all stages and files
 };
 
+// Where the grids of a run with QuantizeOptions::qparams come from.
+struct FrozenGrids {
+  std::string file;    // its name
+  std::string recipe;  // that it was made with; empty: the file does not say
+};
+
 struct QuantizeResult {
   std::string model, recipe, dialect;
+  std::optional<FrozenGrids> grids;
   std::string output_directory;
   int64_t calibration_samples = 0, evaluation_samples = 0;
   bool random_data = false;

@@ -40,6 +40,8 @@ class Calibration final {
   // Frozen points from a file: nothing is observed any more, and a point that the file lacks is an Error when it is
   // met.
   void UseFrozen(ParameterStore params);
+  // Throws Error naming `file` and the first of `points` whose element type, scheme or axis is not the recipe's.
+  void CheckTypes(std::span<const Point> points, const std::string& file) const;
   bool Frozen() const { return all_frozen_; }
   // Takes the grids of finished stages from an earlier process.
   void Resume(const ParameterStore& params);

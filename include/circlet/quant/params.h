@@ -44,6 +44,9 @@ class ParameterStore {
   const PointParams& Get(std::string_view point) const;
   const std::vector<std::string>& Names() const { return names_; }
   size_t Size() const { return names_.size(); }
+  // The recipe that the grids were made with, as the file they come from says; empty: it says none.
+  const std::string& RecipeName() const { return recipe_; }
+  void SetRecipeName(std::string name) { recipe_ = std::move(name); }
 
   // The schema of the reference's goldens: {..., "points": N, "quant_points": {NAME: {observer, dtype, qscheme,
   // channel_axis, min, max, scale, zero_point}}}; numbers are the shortest decimals of their float32, one point a line.
@@ -57,6 +60,7 @@ class ParameterStore {
  private:
   std::vector<std::string> names_;
   std::map<std::string, PointParams, std::less<>> params_;
+  std::string recipe_;
 };
 
 // The text that Save writes.
