@@ -424,6 +424,11 @@ QuantizeOptions WithRecipe(QuantizeOptions options, const Recipe& recipe) {
     Fail("--random-images: goes with --random-samples; pictures of one's own come with --data or --samples");
   if (recipe.evaluation.enabled && recipe.evaluation.perplexity.enabled && options.eval_text.empty())
     options.eval_text = recipe.evaluation.perplexity.dataset;
+  if (options.eval_windows && options.eval_text.empty()) Fail("--eval-windows: has no effect without --eval-text");
+  if (options.text_only && !options.eval_captions.empty())
+    Fail("--text-only: leaves pictures out, --eval-captions needs them; leave out one of the two");
+  if (options.text_only && !options.vision_profile.empty()) Fail("--vision-profile: has no effect with --text-only");
+  if (options.text_only && options.random_images > 0) Fail("--random-images: has no effect with --text-only");
   if (recipe.evaluation.enabled && recipe.evaluation.captions && options.eval_captions.empty())
     Fail("evaluation.coco: circlet downloads nothing; give the pictures and captions with --eval-captions FILE.jsonl");
   return options;

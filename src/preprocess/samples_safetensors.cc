@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "circlet/base/error.h"
+#include "circlet/io/names.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/preprocess/samples.h"
 #include "preprocess/check_sample.h"
@@ -126,6 +127,8 @@ void AppendRows(const Batch& batch, const SampleOptions& options, LengthLimit& l
     sample.token_types = TokenTypes(sample.input_ids, options.placeholders);
     Within(rows == 1 ? place : fmt::format("{}[{}]", place, row), [&] { CheckSample(sample, options); });
     for (int64_t i = 0; i < length && !mask.empty(); ++i) sample.attention_mask.push_back(mask[row * length + i] != 0);
+    if (!mask.empty() && std::ranges::count(sample.attention_mask, 1) == 0)
+      Fail("{}: row {} keeps no position; a sample needs one", batch.Place("attention_mask"), row);
     const int64_t count = rows == 1 ? images.count : std::min(CountImages(sample.token_types), images.count - used);
     if (count > 0) {
       sample.pixel_values = Rows(images.pixels, used, count);
@@ -146,6 +149,22 @@ void AppendRows(const Batch& batch, const SampleOptions& options, LengthLimit& l
 
 }  // namespace
 
+namespace {
+
+// A tensor that no sample would read is a misspelt one.
+void CheckKey(const SafetensorsFile& file, const std::string& name) {
+  static const std::vector<std::string> kKeys{"input_ids", "attention_mask", "pixel_values", "image_position_ids"};
+  const std::string key = name.substr(name.rfind('.') + 1);
+  if (std::ranges::find(kKeys, key) == kKeys.end())
+    Fail("{}: tensor \"{}\" is none of input_ids, attention_mask, pixel_values and image_position_ids{}",
+         file.Path().string(), name, NearestHint(key, kKeys));
+  const std::string ids = name.substr(0, name.size() - key.size()) + kKeys[0];
+  if (file.Find(ids) == nullptr)
+    Fail("{}: tensor \"{}\" has no \"{}\" beside it; give it, or take this one out", file.Path().string(), name, ids);
+}
+
+}  // namespace
+
 SampleSet SamplesFromSafetensors(const std::filesystem::path& path, std::string_view group,
                                  const SampleOptions& options) {
   constexpr std::string_view kSuffix = ".input_ids";
@@ -153,8 +172,9 @@ SampleSet SamplesFromSafetensors(const std::filesystem::path& path, std::string_
   const std::string prefix = group.empty() ? "" : std::string(group) + ".";
   std::map<int64_t, std::string> batches;  // by number: "calib.10." comes after "calib.2."
   for (const auto& [name, tensor] : file.Tensors()) {
-    if (!name.starts_with(prefix) || !name.ends_with(kSuffix) || name.size() <= prefix.size() + kSuffix.size())
-      continue;
+    if (!name.starts_with(prefix)) continue;
+    CheckKey(file, name);
+    if (!name.ends_with(kSuffix) || name.size() <= prefix.size() + kSuffix.size()) continue;
     const std::string number = name.substr(prefix.size(), name.size() - prefix.size() - kSuffix.size());
     int64_t n = 0;
     const auto [end, failure] = std::from_chars(number.data(), number.data() + number.size(), n);

@@ -6,12 +6,15 @@
 
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
+#include "circlet/io/json.h"
 #include "circlet/io/names.h"
 #include "circlet/model/gemma4/vision.h"
 
 namespace circlet {
 namespace {
 
+// Far beyond any picture, and so small that products of sizes stay in 64 bits.
+constexpr int64_t kLargest = 1 << 16, kMostPatches = 1 << 24, kLongestSequence = 1 << 20;
 constexpr int64_t kE2bPatchSize = 16, kE2bKernel = 3, kE2bMaxSoftTokens = 280;
 
 VisionProfile E2bProfile(const char* name, int64_t tokens, int64_t height, int64_t width) {
@@ -48,7 +51,8 @@ void VisionProfile::Validate(const VisionConfig* vision, std::optional<int64_t> 
   if (batch_size != 1)
     fail(fmt::format("batch_size is {}; exported vision graphs take one image, set it to 1", batch_size));
   const auto positive = [&](const char* field, int64_t value) {
-    if (value < 1) fail(fmt::format("{} is {}; it must be at least 1", field, value));
+    if (value < 1 || value > kLargest)
+      fail(fmt::format("{} is {}; it must be at least 1 and at most {}", field, value, kLargest));
   };
   positive("num_visual_tokens", num_visual_tokens);
   positive("max_soft_tokens", max_soft_tokens);
@@ -56,7 +60,12 @@ void VisionProfile::Validate(const VisionConfig* vision, std::optional<int64_t> 
   positive("patch_grid_width", patch_grid_width);
   positive("patch_size", patch_size);
   positive("pooling_kernel_size", pooling_kernel_size);
-  if (visual_start_idx < 0) fail(fmt::format("visual_start_idx is {}; it must be at least 0", visual_start_idx));
+  if (visual_start_idx < 0 || visual_start_idx > kLongestSequence)
+    fail(fmt::format("visual_start_idx is {}; it must be at least 0 and at most {}", visual_start_idx,
+                     kLongestSequence));
+  if (Patches() > kMostPatches)
+    fail(fmt::format("max_soft_tokens {} of {} x {} patches each; at most {} patches", max_soft_tokens,
+                     pooling_kernel_size, pooling_kernel_size, kMostPatches));
   const auto divisible = [&](const char* field, int64_t value) {
     if (value % pooling_kernel_size != 0)
       fail(fmt::format("{} {} is no multiple of the pooling kernel {}; choose a grid of whole soft tokens", field,
@@ -130,6 +139,18 @@ void VisionProfile::CheckProcessed(const Gemma4Config& config, std::span<const i
   if (soft_tokens && *soft_tokens != num_visual_tokens)
     Fail("vision profile {}: the image has {} soft tokens, expected {}; prepare the image with this profile", name,
          *soft_tokens, num_visual_tokens);
+}
+
+VisionProfile VisionProfile::FromJson(const nlohmann::json& json, const std::string& file) {
+  const JsonObject object(json, file);
+  return {.name = object.Optional<std::string>("name", "custom"),
+          .visual_start_idx = object.Required<int64_t>("visual_start_idx"),
+          .num_visual_tokens = object.Required<int64_t>("num_visual_tokens"),
+          .max_soft_tokens = object.Required<int64_t>("max_soft_tokens"),
+          .patch_grid_height = object.Required<int64_t>("patch_grid_height"),
+          .patch_grid_width = object.Required<int64_t>("patch_grid_width"),
+          .patch_size = object.Required<int64_t>("patch_size"),
+          .pooling_kernel_size = object.Required<int64_t>("pooling_kernel_size")};
 }
 
 nlohmann::json VisionProfile::ToJson() const {

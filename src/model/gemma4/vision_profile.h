@@ -58,6 +58,9 @@ struct VisionProfile {
 
   // vision_profile.json (ptq.md 17).
   nlohmann::json ToJson() const;
+  // What ToJson writes; sizes that follow from others are not read. Throws Error naming the file and the field;
+  // Validate judges the values.
+  static VisionProfile FromJson(const nlohmann::json& json, const std::string& file);
 };
 
 // The profile that a recipe's model_args.vision asks for, validated; empty when it says nothing and `name` is empty.

@@ -90,11 +90,34 @@ DataFile ReadLines(const fs::path& path, RunData& data) {
   return file;
 }
 
-void ReadSamples(const SampleFile& file, const SampleOptions& rules, LazyProcessor& processor, RunData& data) {
-  SampleSet set = file.tensors ? SamplesFromSafetensors(file.path, "calib", rules)
-                               : LoadJsonl(ReadLines(file.path, data), processor.Get(), rules);
-  if (file.tensors && SafetensorsFile::Open(file.path).Find("eval.0.input_ids") != nullptr)
-    Append(SamplesFromSafetensors(file.path, "eval", rules), data.evaluation, data.skipped);
+// Which groups a file of samples has. Names that belong to neither are an Error.
+struct SampleGroups {
+  bool calibration = false, evaluation = false;
+};
+SampleGroups GroupsOf(const fs::path& path) {
+  SampleGroups groups;
+  const SafetensorsFile file = SafetensorsFile::Open(path);
+  for (const auto& [name, tensor] : file.Tensors()) {
+    groups.calibration |= name.starts_with("calib.");
+    groups.evaluation |= name.starts_with("eval.");
+    if (!name.starts_with("calib.") && !name.starts_with("eval."))
+      Fail("{}: tensor \"{}\" is no sample's; names are calib.N.KEY and eval.N.KEY (docs/report.md)", path.string(),
+           name);
+  }
+  return groups;
+}
+
+// `frozen`: grids are given, so that nothing need be calibrated on.
+void ReadSamples(const SampleFile& file, bool frozen, const SampleOptions& rules, LazyProcessor& processor,
+                 RunData& data) {
+  SampleSet set;
+  if (!file.tensors) {
+    set = LoadJsonl(ReadLines(file.path, data), processor.Get(), rules);
+  } else {
+    const SampleGroups groups = GroupsOf(file.path);
+    if (groups.calibration || !groups.evaluation || !frozen) set = SamplesFromSafetensors(file.path, "calib", rules);
+    if (groups.evaluation) Append(SamplesFromSafetensors(file.path, "eval", rules), data.evaluation, data.skipped);
+  }
   if (!set.shortened.empty() && !data.shortened.empty()) data.shortened += "; ";
   data.shortened += set.shortened;
   if (static_cast<int64_t>(set.samples.size()) > file.most) set.samples.resize(file.most);
@@ -180,7 +203,7 @@ RunData ReadData(const QuantizeOptions& options, const Recipe& recipe, const Gem
                             .placeholders = {config.image_token_id, config.video_token_id, config.audio_token_id}};
   LazyProcessor processor(options.model);
   RunData data;
-  for (const SampleFile& file : files) ReadSamples(file, rules, processor, data);
+  for (const SampleFile& file : files) ReadSamples(file, !options.qparams.empty(), rules, processor, data);
   if (!options.random_samples.empty())
     AddRandomSamples(ParseRandom(options.random_samples), options.random_images, config, data);
   if (!options.eval_text.empty()) ReadWindows(options.eval_text, options.eval_windows, config, processor, data);
@@ -193,7 +216,7 @@ RunData ReadData(const QuantizeOptions& options, const Recipe& recipe, const Gem
       if (data.dated.empty()) data.dated = sample.date_place;
   for (const CaptionTask& task : data.captions)
     if (data.dated.empty()) data.dated = task.prompt.date_place;
-  if (!files.empty() && data.calibration.empty())
+  if (!files.empty() && data.calibration.empty() && (options.qparams.empty() || data.evaluation.empty()))
     Fail("no calibration sample is left: {} have pictures, which this run leaves out", data.skipped.size());
   return data;
 }

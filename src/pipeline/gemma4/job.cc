@@ -67,6 +67,9 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
     context_.images.SetFrozen();
   }
   MakeItems(data_, options.compute, options.max_seq_len, context_);
+  CheckVisionOptions(data_, options.vision_profile, context_);
+  if (options.save_stages && data_.evaluation.empty())
+    Fail("--save-stages: has no effect without evaluation samples (eval.N.* in --samples)");
   if (settings.Writes()) {
     AddVerification(data_, options.vision_profile, context_);
     samples_hash_ = HashOfSamples();

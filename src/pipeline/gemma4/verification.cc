@@ -31,11 +31,15 @@ VisionProfile ProfileOf(const Context& context, const Item& text) {
   return profile;
 }
 
-// The most frequent layout among calibration samples with one picture; the first of equals.
+// The most frequent layout among calibration samples with one picture (evaluation samples when there are no others);
+// the first of equals.
 std::optional<VisionProfile> FrequentProfile(const Context& context) {
   std::vector<std::pair<VisionProfile, int64_t>> counts;
+  const auto is_calibration = [](const Item& item) { return item.kind == ItemKind::kCalibration; };
+  const bool calibrates = std::any_of(context.texts.begin(), context.texts.end(), is_calibration);
+  const ItemKind kind = calibrates ? ItemKind::kCalibration : ItemKind::kEvaluation;
   for (const Item& text : context.texts) {
-    if (context.SequenceOf(text).pictures.size() != 1 || text.kind != ItemKind::kCalibration) continue;
+    if (context.SequenceOf(text).pictures.size() != 1 || text.kind != kind) continue;
     const VisionProfile profile = ProfileOf(context, text);
     const auto same = std::find_if(counts.begin(), counts.end(), [&](const auto& c) { return c.first == profile; });
     if (same == counts.end()) {
@@ -50,19 +54,6 @@ std::optional<VisionProfile> FrequentProfile(const Context& context) {
   return most->first;
 }
 
-VisionProfile ProfileFromFile(const std::filesystem::path& path) {
-  const nlohmann::json json = ReadJson(path);
-  const JsonObject object(json, path.filename());
-  return {.name = object.Optional<std::string>("name", "custom"),
-          .visual_start_idx = object.Required<int64_t>("visual_start_idx"),
-          .num_visual_tokens = object.Required<int64_t>("num_visual_tokens"),
-          .max_soft_tokens = object.Required<int64_t>("max_soft_tokens"),
-          .patch_grid_height = object.Required<int64_t>("patch_grid_height"),
-          .patch_grid_width = object.Required<int64_t>("patch_grid_width"),
-          .patch_size = object.Required<int64_t>("patch_size"),
-          .pooling_kernel_size = object.Required<int64_t>("pooling_kernel_size")};
-}
-
 // What --vision-profile or the recipe asks for.
 std::optional<VisionProfile> AskedProfile(const std::string& asked, const Context& context) {
   if (!context.config.vision) {
@@ -71,11 +62,32 @@ std::optional<VisionProfile> AskedProfile(const std::string& asked, const Contex
   }
   const VisionConfig& vision = *context.config.vision;
   if (asked.ends_with(".json")) {
-    VisionProfile profile = ProfileFromFile(asked);
+    const std::filesystem::path path = asked;
+    VisionProfile profile = VisionProfile::FromJson(ReadJson(path), path.filename());
     profile.Validate(&vision, context.max_seq_len);
     return profile;
   }
   return ProfileOf(context.calibration.GetRecipe().model_args, asked, vision, context.max_seq_len);
+}
+
+// validate_static_layout: every sample with pictures is laid out as the exported vision units are.
+void CheckLayouts(const RunData& data, const Gemma4Config& config, const std::optional<VisionProfile>& profile) {
+  int64_t checked = 0;
+  for (const auto* samples : {&data.calibration, &data.evaluation})
+    for (const Sample& sample : *samples) {
+      if (sample.pixel_values.Empty()) continue;
+      const std::span<const int64_t> shape = sample.pixel_values.GetShape().Sizes();
+      Within(sample.source, [&] {
+        if (!profile) Fail("pictures in several places or none alone; validate_static_layout takes one layout");
+        profile->CheckProcessed(config, sample.input_ids, sample.image_position_ids.I64(),
+                                {shape.begin(), shape.end()});
+      });
+      ++checked;
+    }
+  if (checked == 0)
+    Fail(
+        "model_args.vision.validate_static_layout: no sample has a picture whose layout could be checked; give one, or "
+        "set it to false");
 }
 
 // The longest of the samples that fit `profile`. Calibration picks the layout unless one is asked for; a sample that
@@ -103,6 +115,14 @@ std::optional<Sample> LongestFitting(const RunData& data, const std::optional<Vi
 }
 
 }  // namespace
+
+void CheckVisionOptions(const RunData& data, const std::string& profile, const Context& context) {
+  const std::optional<VisionProfile> asked = AskedProfile(profile, context);
+  if (context.calibration.GetRecipe().model_args.validate_static_layout)
+    CheckLayouts(data, context.config, asked ? asked : FrequentProfile(context));
+  if (!profile.empty() && context.images.Empty())
+    Fail("--vision-profile: has no effect without samples that have pictures");
+}
 
 void AddVerification(const RunData& data, const std::string& profile, Context& context) {
   const std::optional<VisionProfile> asked = AskedProfile(profile, context);

@@ -11,6 +11,10 @@
 
 namespace circlet::gemma4 {
 
+// Throws Error when --vision-profile has no effect, or when model_args.vision.validate_static_layout is set and a sample
+// is not laid out as the exported vision units are. While samples still have their pixels.
+void CheckVisionOptions(const RunData& data, const std::string& profile, const Context& context);
+
 // Adds the longest sample with the vision layout of the exported units, right-padded, behind the items of `data`.
 // `profile`: what --vision-profile says; without it the recipe, or else the most frequent layout of the calibration
 // samples decides.
