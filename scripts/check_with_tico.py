@@ -10,7 +10,8 @@ Recorded inputs and outputs come from --codes or DIRECTORY/verify.safetensors (k
 equals another is named in the metadata), or from UNIT.safetensors beside the file (keys in.K and out.K). Files without
 get seeded random inputs and are only run. A rank-2 RMS_NORM, which the runtime refuses, is run as rank 3.
 
-Exit code 0: every check passed, every file ran, no output further than --max-steps (default: no limit).
+Exit code 0: every check passed, every file ran, no output further than --max-steps (default: no limit). Where codes
+are recorded, or --max-steps asks for them, at least one file must have been compared.
 Needs what scripts/check_with_tico.sh installs.
 """
 import argparse
@@ -92,12 +93,17 @@ def verify(path, model):
 def compare(model, outputs, expected):
     """Largest difference, in codes where quantized, and the share of values that differ."""
     largest, different, total = 0.0, 0, 0
+    if not len(outputs) == len(expected) == len(model.outputs):
+        raise ValueError(f"{len(outputs)} outputs, {len(expected)} are recorded, the file has {len(model.outputs)}")
     for index, output, want in zip(model.outputs, outputs, expected):
         tensor = model.tensors[index]
         output, want = codes(output, tensor), codes(want, tensor)
         if output.size != want.size:
             raise ValueError(f"output {index} has shape {output.shape}, recorded is {want.shape}")
         distance = np.abs(output.reshape(-1).astype(np.float64) - want.reshape(-1).astype(np.float64))
+        # A NaN is further away than anything, unless a NaN is recorded.
+        both = np.isnan(output.reshape(-1).astype(np.float64)) & np.isnan(want.reshape(-1).astype(np.float64))
+        distance = np.where(np.isnan(distance), np.where(both, 0, np.inf), distance)
         largest = max(largest, float(distance.max(initial=0)))
         different += int((distance > 0).sum())
         total += distance.size
@@ -133,6 +139,7 @@ def check(path, shared, args):
         row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return row, False
     if expected is None:
+        row["note"] = "; ".join(filter(None, [row["note"], "not compared"]))
         return row, good
     largest, apart = compare(model, outputs, expected)
     row["max codes apart"], row["values apart"] = f"{largest:g}", f"{apart:.3%}"
@@ -163,7 +170,7 @@ def main():
         print("  ".join(cells).rstrip(), flush=True)
 
     show({c: c for c in COLUMNS})
-    failed = 0
+    failed = compared = 0
     for path in files:
         try:
             row, good = check(path, shared, args)
@@ -172,8 +179,12 @@ def main():
                                                  "note": f"{type(error).__name__}: {error}"}
             good = False
         failed += not good
+        compared += row["max codes apart"] != "-"
         show(row)
-    print(f"{len(files) - failed} of {len(files)} files passed")
+    print(f"{len(files) - failed} of {len(files)} files passed, {compared} compared")
+    if compared == 0 and (source or args.max_steps is not None):
+        print("nothing was compared: no recorded key fits a file", file=sys.stderr)
+        return 1
     return 1 if failed else 0
 
 

@@ -92,6 +92,7 @@ std::vector<std::string> RecipesOf(const InspectOptions& options, const SmokeRun
 int RunCases(const InspectOptions& options) {
   SmokeRun run = ReadRun(options);
   const std::vector<SmokeCase> cases = CasesOf(options, run.size.profile);
+  if (cases.empty()) Fail("inspect: no case has the profile {}", run.size.profile);
   const std::vector<std::string> recipes = RecipesOf(options, run);
   const bool single = options.case_name != "all" && recipes.size() == 1;
   run.plot = run.plot && single;

@@ -110,6 +110,7 @@ class Runner {
     if (metrics.nonfinite_quantized > 0)
       Failed("NON-FINITE", fmt::format("the quantized model gives {} values that are not finite",
                                        metrics.nonfinite_quantized));
+    if (metrics.count == 0) return Failed("ACCURACY", "no value was compared");
     if (!metrics.Finite()) {
       if (run_.plot) Warn("no plot: there are values that are not finite");
       return;
@@ -166,6 +167,8 @@ class Runner {
 
   void Verify(const std::filesystem::path& path, const Graph& graph, const SmokePart& part) {
     const circle::Model file = circle::Read(path);
+    if (file.outputs.empty() || file.outputs.size() != graph.Outputs().size())
+      Fail("{}: has {} outputs, the graph has {}", path.string(), file.outputs.size(), graph.Outputs().size());
     // By place: a clamp that is left out takes the input's name with it.
     SmokeValues inputs;
     for (size_t i = 0; i < graph.Inputs().size(); ++i)
