@@ -9,28 +9,9 @@
 #include <fstream>
 #include <string>
 
+#include "byte_tokenizer.h"
 #include "circlet/base/error.h"
 #include "circlet/preprocess/samples.h"
-
-namespace {
-
-// Bytes, the control tokens of a chat, nothing else.
-std::string ByteTokenizer() {
-  std::string vocab;
-  for (int byte = 0; byte < 256; ++byte) vocab += fmt::format("\"<0x{:02X}>\":{},", byte, byte);
-  std::string added;
-  int id = 256;
-  for (const char* content : {"<bos>", "<|image>", "<|image|>", "<image|>", "<|video|>", "<|audio|>"})
-    added +=
-        fmt::format("{}{{\"id\":{},\"content\":\"{}\",\"special\":true}}", added.empty() ? "" : ",", id++, content);
-  vocab.pop_back();
-  return fmt::format(
-      "{{\"added_tokens\":[{}],\"model\":{{\"type\":\"BPE\",\"byte_fallback\":true,\"vocab\":{{{}}},"
-      "\"merges\":[]}}}}",
-      added, vocab);
-}
-
-}  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const circlet::Processor processor{
