@@ -35,6 +35,20 @@ bool Op::KeepsValues() const {
   });
 }
 
+bool Op::Clamps() const {
+  return OfKind(kind, [](const auto& op) {
+    if constexpr (requires { op.kClamps; }) return op.kClamps;
+    return false;
+  });
+}
+
+int Op::GridInput() const {
+  return OfKind(kind, [](const auto& op) {
+    if constexpr (requires { op.kGridInput; }) return op.kGridInput;
+    return 0;
+  });
+}
+
 bool Op::Fused() const {
   return OfKind(kind, [](const auto& op) { return FusedOp<std::decay_t<decltype(op)>>; });
 }

@@ -9,11 +9,9 @@
 namespace circlet {
 namespace {
 
-enum RopePoint { kX1, kX2, kNeg, kCat, kCos, kSin, kRot, kPointCount };
-
 // The values of one part of some positions, [rows, width] with width the size of a part; `first` is the flat index of
 // the first value in the whole [1,S,H,width] tensor.
-void Visit(const EvalContext& context, RopePoint point, float* values, int64_t count, int64_t first) {
+void Visit(const EvalContext& context, Rope::At point, float* values, int64_t count, int64_t first) {
   if (context.points.empty() || context.points[point] == nullptr) return;
   context.points[point]->Visit({values, static_cast<size_t>(count)}, first);
 }
@@ -41,10 +39,10 @@ void RotateHeads(const EvalContext& context, int parts, int64_t block) {
         simd::MulRows(cat + i * row_floats, head_size, context.in[2].F32().data() + table, heads, head_size,
                       product_sin + i * row_floats);
       }
-      Visit(context, kCos, y, floats, first);
-      Visit(context, kSin, product_sin, floats, first);
+      Visit(context, Rope::kCos, y, floats, first);
+      Visit(context, Rope::kSin, product_sin, floats, first);
       simd::Binary(simd::BinaryOp::kAdd, y, product_sin, floats, y);
-      Visit(context, kRot, y, floats, first);
+      Visit(context, Rope::kRot, y, floats, first);
     }
   });
 }
@@ -74,11 +72,11 @@ void Rope::Eval(const EvalContext& context) const {
   float* y = context.out[0].F32().data();
   // A few positions at a time: visitors get pieces worth their call, and all of it stays in the cache.
   const int64_t block = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, heads * head_size));
-  const auto visited = [&](RopePoint first, RopePoint last) {
+  const auto visited = [&](Rope::At first, Rope::At last) {
     return !context.points.empty() && std::any_of(context.points.begin() + first, context.points.begin() + last + 1,
                                                   [](const PointVisitor* visitor) { return visitor != nullptr; });
   };
-  if (negated_sin && !visited(kX1, kCat) && (parts == 1 || !visited(kCos, kRot)))
+  if (negated_sin && !visited(Rope::kX1, Rope::kCat) && (parts == 1 || !visited(Rope::kCos, Rope::kRot)))
     return RotateHeads(context, parts, block);
   ParallelFor(positions, 8 * block, [&](int64_t begin, int64_t end) {
     const size_t floats = static_cast<size_t>(std::max<int64_t>(1, block * heads * width));
@@ -96,27 +94,27 @@ void Rope::Eval(const EvalContext& context) const {
           CopyShort(value, half, x1 + row * half);
           CopyShort(value + half, half, x2 + row * half);
         }
-        Visit(context, kX1, x1, rows * half, first_row * half);
-        Visit(context, kX2, x2, rows * half, first_row * half);
+        Visit(context, Rope::kX1, x1, rows * half, first_row * half);
+        Visit(context, Rope::kX2, x2, rows * half, first_row * half);
         if (!negated_sin) {
           simd::Neg(x2, rows * half, x2);
-          Visit(context, kNeg, x2, rows * half, first_row * half);
+          Visit(context, Rope::kNeg, x2, rows * half, first_row * half);
         }
         for (int64_t row = 0; row < rows; ++row) {
           CopyShort(x2 + row * half, half, cat + row * width);
           CopyShort(x1 + row * half, half, cat + row * width + half);
         }
-        Visit(context, kCat, cat, rows * width, first_row * width);
+        Visit(context, Rope::kCat, cat, rows * width, first_row * width);
         for (int64_t row = 0; row < rows; row += heads) {
           const int64_t first = (first_row + row) * head_size + part * width;
           const int64_t table = (first_row + row) / heads * head_size + part * width;
           simd::MulRows(x + first, head_size, cos + table, heads, width, product_cos + row * width);
           simd::MulRows(cat + row * width, width, sin + table, heads, width, product_sin + row * width);
         }
-        Visit(context, kCos, product_cos, rows * width, first_row * width);
-        Visit(context, kSin, product_sin, rows * width, first_row * width);
+        Visit(context, Rope::kCos, product_cos, rows * width, first_row * width);
+        Visit(context, Rope::kSin, product_sin, rows * width, first_row * width);
         simd::Binary(simd::BinaryOp::kAdd, product_cos, product_sin, rows * width, product_cos);
-        Visit(context, kRot, product_cos, rows * width, first_row * width);
+        Visit(context, Rope::kRot, product_cos, rows * width, first_row * width);
         for (int64_t row = 0; row < rows; ++row)
           CopyShort(product_cos + row * width, width, y + (first_row + row) * head_size + part * width);
       }
@@ -130,7 +128,7 @@ std::vector<ValueId> Rope::Expand(GraphSink& sink, std::span<const ValueId> in, 
   const auto one = [&](Op op, std::vector<ValueId> operands) {
     return sink.Add(std::move(op), std::move(operands))[0];
   };
-  const auto point = [&](RopePoint index, ValueId value) {
+  const auto point = [&](Rope::At index, ValueId value) {
     return points.empty() || points[index].name.empty() ? value : sink.AddPoint(points[index], value);
   };
   const auto split = [&](ValueId value, int32_t count) {
@@ -143,13 +141,13 @@ std::vector<ValueId> Rope::Expand(GraphSink& sink, std::span<const ValueId> in, 
   std::vector<ValueId> rotated;
   for (size_t part = 0; part < xs.size(); ++part) {
     const std::vector<ValueId> halves = split(xs[part], 2);
-    const ValueId x1 = point(kX1, halves[0]);
-    ValueId x2 = point(kX2, halves[1]);
-    if (!negated_sin) x2 = point(kNeg, one(Neg{}, {x2}));
-    const ValueId cat = point(kCat, one(Concat{.axis = -1}, {x2, x1}));
-    const ValueId product_cos = point(kCos, one(Mul{}, {xs[part], coses[part]}));
-    const ValueId product_sin = point(kSin, one(Mul{}, {cat, sines[part]}));
-    rotated.push_back(point(kRot, one(Add{}, {product_cos, product_sin})));
+    const ValueId x1 = point(Rope::kX1, halves[0]);
+    ValueId x2 = point(Rope::kX2, halves[1]);
+    if (!negated_sin) x2 = point(Rope::kNeg, one(Neg{}, {x2}));
+    const ValueId cat = point(Rope::kCat, one(Concat{.axis = -1}, {x2, x1}));
+    const ValueId product_cos = point(Rope::kCos, one(Mul{}, {xs[part], coses[part]}));
+    const ValueId product_sin = point(Rope::kSin, one(Mul{}, {cat, sines[part]}));
+    rotated.push_back(point(Rope::kRot, one(Add{}, {product_cos, product_sin})));
   }
   if (rotated.size() == 1) return rotated;
   return {one(Concat{.axis = -1}, rotated)};

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
+#include "circlet/base/hash.h"
 #include "circlet/io/json.h"
 #include "preprocess/check_sample.h"
 #include "preprocess/data_lines.h"
@@ -182,12 +183,7 @@ std::vector<Sample> RandomSamples(int64_t count, int64_t length, uint64_t seed, 
         count, length, vocab_size, forbidden.size());
   }
   uint64_t state = seed;
-  const auto next = [&] {  // SplitMix64
-    uint64_t z = state += 0x9e3779b97f4a7c15u;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
-    return z ^ z >> 31;
-  };
+  const auto next = [&] { return Mix(state += kSplitMixStep); };
   std::vector<Sample> samples(count);
   for (int64_t i = 0; i < count; ++i) {
     Sample& sample = samples[i];

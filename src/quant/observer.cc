@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "circlet/base/error.h"
+#include "circlet/base/hash.h"
 #include "circlet/io/json.h"
 #include "circlet/quant/affine.h"
 #include "ops/simd.h"
@@ -56,13 +57,6 @@ class EmaObserver final : public Observer {
   }
 };
 
-// Mixes all bits of its argument (the finalizer of splitmix64).
-uint64_t Mix(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 // Linearly interpolated quantile of sorted values, q in [0, 1].
 double Quantile(const std::vector<double>& sorted, double q) {
   const double rank = q * static_cast<double>(sorted.size() - 1);
@@ -84,7 +78,7 @@ class PercentileObserver final : public Observer {
     picks_ = std::min(elements, spec_.samples_per_batch);
     // Shifts the even spacing from sample to sample by the golden ratio, so that no position is always left out.
     phase_ = picks_ == elements ? 0 : std::fmod(static_cast<double>(sample) * 0.6180339887498949, 1.0);
-    sample_hash_ = Mix(Mix(spec_.seed + 0x9e3779b97f4a7c15u) ^ static_cast<uint64_t>(sample));
+    sample_hash_ = Mix(Mix(spec_.seed + kSplitMixStep) ^ static_cast<uint64_t>(sample));
   }
 
   void Visit(std::span<const float> values, int64_t first) override {

@@ -7,6 +7,7 @@
 #include <numbers>
 
 #include "circlet/base/error.h"
+#include "circlet/base/hash.h"
 #include "circlet/base/threads.h"
 #include "circlet/model/gemma4/weights.h"
 
@@ -15,19 +16,10 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 14;
 
-// SplitMix64's output function.
-uint64_t Mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15ull;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
+// One number of the sequence that begins at `x`.
+uint64_t Bits(uint64_t x) { return Mix(x + kSplitMixStep); }
 
-uint64_t KeyOf(uint64_t seed, std::string_view name) {
-  uint64_t hash = 0xcbf29ce484222325ull;
-  for (const char c : name) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3ull;
-  return Mix(hash ^ Mix(seed));
-}
+uint64_t KeyOf(uint64_t seed, std::string_view name) { return Bits(Fnv1a64(name) ^ Bits(seed)); }
 
 // In (0, 1).
 float Unit(uint64_t bits) { return (static_cast<float>(bits >> 41) + 0.5f) * 0x1p-23f; }
@@ -37,7 +29,7 @@ Tensor Drawn(const Shape& shape, uint64_t key, const Draw& draw) {
   Tensor tensor = Tensor::Uninitialized({DType::kF32, shape});
   const std::span<float> values = tensor.F32();
   ParallelFor(static_cast<int64_t>(values.size()), kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) values[i] = draw(Mix(key + static_cast<uint64_t>(i)));
+    for (int64_t i = begin; i < end; ++i) values[i] = draw(Bits(key + static_cast<uint64_t>(i)));
   });
   return tensor;
 }
@@ -71,7 +63,7 @@ Tensor RandomNormal(const Shape& shape, uint64_t seed, std::string_view name, fl
   // Box-Muller; both uniforms from one word would leave too few bits, so the second is mixed again.
   return Drawn(shape, KeyOf(seed, name), [deviation](uint64_t bits) {
     const float radius = std::sqrt(-2.0f * std::log(Unit(bits)));
-    return deviation * radius * std::cos(2.0f * std::numbers::pi_v<float> * Unit(Mix(bits)));
+    return deviation * radius * std::cos(2.0f * std::numbers::pi_v<float> * Unit(Bits(bits)));
   });
 }
 
@@ -87,8 +79,8 @@ Tensor RandomIds(const Gemma4Config& config, int64_t limit, int64_t count, uint6
     return id == config.image_token_id || id == config.video_token_id || id == config.audio_token_id;
   };
   for (int64_t i = 0; i < count; ++i) {
-    uint64_t bits = Mix(key + static_cast<uint64_t>(i));
-    while (forbidden(static_cast<int64_t>(bits % limit))) bits = Mix(bits);
+    uint64_t bits = Bits(key + static_cast<uint64_t>(i));
+    while (forbidden(static_cast<int64_t>(bits % limit))) bits = Bits(bits);
     ids.I64()[i] = static_cast<int64_t>(bits % limit);
   }
   return ids;

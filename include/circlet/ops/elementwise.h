@@ -10,6 +10,7 @@ struct Binary {
   static constexpr std::string_view kName = Tag::kName;
   static constexpr int32_t kCircleCode = Tag::kCircleCode;
   static constexpr bool kInPlace = true;
+  static constexpr bool kClamps = requires { Tag::kClamps; };
 
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;
@@ -32,10 +33,12 @@ struct MulTag {
 struct MaximumTag {
   static constexpr std::string_view kName = "maximum";
   static constexpr int32_t kCircleCode = 55;
+  static constexpr bool kClamps = true;
 };
 struct MinimumTag {
   static constexpr std::string_view kName = "minimum";
   static constexpr int32_t kCircleCode = 57;
+  static constexpr bool kClamps = true;
 };
 using Add = Binary<AddTag>;
 using Sub = Binary<SubTag>;

@@ -56,6 +56,7 @@ struct Split {
   static constexpr std::string_view kName = "split";
   static constexpr int32_t kCircleCode = 49;
   static constexpr bool kKeepsValues = true;
+  static constexpr int kGridInput = 1;  // SPLIT takes its axis first
   int32_t axis = -1;
   int32_t parts = 2;
 

@@ -13,8 +13,8 @@
 //   std::vector<ValueId> Expand(GraphSink&, std::span<const ValueId> in, std::span<const Point> points) const
 //                                                     the primitive graph with the same points
 // Optional traits: kView (output shares input 0's bytes), kInPlace (output may overwrite input 0),
-// kKeepsValues (moves values without arithmetic: an output keeps its input's grid, circle_execution.md 1.2),
-// kOutputPoints (which of the node's points act on the output, nothing but moves behind them; the last first).
+// kKeepsValues (moves values without arithmetic: an output keeps its input's grid), kGridInput (which input of its Circle
+// form that is, where it is not the first), kClamps (holds input 0 against a bound, input 1), kOutputPoints (which of the node's points act on the output, nothing but moves behind them; the last first).
 
 #include <cstdint>
 #include <functional>

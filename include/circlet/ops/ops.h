@@ -49,6 +49,8 @@ struct Op {
   bool IsView() const;
   bool InPlace() const;
   bool KeepsValues() const;
+  bool Clamps() const;
+  int GridInput() const;
   bool Fused() const;
   std::span<const int> OutputPoints() const;
   std::vector<TensorType> Infer(Types in) const;

@@ -72,38 +72,38 @@ ValueId HeadsFirst(const Builder& b, ValueId x) {
 
 ValueId Attend(const Builder& b, ValueId query, ValueId key, ValueId value, ValueId mask, Attention::Form form,
                const Dialect& dialect) {
-  const auto reference = [&](const char* name, bool exists = true) {
-    return Builder::NamedPoint{dialect.duplicate_points && exists ? name : ""};
-  };
+  const auto reference = [&](const char* name) { return Builder::NamedPoint{dialect.duplicate_points ? name : ""}; };
+  std::vector<Builder::NamedPoint> points(Attention::kPoints);
+  points[Attention::kLogitsRaw] = reference("logits_raw");
+  points[Attention::kLogits] = {"logits"};
+  points[Attention::kMaskAdd] = {"mask_add", PointUse::kNormal, dialect.observe_masked_keys ? 0 : kMaskHeadroom};
+  points[Attention::kSoftmax] = {"softmax"};
+  points[Attention::kAttnOut] = {"attn_out"};
+  points[Attention::kAttnWeights] = reference("attn_weights");
+  points[Attention::kAttnOutH] = reference("attn_out_h");
+  if (form == Attention::Form::kBatched) points[Attention::kScale] = reference("scale");
   return b.AddFused(Attention{.skip_masked = !dialect.observe_masked_keys,
                               .explicit_transpose = dialect.explicit_k_transpose,
                               .form = form},
-                    {query, key, value, mask},
-                    {reference("logits_raw"),
-                     {"logits"},
-                     {"mask_add", PointUse::kNormal, dialect.observe_masked_keys ? 0 : kMaskHeadroom},
-                     {"softmax"},
-                     {"attn_out"},
-                     reference("attn_weights"),
-                     reference("attn_out_h"),
-                     reference("scale", form == Attention::Form::kBatched)});
+                    {query, key, value, mask}, std::move(points));
 }
 
 ValueId Rotate(const Builder& b, ValueId x, ValueId cos, ValueId sin, const std::string& prefix, const Rope& rope,
                const Dialect& dialect) {
-  // The pieces share x's tensor in the file, whatever range the reference saw in each (findings B3); only a negated
-  // half makes a tensor of its own.
-  const auto piece = [&](const char* name, bool exists = true, PointUse use = PointUse::kSimulationOnly) {
-    return Builder::NamedPoint{dialect.rope_piece_points && exists ? prefix + name : "", use};
+  // The pieces share x's tensor in the file, whatever range the reference saw in each; only a negated half makes a
+  // tensor of its own.
+  const auto piece = [&](const char* name, PointUse use = PointUse::kSimulationOnly) {
+    return Builder::NamedPoint{dialect.rope_piece_points ? prefix + name : "", use};
   };
-  return b.AddFused(rope, {x, cos, sin},
-                    {piece("_x1"),
-                     piece("_x2"),
-                     piece("_neg", !rope.negated_sin),
-                     piece("_cat", true, rope.negated_sin ? PointUse::kSimulationOnly : PointUse::kNormal),
-                     {prefix + "_cos"},
-                     {prefix + "_sin"},
-                     {prefix + "_rot"}});
+  std::vector<Builder::NamedPoint> points(Rope::kPoints);
+  points[Rope::kX1] = piece("_x1");
+  points[Rope::kX2] = piece("_x2");
+  if (!rope.negated_sin) points[Rope::kNeg] = piece("_neg");
+  points[Rope::kCat] = piece("_cat", rope.negated_sin ? PointUse::kSimulationOnly : PointUse::kNormal);
+  points[Rope::kCos] = {prefix + "_cos"};
+  points[Rope::kSin] = {prefix + "_sin"};
+  points[Rope::kRot] = {prefix + "_rot"};
+  return b.AddFused(rope, {x, cos, sin}, std::move(points));
 }
 
 ValueId Scale(const Builder& b, ValueId value, float factor, std::string_view scale_point, const Dialect& dialect) {

@@ -7,25 +7,14 @@
 #include <memory>
 #include <numbers>
 
+#include "circlet/base/hash.h"
+
 namespace circlet {
 namespace {
 
 constexpr int kLanes = 4;  // 16-bit draws of one 64-bit hash
 constexpr int kDraws = 1 << 16;
 constexpr std::string_view kPositionTable = "position_embedding_table";
-
-// The finalizer of SplitMix64: a good hash of a counter, and fast.
-uint64_t Mix(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
-uint64_t HashName(std::string_view name) {
-  uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a
-  for (const char c : name) hash = (hash ^ static_cast<uint8_t>(c)) * 0x100000001b3ull;
-  return hash;
-}
 
 uint16_t ToBF16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
@@ -66,7 +55,7 @@ const DrawTable& UniformDraws() {
 }  // namespace
 
 RandomTensor::RandomTensor(std::string_view name, const Shape& shape, uint64_t seed)
-    : key_(Mix(HashName(name) ^ Mix(seed))) {
+    : key_(Mix(Fnv1a64(name) ^ Mix(seed))) {
   const int64_t elements = shape.Elements();
   if (name.ends_with(kPositionTable)) {
     columns_ = shape[-1];  // [axis, position, hidden]: positions are rows too
@@ -131,7 +120,7 @@ void RandomTensor::FillRow(int64_t row, uint16_t* out) const {
   const float spread = spread_ * RowFactor(row);
   const uint64_t groups = static_cast<uint64_t>((columns_ + kLanes - 1) / kLanes);
   const uint64_t first = static_cast<uint64_t>(row) * groups;
-  const auto hash = [&](uint64_t group) { return Mix(key_ + (first + group) * 0x9e3779b97f4a7c15ull); };
+  const auto hash = [&](uint64_t group) { return Mix(key_ + (first + group) * kSplitMixStep); };
   const auto draw = [&](uint64_t bits, int lane) { return draws[(bits >> (16 * lane)) & 0xffff]; };
 
   const uint64_t whole = static_cast<uint64_t>(columns_ / kLanes);

@@ -6,7 +6,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
-#include "hwy/aligned_allocator.h"
+#include "ops/aligned.h"
 #include "ops/codes.h"
 #include "ops/gemm.h"
 #include "quant/weights/factor.h"
@@ -61,8 +61,7 @@ class Panels {
       : columns_(columns),
         width_(gemm::PanelColumns()),
         panels_(panels),
-        data_(hwy::AllocateAligned<float>(static_cast<size_t>(columns * width_ * panels))) {
-    if (data_ == nullptr) throw std::bad_alloc();
+        data_(Aligned<float>(columns * width_ * panels)) {
     std::fill_n(data_.get(), columns * width_ * panels, 0.0f);
   }
   float* At(int64_t panel, int64_t column) { return data_.get() + (panel * columns_ + column) * width_; }
@@ -94,9 +93,7 @@ class RowGroup {
         target_(n_, panels),
         codes_(n_, panels),
         errors_(n_, panels),
-        products_(hwy::AllocateAligned<float>(static_cast<size_t>(kBlock * rows_))) {
-    if (products_ == nullptr) throw std::bad_alloc();
-  }
+        products_(Aligned<float>(kBlock * rows_)) {}
 
   Panels& Target() { return target_; }
   Panels& Codes() { return codes_; }

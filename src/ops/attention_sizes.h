@@ -1,0 +1,16 @@
+#pragma once
+
+#include "circlet/base/tensor.h"
+
+namespace circlet {
+
+// Of q [1,heads,queries,head_size] and k [1,kv_heads,keys,head_size].
+struct AttentionSizes {
+  int64_t heads, kv_heads, queries, keys, head_size;
+
+  explicit AttentionSizes(const Shape& q, const Shape& k)
+      : heads(q[1]), kv_heads(k[1]), queries(q[2]), keys(k[2]), head_size(q[3]) {}
+  int64_t KvHead(int64_t head) const { return head / (heads / kv_heads); }
+};
+
+}  // namespace circlet
