@@ -1,6 +1,6 @@
 #pragma once
 
-// The small model with computable weights whose results gemma4.md 11 lists: Config A.
+// The small model with computable weights whose results model.md 11 lists: Config A.
 
 #include <cstdint>
 #include <filesystem>

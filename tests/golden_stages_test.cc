@@ -127,8 +127,8 @@ TEST_P(GoldenCalibrationTest, TextSamplesGiveTheReferencesGrids) {
     SCOPED_TRACE(name);
     const PointParams* expected = golden.Find(name);
     if (expected == nullptr) {
-      // Only our files have these: where the reference's leave a value in float (findings B4), and the soft cap's
-      // factors.
+      // Only our files have these: where the reference's leave a value in float (quantization.md B4), and the soft
+      // cap's factors.
       EXPECT_THAT(name, testing::AnyOf(testing::EndsWith("_scale"), testing::EndsWith("per_layer_sum")));
       continue;
     }

@@ -1,4 +1,4 @@
-// The float text model, graph by graph, on the computable checkpoint of gemma4.md 11 (Config A, 11.1).
+// The float text model, graph by graph, on the computable checkpoint of model.md 11 (Config A, 11.1).
 
 #include <gmock/gmock.h>
 
@@ -18,7 +18,7 @@ namespace {
 using Values = std::map<std::string, Tensor>;
 using GraphForm = std::function<Graph(const Graph&)>;
 
-constexpr float kTolerance = 2e-5f;  // gemma4.md 11; the table prints six decimals
+constexpr float kTolerance = 2e-5f;  // model.md 11; the table prints six decimals
 
 // Row `row` of axis 1.
 std::vector<float> Row(const Tensor& tensor, int64_t row) {

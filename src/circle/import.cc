@@ -131,7 +131,7 @@ class Importer {
   std::vector<std::string> names_;
 };
 
-// Rounds a tensor to a file's grid (circle_execution.md 4.2).
+// Rounds a tensor to a file's grid (format.md 4.2).
 class Snapper final : public PointVisitor {
  public:
   explicit Snapper(const QParams& grid) {

@@ -125,7 +125,7 @@ class Reader {
     return values;
   }
 
-  // circle.md 3.1: the narrow field holds min(127, code); files older than the wide field have 0 there.
+  // format.md 3.1: the narrow field holds min(127, code); files older than the wide field have 0 there.
   void ReadCodes(const Tables* codes) {
     for (uint32_t i = 0; i < Count(codes); ++i) {
       const Table& table = *codes->Get(i);

@@ -81,7 +81,7 @@ constexpr FieldSchema kModelFields[] = {
 };
 constexpr TableSchema kModel{"Model", kModelFields};
 
-// ---- Element types (circle.md 2.2)
+// ---- Element types (format.md 2.2)
 // -------------------------------------------------------------------------------------
 
 struct TypeRow {
@@ -101,7 +101,7 @@ constexpr TypeRow kTypes[] = {
     {-5, "GGML_Q8_1", {}},       {-6, "MXFP4", {}},           {-7, "MXINT8", {}},
 };
 
-// ---- Options tables (circle.md 3.2)
+// ---- Options tables (format.md 3.2)
 // ------------------------------------------------------------------------------------
 
 constexpr FieldSchema Act(int id) { return {id, "fused_activation_function", kInt8}; }

@@ -1,6 +1,6 @@
 #pragma once
 
-// The Circle schema as data (circle.md 1.1, 2, 3.2). Writer, reader, bounds check and dump walk these tables; a field,
+// The Circle schema as data (format.md 1.1, 2, 3.2). Writer, reader, bounds check and dump walk these tables; a field,
 // an operator or an element type is stated here and nowhere else.
 
 #include <cstdint>

@@ -8,7 +8,7 @@
 namespace circlet::circle {
 namespace {
 
-// The rules of circle_execution.md 1: what every independent checker and runtime asks, and a little more.
+// The rules of format.md 5: what every independent checker and runtime asks, and a little more.
 class Verifier {
  public:
   explicit Verifier(const Model& model) : model_(model) {}

@@ -67,7 +67,7 @@ class HeadBuilder {
   }
 
  private:
-  // One buffer for each distinct constant, in the order of the tensors; buffer 0 stays empty (circle.md 1.2).
+  // One buffer for each distinct constant, in the order of the tensors; buffer 0 stays empty (format.md 1.2).
   void CollectPayloads() {
     std::map<std::tuple<const void*, DType, int64_t>, uint32_t> buffer_of;
     for (const Tensor& tensor : model_.tensors) {
@@ -223,7 +223,7 @@ class HeadBuilder {
     return fbb_.EndTable(start);
   }
 
-  // Present even when it is empty: several loaders dereference it unchecked (circle.md 3.2).
+  // Present even when it is empty: several loaders dereference it unchecked (format.md 3.2).
   TableOffset OptionsTable(const Operator& op, const OperatorSchema& schema) {
     struct Entry {
       const CircleOption* option;
@@ -275,7 +275,7 @@ class HeadBuilder {
     std::vector<TableOffset> codes;
     for (const int32_t code : codes_) {
       const auto start = fbb_.StartTable();
-      // Old readers know only the 8-bit field, in which 127 sends them to the wide one (circle.md 3.1).
+      // Old readers know only the 8-bit field, in which 127 sends them to the wide one (format.md 3.1).
       fbb_.AddElement<int8_t>(Slot(code_field::kDeprecatedBuiltinCode), static_cast<int8_t>(std::min(127, code)), 0);
       fbb_.AddElement<int32_t>(Slot(code_field::kVersion), 1, 1);
       fbb_.AddElement<int32_t>(Slot(code_field::kBuiltinCode), code, 0);

@@ -7,7 +7,7 @@
 //   [ FlatBuffer: tables, names, grids ][ payload 0 ][ payload 1 ] ...
 //
 // Inline, a payload is the byte vector that Buffer.data refers to (a 4-byte length, then the bytes); past the limit it
-// is bare and Buffer.offset/size hold its place (circle.md 1.3). The bytes start at multiples of 16 either way.
+// is bare and Buffer.offset/size hold its place (format.md 1.3). The bytes start at multiples of 16 either way.
 
 #include <cstddef>
 #include <cstdint>

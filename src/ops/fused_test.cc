@@ -419,7 +419,7 @@ TEST(AttentionTest, ThreadsChangeNoBit) {
   SetThreads(before);
 }
 
-// The form of the reference's files (circle_execution.md 7).
+// The form of the reference's files (format.md 7).
 TEST(AttentionTest, ExpandsInTheOrderOfTheReferencesFiles) {
   EagerSink prefill;
   Expansion(Attention{.explicit_transpose = true}, Operands({4, 2, 5, 7, 6}, Mask::kOpen), {}, prefill);

@@ -3,7 +3,7 @@
 // y = x W^T of operands on integer grids, summed in integers: exact, so that neither the order of the sum nor the
 // kernel can be seen in y, and four times (x of 8 bits) or twice (16 bits) as fast as in float32.
 //
-//   y[i,j] = scale_x scale_w[j] sum_k (x[i,k] - zero_x) (w[j,k] - zero_w[j]) + bias[j]      (circle_execution.md 4)
+//   y[i,j] = scale_x scale_w[j] sum_k (x[i,k] - zero_x) (w[j,k] - zero_w[j]) + bias[j]      (format.md 4)
 //
 // with codes x and w; the integer times the scales plus the bias is rounded once, from float64.
 

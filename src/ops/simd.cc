@@ -428,7 +428,7 @@ HWY_INLINE void ScaleRow(const float* x, const float* gamma, int64_t count, doub
   for (; i < count; ++i) y[i] = static_cast<float>(x[i] * factor * gamma[i]);
 }
 
-// In float64, rounded once at the end (circle_execution.md 4.4). Several rows at a time, so that narrow ones do not each
+// In float64, rounded once at the end (format.md 4.4). Several rows at a time, so that narrow ones do not each
 // wait for a root and two divisions.
 void RmsNormRowsImpl(const float* x, const float* gamma, int64_t rows, int64_t width, float eps, float* y) {
   constexpr int64_t kRows = 16;

@@ -26,7 +26,7 @@ struct Grid {
   int32_t min_code, max_code;
   Rounding rounding;
 };
-// x[i] = (clamp(R(x[i])) - zero_point) * scale (ptq.md 2.4; circle_execution.md 4.2). NaN stays NaN.
+// x[i] = (clamp(R(x[i])) - zero_point) * scale (quantization.md 2.4; format.md 4.2). NaN stays NaN.
 void Snap(float* x, int64_t count, const Grid& grid);
 void Quantize(const float* x, int64_t count, const Grid& grid, int16_t* codes);  // NaN gets the smallest code
 void Dequantize(const int16_t* codes, int64_t count, float scale, int32_t zero_point, float* x);

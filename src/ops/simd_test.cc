@@ -57,7 +57,7 @@ TEST(SimdTest, MinMaxOfSignedZerosIsPlusZero) {
   EXPECT_FALSE(std::signbit(MinMax(zeros + 1, 1).max));
 }
 
-// ptq.md 2.4 and circle_execution.md 4.2, one value at a time.
+// quantization.md 2.4 and format.md 4.2, one value at a time.
 float SnapScalar(float x, const Grid& g) {
   float code;
   if (g.rounding == Rounding::kHalfEvenReciprocal) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// The Gemma 3 tokenizer of tests/data, unpacked: the vocabulary of Gemma 4 under older names (gemma4.md 8).
+// The Gemma 3 tokenizer of tests/data, unpacked: the vocabulary of Gemma 4 under older names (model.md 8).
 
 #include <cstdlib>
 #include <filesystem>

@@ -27,7 +27,7 @@ double Cubic(double x) {
   return 0;
 }
 
-// gemma4.md 6.1.
+// model.md 6.1.
 Taps MakeTaps(int64_t in, int64_t out) {
   const double scale = static_cast<double>(in) / static_cast<double>(out);
   const double stretch = std::max(scale, 1.0);

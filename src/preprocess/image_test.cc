@@ -104,7 +104,7 @@ std::string Exif(int orientation, bool little) {
          number(orientation, 2) + number(0, 2) + number(0, 4);
 }
 
-// gemma4.md 11.1.
+// model.md 11.1.
 Image Formula(int64_t width, int64_t height) {
   Image image{{width, height}, {}};
   for (int64_t y = 0; y < height; ++y)
@@ -188,7 +188,7 @@ TEST(ImageTest, DecodedPngsHaveTheHashOfTheReference) {
   EXPECT_EQ(hash("coffee_240x360.png"), "dabafdaf6e73e83c28448544dfa6489b8b227b92884c81307e00488787c7d6cd");
 }
 
-// gemma4.md 11.4.
+// model.md 11.4.
 TEST(ImageTest, TheSampleOfTheSpecificationIsReproduced) {
   const ImagePatches patches = PrepareImage(Formula(640, 480), ImageRules{});
   EXPECT_EQ(patches.patches, 2394);
@@ -227,7 +227,7 @@ struct SizeRow {
   ImageSize target[5];
 };
 
-// The table of gemma4.md 6.1 for budgets of 70, 140, 280, 560, 1120 soft tokens.
+// The table of model.md 6.1 for budgets of 70, 140, 280, 560, 1120 soft tokens.
 TEST(ImageTest, TargetSizesFollowTheTable) {
   const ImageSize landscape[5] = {{432, 336}, {624, 480}, {912, 672}, {1296, 960}, {1824, 1344}};
   const ImageSize square[5] = {{384, 384}, {528, 528}, {768, 768}, {1104, 1104}, {1584, 1584}};

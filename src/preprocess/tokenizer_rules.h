@@ -1,6 +1,6 @@
 #pragma once
 
-// The parts of tokenizer.json around the two tables (gemma4.md 8), checked and reduced to what circlet does with them.
+// The parts of tokenizer.json around the two tables (model.md 8), checked and reduced to what circlet does with them.
 
 #include <cstdint>
 #include <filesystem>

@@ -81,7 +81,7 @@ TEST(TokenizerTest, GemmaIdsDecodeToTheTextsOfTheReference) {
   }
 }
 
-// gemma4.md 8, "Check encodings".
+// model.md 8, "Check encodings".
 TEST(TokenizerTest, SpacesTabsAndUnknownCharactersFollowTheSpecification) {
   EXPECT_THAT(Gemma().Encode("a  b\n\n\n c\t\td", false), ElementsAre(236746, 138, 236763, 109, 505, 255969, 236753));
   EXPECT_THAT(Gemma().Encode("  leading", false), ElementsAre(138, 26016));

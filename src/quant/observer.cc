@@ -66,8 +66,8 @@ double Quantile(const std::vector<double>& sorted, double q) {
 }
 
 // Keeps the `max_samples` values of largest priority, out of up to `samples_per_batch` evenly spread ones of each
-// sample (ptq.md 3.1). The priority is a hash of (seed, sample, element), so that what is kept does not depend on who
-// saw a sample or when, and merging is the union cut to size.
+// sample (quantization.md 3.1). The priority is a hash of (seed, sample, element), so that what is kept does not depend
+// on who saw a sample or when, and merging is the union cut to size.
 class PercentileObserver final : public Observer {
  public:
   explicit PercentileObserver(const ObserverSpec& spec) : Observer(spec) {}

@@ -29,7 +29,7 @@ std::optional<QuantSpec> Over(const std::optional<QuantSpec>& below, const Quant
   return merged;
 }
 
-// What the reference's builder writes as an override for a parameter (ptq.md 4.5).
+// What the reference's builder writes as an override for a parameter (quantization.md 4.5).
 std::optional<QuantSpec> BuilderOverride(const BuilderSpecs& specs, std::string_view point) {
   const QuantSpec& linear = specs.linear_weight ? *specs.linear_weight : specs.weight;
   switch (WeightKindOf(point)) {

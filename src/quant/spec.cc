@@ -23,7 +23,7 @@ DType GridTypeFromName(const std::string& name, std::string_view where) {
   Fail("{}: \"{}\" is no grid type; choose int4, uint4, int8, uint8 or int16", where, name);
 }
 
-// A bare number counts bits of an unsigned grid (ptq.md 4.1).
+// A bare number counts bits of an unsigned grid (quantization.md 4.1).
 DType GridTypeFromBits(int64_t bits, std::string_view where) {
   if (bits == 4) return DType::kU4;
   if (bits == 8) return DType::kU8;

@@ -88,7 +88,8 @@ TEST(QuantSpecTest, WhatCannotBeNamesPlaceValueAndRemedy) {
   EXPECT_THAT(ReadError(R"({"kind": "no_quant", "dtype": "int8"})"), HasSubstr("dtype: is no known key"));
 }
 
-// ---- ptq.md 4.4 -----------------------------------------------------------------------------------------------------
+// ---- quantization.md 4.4
+// -----------------------------------------------------------------------------------------------------
 
 PointSpec Resolve(const std::string& point, const QuantSpec* override, WrapperDefault wrapper, const QuantSpec& role,
                   const Dialect& dialect = kTico) {

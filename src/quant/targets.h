@@ -1,7 +1,7 @@
 #pragma once
 
 // What a point's name says about it: the parameter kinds and the layer coordinates that recipes speak of
-// (ptq.md 4.5, 4.8).
+// (quantization.md 4.5, 4.8).
 
 #include <cstdint>
 #include <optional>

@@ -1,4 +1,4 @@
-// The scatter plot (ptq.md 10.3), with the geometry of the plot recorded in reference_console.md.
+// The scatter plot (quantization.md 10.3), with the geometry of the plot of the reference.
 
 #include <cmath>
 #include <vector>

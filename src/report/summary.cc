@@ -1,4 +1,4 @@
-// The boxes that the reference prints (reference_console.md).
+// The boxes that the reference prints.
 
 #include <fmt/format.h>
 

@@ -11,7 +11,7 @@ namespace {
 
 using PartBuilder = std::function<std::vector<SmokePart>(const PartOptions&)>;
 
-// `tiny` gives the sizes of ptq.md 11.3 where they differ between cases.
+// `tiny` gives the sizes of quantization.md 11.3 where they differ between cases.
 SmokeCase MakeCase(std::string name, std::string recipe, PartBuilder parts,
                    std::function<void(SmokeSizes&)> tiny = nullptr, bool with_static = true) {
   std::vector<std::string> profiles{"tiny", "e2b_dims"};

@@ -52,8 +52,8 @@ RopeTables RandomTables(const Shape& shape, int axes, uint64_t seed, const std::
   return tables;
 }
 
-// What attention and decoder layers take; `causal`: no key of the future (plain attention cases of ptq.md 11.3 go
-// without).
+// What attention and decoder layers take; `causal`: no key of the future (plain attention cases of quantization.md 11.3
+// go without).
 SmokeValues LayerValues(const PartOptions& options, int layer, Phase phase, bool causal, const std::string& sample) {
   const TextConfig& text = options.sizes.config.text;
   const LayerConfig& config = text.layers[layer];

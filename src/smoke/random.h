@@ -1,7 +1,7 @@
 #pragma once
 
-// Random values of the cases (ptq.md 11.3). A value depends on seed, name and place alone, whatever the number of
-// threads.
+// Random values of the cases (quantization.md 11.3). A value depends on seed, name and place alone, whatever the number
+// of threads.
 
 #include <cstdint>
 #include <string_view>

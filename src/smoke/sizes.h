@@ -22,7 +22,7 @@ struct SmokeSizes {
 SmokeSizes SizesOf(const SmokeSize& size);
 // Whether the counts change nothing of what the profile is without them.
 bool CountsAreStandard(const SmokeSize& size);
-// Of the examples (ptq.md 10.4).
+// Of the examples (quantization.md 10.4).
 SmokeSizes ExampleSizes();
 
 // Gives the tower other patches, and a picture of grid_height x grid_width of them followed by `padding`.

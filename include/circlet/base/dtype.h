@@ -6,7 +6,7 @@
 namespace circlet {
 
 // Element types of tensors in memory and in files. i4 and u4 are packed two to a byte, the even element in the low
-// nibble (spec circle.md 2.2).
+// nibble (format.md 2.2).
 enum class DType : uint8_t { kF32, kF16, kBF16, kF64, kI4, kU4, kI8, kU8, kI16, kU16, kI32, kU32, kI64, kU64, kBool };
 
 int BitWidth(DType type);

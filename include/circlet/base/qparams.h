@@ -19,7 +19,7 @@ struct QParams {
   bool operator==(const QParams&) const = default;
 };
 
-// How a value finds its code. The two agree except at ties and in the last bit (spec ptq.md 2.4, circle_execution.md 4).
+// How a value finds its code. The two agree except at ties and in the last bit (quantization.md 2.4, format.md 4).
 enum class Rounding {
   kHalfEvenReciprocal,  // rint(x * (1/s)) + z: the reference's simulation
   kHalfAwayDivide,      // half away from zero of x / s, + z: the Circle runtimes

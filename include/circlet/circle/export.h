@@ -34,12 +34,12 @@ struct ExportOptions {
 };
 
 // Fused operators are written as their expansions. A point becomes the grid of the tensor that it stands on; a second
-// point with another grid becomes a QUANTIZE; operators that only move values keep their input's grid (circle_execution.md
+// point with another grid becomes a QUANTIZE; operators that only move values keep their input's grid (format.md
 // 7). Throws Error naming the nearest point when a computed float tensor is left without a grid.
 Model ToCircle(const Graph& graph, const GridSource& grids, const ExportOptions& options = {});
 
 // A file as a graph for Executor. Points are named after tensors; a quantized input, and the output of every operator that
-// computes, is a point; rounding is that of circle_execution.md 4.
+// computes, is a point; rounding is that of format.md 4.
 struct FileGraph {
   Graph graph;
   std::map<std::string, QParams> grids;     // by point name

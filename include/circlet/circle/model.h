@@ -1,7 +1,7 @@
 #pragma once
 
 // A Circle file as plain data: what the writer writes and the reader reads. Knows the format, no model, no algorithm
-// (spec circle.md; docs/circle_format.md).
+// (format.md; docs/circle_format.md).
 
 #include <cstdint>
 #include <filesystem>

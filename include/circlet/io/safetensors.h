@@ -14,7 +14,7 @@ namespace circlet {
 
 class MappedFile;
 
-// A safetensors file, mapped read-only (gemma4.md 1). Tensors point into the mapping and keep it alive, but for those
+// A safetensors file, mapped read-only (model.md 1). Tensors point into the mapping and keep it alive, but for those
 // whose bytes the file does not align to their element type: these are copied. Anything wrong with the header (length,
 // JSON, dtype, offsets that overlap, leave gaps, run out or overflow, product of the shape) is an Error naming file,
 // tensor, expected and found.
@@ -45,7 +45,7 @@ class SafetensorsFile {
   std::map<std::string, std::string, std::less<>> opaque_;
 };
 
-// The tensors of a checkpoint directory (gemma4.md 1): model.safetensors, or all tensors of the shards that the
+// The tensors of a checkpoint directory (model.md 1): model.safetensors, or all tensors of the shards that the
 // weight_map of model.safetensors.index.json names. Which tensor the index looks for where does not count, as in the
 // reference: an index often stays behind when a checkpoint is saved again. A shard that is missing or lies outside the
 // directory, and a tensor in two shards with different values are Errors.

@@ -45,9 +45,9 @@ std::string DumpYaml(const YamlNode& tree);
 // The tree as JSON values, for JsonObject and for comparisons; keys are sorted there.
 nlohmann::json ToJson(const YamlNode& tree);
 
-// `--set a.b.c=value` (ptq.md 15): the value is read as YAML. A numeric part indexes a list (one past the end appends),
-// any other part of a list selects the only item whose `name` equals it; missing mappings are created. Anything else is
-// an Error naming the assignment, the part and, for lists, the names there are.
+// `--set a.b.c=value` (quantization.md 15): the value is read as YAML. A numeric part indexes a list (one past the end
+// appends), any other part of a list selects the only item whose `name` equals it; missing mappings are created.
+// Anything else is an Error naming the assignment, the part and, for lists, the names there are.
 void ApplyOverride(YamlNode& tree, std::string_view assignment);
 
 }  // namespace circlet

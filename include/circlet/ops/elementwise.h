@@ -46,7 +46,7 @@ using Mul = Binary<MulTag>;
 using Maximum = Binary<MaximumTag>;
 using Minimum = Binary<MinimumTag>;
 
-// Unary, float32: y = -x, tanh(x), and gelu(x) = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (gemma4.md 3.4).
+// Unary, float32: y = -x, tanh(x), and gelu(x) = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (model.md 3.4).
 template <typename Tag>
 struct Unary {
   static constexpr std::string_view kName = Tag::kName;

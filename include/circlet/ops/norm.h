@@ -4,7 +4,7 @@
 
 namespace circlet {
 
-// y = gamma * x / sqrt(mean(x^2) + eps), over the last axis (gemma4.md 3.1: gamma itself, not 1 + gamma).
+// y = gamma * x / sqrt(mean(x^2) + eps), over the last axis (model.md 3.1: gamma itself, not 1 + gamma).
 // Inputs: x [.., D], gamma [D].
 struct RmsNorm {
   static constexpr std::string_view kName = "rms_norm";

@@ -6,7 +6,7 @@
 //   void Eval(const EvalContext&) const               the float kernel
 //   bool operator==(const T&) const = default
 // and, when Circle has the operator,
-//   static constexpr int32_t kCircleCode              builtin operator code (spec circle.md 3.2)
+//   static constexpr int32_t kCircleCode              builtin operator code (format.md 3.2)
 //   CircleOp Emit(Types in, Types out) const          how it is written
 //   static Parsed<T> Parse(const CircleNode&)         how it is read; throws Error for options that Eval cannot honour
 // or, when it is a fused kernel,
@@ -33,7 +33,7 @@ namespace circlet {
 using ValueId = int32_t;
 using Types = std::span<const TensorType>;
 
-// Which default of a recipe a point follows (spec ptq.md 4.2).
+// Which default of a recipe a point follows (quantization.md 4.2).
 enum class PointRole : uint8_t { kActivation, kWeight };
 
 // Where a point acts. The reference simulates points that it does not export; our export has some it does not simulate.

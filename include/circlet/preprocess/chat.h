@@ -63,7 +63,7 @@ bool HasPictures(std::string_view conversation);
 // The messages of one user turn: the images, then the text.
 nlohmann::json UserTurn(std::string_view text, std::span<const std::string> images = {});
 
-// The n-th <|image|> becomes <|image>, soft_tokens[n] times <|image|>, <image|> (gemma4.md 7.2). Throws Error unless
+// The n-th <|image|> becomes <|image>, soft_tokens[n] times <|image|>, <image|> (model.md 7.2). Throws Error unless
 // there are as many placeholders as numbers.
 std::string ExpandImages(std::string_view prompt, std::span<const int64_t> soft_tokens);
 

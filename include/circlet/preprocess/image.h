@@ -12,7 +12,7 @@
 
 namespace circlet {
 
-// How a checkpoint wants its images (gemma4.md 6.1).
+// How a checkpoint wants its images (model.md 6.1).
 struct ImageRules {
   int64_t patch_size = 16;          // pixels on a side
   int64_t pooling = 3;              // patches on a side of a soft token
@@ -49,7 +49,7 @@ inline constexpr int64_t kImageLimitSide = 65535;
 Image LoadImage(const std::filesystem::path& path);
 Image DecodeImage(std::span<const std::byte> bytes, std::string_view file);
 
-// The size an image is scaled to: multiples of patch * pooling that fill the budget (gemma4.md 6.1). Throws Error when
+// The size an image is scaled to: multiples of patch * pooling that fill the budget (model.md 6.1). Throws Error when
 // the sides are so unequal that no size fits.
 ImageSize TargetSize(ImageSize size, const ImageRules& rules);
 

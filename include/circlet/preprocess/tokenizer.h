@@ -13,7 +13,7 @@ namespace circlet {
 
 struct AddedToken;
 
-// A byte-pair tokenizer as tokenizer.json describes it (gemma4.md 8): added tokens found in the raw text, a normalizer
+// A byte-pair tokenizer as tokenizer.json describes it (model.md 8): added tokens found in the raw text, a normalizer
 // of literal replacements, a split at a literal, merges by rank, bytes where the vocabulary has no character, and a
 // template that adds <bos>. Text is UTF-8. A kind of model, normalizer, pre-tokenizer, post-processor or decoder that
 // is not listed there is an Error naming it, so ids never differ silently from the reference's. Copies share the

@@ -1,6 +1,6 @@
 #pragma once
 
-// Integer grids: from observed ranges to scales and zero points, and from floats to codes and back (ptq.md 2).
+// Integer grids: from observed ranges to scales and zero points, and from floats to codes and back (quantization.md 2).
 
 #include <cstdint>
 #include <functional>
@@ -12,11 +12,12 @@
 
 namespace circlet {
 
-// Smallest scale of a grid (ptq.md 2.3).
+// Smallest scale of a grid (quantization.md 2.3).
 inline constexpr float kScaleFloor = 1e-8f;
 
-// The grid of a whole tensor whose values lie in [min, max] (ptq.md 2.3, in float32 to the last bit). A constant tensor
-// is represented exactly on an asymmetric grid. Never observed (+inf, -inf) gives scale +inf, as in the reference.
+// The grid of a whole tensor whose values lie in [min, max] (quantization.md 2.3, in float32 to the last bit). A
+// constant tensor is represented exactly on an asymmetric grid. Never observed (+inf, -inf) gives scale +inf, as in the
+// reference.
 QParams ComputeQParams(float min, float max, DType dtype, bool symmetric);
 // One grid for each index along `axis`: min[c], max[c]; constant channels are no special case.
 QParams ComputeQParams(std::span<const float> min, std::span<const float> max, DType dtype, bool symmetric, int axis);

@@ -18,8 +18,8 @@ struct Dialect {
   bool rope_piece_points;
   // Statistics of attention sums include masked keys, -120 lower than the others.
   bool observe_masked_keys;
-  // Signed linear weights per tensor, signed tables per row with a zero point (ptq.md 4.4); otherwise signed weights
-  // are symmetric per row, zero point 0. Unsigned weights are asymmetric per row in both.
+  // Signed linear weights per tensor, signed tables per row with a zero point (quantization.md 4.4); otherwise signed
+  // weights are symmetric per row, zero point 0. Unsigned weights are asymmetric per row in both.
   bool signed_weights_as_reference;
   // act_out of a clipped linear sees values before the output clamp.
   bool clamp_after_point;

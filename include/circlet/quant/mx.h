@@ -1,6 +1,7 @@
 #pragma once
 
-// Block floating point: 32 values share one power-of-two scale (ptq.md 2.7). Simulated only; a file cannot hold it.
+// Block floating point: 32 values share one power-of-two scale (quantization.md 2.7). Simulated only; a file cannot
+// hold it.
 
 #include <cstdint>
 #include <string_view>

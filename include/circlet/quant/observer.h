@@ -13,9 +13,9 @@
 
 namespace circlet {
 
-// Statistics of the values at one point (ptq.md 3). The outcome depends on the samples alone: not on how a tensor is
-// cut into chunks, not on the order of the chunks or on the thread that brings them, and, EMA aside, not on the order
-// of samples or on how they were shared between processes.
+// Statistics of the values at one point (quantization.md 3). The outcome depends on the samples alone: not on how a
+// tensor is cut into chunks, not on the order of the chunks or on the thread that brings them, and, EMA aside, not on
+// the order of samples or on how they were shared between processes.
 //
 // One sample at a time: BeginSample, any number of Visits, EndSample. A point may be visited several times in a sample.
 class Observer {

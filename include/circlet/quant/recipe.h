@@ -1,7 +1,7 @@
 #pragma once
 
-// A recipe: what a model is quantized to, and with which data, export and evaluation (ptq.md 15). One YAML file, or the
-// name of a built-in one.
+// A recipe: what a model is quantized to, and with which data, export and evaluation (quantization.md 15). One YAML
+// file, or the name of a built-in one.
 
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
@@ -40,7 +40,7 @@ struct CalibrationOptions {
   std::optional<int> seq_len;
 };
 
-// Static layout of an image prompt, and options of the text graphs (ptq.md 15.1).
+// Static layout of an image prompt, and options of the text graphs (quantization.md 15.1).
 struct ModelArgs {
   std::optional<int> visual_start_idx, num_visual_tokens, max_soft_tokens;
   std::optional<int> patch_grid_height, patch_grid_width;  // both or neither
@@ -75,7 +75,7 @@ struct EvaluationOptions {
   bool captions = false;  // evaluation.coco
 };
 
-// debug.wrapper_smoke, with its gemma4 section (ptq.md 11.1, 15.6).
+// debug.wrapper_smoke, with its gemma4 section (quantization.md 11.1, 15.6).
 struct SmokeOptions {
   int calibration_iters = 3;  // 0 or less: all samples there are
   std::string output_dir;     // empty: given on the command line
@@ -97,7 +97,7 @@ struct Override {
   std::string where;  // "quant.yaml:14"
 };
 
-// A rule that selects points by what they are (ptq.md 4.8, 15.2).
+// A rule that selects points by what they are (quantization.md 4.8, 15.2).
 struct OverridePolicy {
   std::string name;
   bool allow_empty = false;
@@ -118,7 +118,8 @@ struct OverridePolicy {
   int Specificity() const;  // higher wins; equal: the later one
 };
 
-// The arguments of the reference's builder: the two roles, and what overrides them for kinds of weights (ptq.md 4.5).
+// The arguments of the reference's builder: the two roles, and what overrides them for kinds of weights
+// (quantization.md 4.5).
 struct BuilderSpecs {
   QuantSpec activation = QuantSpec::Affine(DType::kI16);
   QuantSpec weight = QuantSpec::Affine(DType::kI16);
@@ -152,7 +153,7 @@ class Recipe {
   std::vector<Override> overrides;       // raw_overrides
   bool print_overrides = false;
 
-  // The specification of a point: builder default, then policies, then overrides (ptq.md 4.4, 4.5, 4.8).
+  // The specification of a point: builder default, then policies, then overrides (quantization.md 4.4, 4.5, 4.8).
   PointSpec SpecFor(const std::string& point, PointRole role, WrapperDefault wrapper, const Dialect& dialect) const;
   // The same with the wrapper's default told from the name: weights of linears and tables per row, the vision position
   // table int16, nothing for others.

@@ -1,7 +1,7 @@
 #pragma once
 
-// What a point's grid shall be: the forms that a recipe may write (ptq.md 4.1), the rules that fill what it leaves open
-// (2.2, 4.4), and the outcome for one point.
+// What a point's grid shall be: the forms that a recipe may write (quantization.md 4.1), the rules that fill what it
+// leaves open (2.2, 4.4), and the outcome for one point.
 
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
@@ -27,7 +27,7 @@ struct Scheme {
 std::string_view Name(Scheme scheme);
 Scheme SchemeFromName(std::string_view name);  // throws Error listing the known names
 
-// How statistics become a range (ptq.md 3).
+// How statistics become a range (quantization.md 3).
 struct ObserverSpec {
   enum class Kind : uint8_t { kMinMax, kEma, kPercentile };
   Kind kind = Kind::kMinMax;
@@ -54,14 +54,14 @@ struct QuantSpec {
   static QuantSpec None() { return {.kind = QuantKind::kNone}; }
 };
 
-// The forms of ptq.md 4.1: "int16"; 8 (bits, unsigned); {kind: affine, dtype, qscheme, channel_axis, observer,
+// The forms of quantization.md 4.1: "int16"; 8 (bits, unsigned); {kind: affine, dtype, qscheme, channel_axis, observer,
 // arguments}; {kind: mx, elem_format, axis, shared_exp_method, round}; {kind: no_quant}. An affine mapping may leave
 // dtype out: it then changes only what it names. `where` stands in front of errors: unknown keys and names, arguments
 // outside their range, arguments of another observer, unsigned and symmetric together.
 QuantSpec QuantSpecFromJson(const nlohmann::json& value, std::string_view where);
 nlohmann::json ToJson(const QuantSpec& spec);
 
-// What the operator around a point asks for (ptq.md 4.4).
+// What the operator around a point asks for (quantization.md 4.4).
 enum class WrapperDefault : uint8_t {
   kNone,
   kPerRow,      // weights of linears and embedding tables: a grid a row, asymmetric
@@ -74,7 +74,7 @@ struct PointSpec {
   QuantKind kind = QuantKind::kAffine;
   DType dtype = DType::kI16;
   Scheme scheme;
-  int axis = -1;  // channel axis; -1: one grid for the tensor, whatever the scheme says (ptq.md 2.2)
+  int axis = -1;  // channel axis; -1: one grid for the tensor, whatever the scheme says (quantization.md 2.2)
   ObserverSpec observer;
   MxSpec mx;
   bool operator==(const PointSpec&) const = default;
@@ -83,7 +83,7 @@ struct PointSpec {
   std::string_view ObserverName() const;
 };
 
-// Applies the precedence of ptq.md 4.4: `override` (null: none), then the wrapper's default, then the role's
+// Applies the precedence of quantization.md 4.4: `override` (null: none), then the wrapper's default, then the role's
 // specification, field by field; then the scheme that fits the element type. An override with a dtype of its own has
 // its scheme inferred and leaves nothing to the role. Throws Error "POINT: ..." for unsigned with a symmetric scheme,
 // for no dtype at all, and for a percentile observer on a per-channel grid.

@@ -8,9 +8,9 @@
 
 namespace circlet {
 
-// How far quantized values q are from the float values f they stand for (ptq.md 10.1), gathered piece by piece.
-// Differences are float32 like the reference's; sums are double, taken in blocks of fixed size and order, so that the
-// figures do not depend on threads. Plain data: may be sent between processes.
+// How far quantized values q are from the float values f they stand for (quantization.md 10.1), gathered piece by
+// piece. Differences are float32 like the reference's; sums are double, taken in blocks of fixed size and order, so
+// that the figures do not depend on threads. Plain data: may be sent between processes.
 struct ErrorMetrics {
   int64_t count = 0;
   int64_t nonfinite_reference = 0;  // NaN or infinity in f

@@ -35,7 +35,7 @@ std::string Box(std::string_view title, std::span<const std::pair<std::string, s
 std::string ErrorSummary(std::string_view title, const Shape& reference, const Shape& quantized,
                          const ErrorMetrics& metrics, bool with_max = false);
 
-// What a wrapper-smoke case prints behind its run (ptq.md 11.1): box, artifacts, messages.
+// What a wrapper-smoke case prints behind its run (quantization.md 11.1): box, artifacts, messages.
 struct SmokeSummary {
   std::string case_name;
   std::vector<std::string> failures;    // kinds, "SHAPE", "ACCURACY"; empty = PASS
@@ -47,9 +47,9 @@ struct SmokeSummary {
 };
 std::string SmokeSummaryText(const SmokeSummary& summary);
 
-// Scatter plot of pairs (ptq.md 10.3): x = reference, y = quantized, both axes [min-5%, max+5%] of the joint range (an
-// empty range counts as 1). `columns` and `rows` take in frame and labels. Perfect agreement is the diagonal; pairs
-// with a non-finite member are left out.
+// Scatter plot of pairs (quantization.md 10.3): x = reference, y = quantized, both axes [min-5%, max+5%] of the joint
+// range (an empty range counts as 1). `columns` and `rows` take in frame and labels. Perfect agreement is the diagonal;
+// pairs with a non-finite member are left out.
 struct PlotSize {
   int columns = 50;
   int rows = 25;

@@ -1,8 +1,8 @@
 #pragma once
 
-// The wrapper smoke runner (ptq.md 11): small random models, one a part of Gemma 4, each taken all the way: observe,
-// freeze, compare float with fake-quantized on a sample that was not calibrated on, write a Circle file, read it back,
-// run it and compare the codes. docs/smoke.md has the cases, the figures and the JSON.
+// The wrapper smoke runner (quantization.md 11): small random models, one a part of Gemma 4, each taken all the way:
+// observe, freeze, compare float with fake-quantized on a sample that was not calibrated on, write a Circle file, read
+// it back, run it and compare the codes. docs/smoke.md has the cases, the figures and the JSON.
 
 #include <filesystem>
 #include <functional>
@@ -37,7 +37,7 @@ struct SmokePart {
   int64_t real = 0;  // positions of axis 1 of the first output that are compared, the rest is padding; 0: all
 };
 
-// How large a case is built. Counts of e2b_static_runtime obey the rules of vision profiles (ptq.md 8.1).
+// How large a case is built. Counts of e2b_static_runtime obey the rules of vision profiles (quantization.md 8.1).
 struct SmokeSize {
   std::string profile = "tiny";  // tiny, e2b_dims, e2b_static_runtime
   SmokeOptions::StaticRuntime counts;
@@ -58,7 +58,7 @@ struct SmokeCase {
   void RequireProfile(std::string_view profile) const;
 };
 
-// Every Gemma 4 case of ptq.md 11.2 but the draft model's, in its order.
+// Every Gemma 4 case of quantization.md 11.2 but the draft model's, in its order.
 const std::vector<SmokeCase>& SmokeCases();
 // Throws Error with the nearest name.
 const SmokeCase& FindSmokeCase(std::string_view name);
@@ -118,9 +118,9 @@ nlohmann::json SmokeSuiteJson(std::span<const SmokeResult> results);
 // SmokeJson of the one result, or else SmokeSuiteJson, as a file; makes the directory that it goes to.
 void WriteSmokeReport(const std::filesystem::path& path, std::span<const SmokeResult> results);
 
-// One of the classical first tries (ptq.md 10.4): a tiny random model, 20 samples of each kind, error boxes on a sample
-// that was not calibrated on and on one that was, scatter plot, NAME.q.circle in `output_dir`. Gives what is to be
-// printed. Throws Error with the nearest name.
+// One of the classical first tries (quantization.md 10.4): a tiny random model, 20 samples of each kind, error boxes on
+// a sample that was not calibrated on and on one that was, scatter plot, NAME.q.circle in `output_dir`. Gives what is
+// to be printed. Throws Error with the nearest name.
 std::string RunExample(std::string_view name, const std::filesystem::path& output_dir, uint64_t seed = 123);
 const std::vector<std::string>& ExampleNames();
 

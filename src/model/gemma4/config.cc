@@ -124,7 +124,7 @@ struct LayerOverride {
   std::optional<int> head_dim, kv_heads;
 };
 
-// Keys are layer numbers, zero-padded or not (gemma4.md 2.2, note). A setting that circlet cannot apply to one layer is
+// Keys are layer numbers, zero-padded or not (model.md 2.2, note). A setting that circlet cannot apply to one layer is
 // refused: leaving it out would change the model.
 std::map<int, LayerOverride> ParsePerLayerConfig(const JsonObject& object, int num_layers) {
   std::map<int, LayerOverride> overrides;
@@ -180,7 +180,7 @@ std::vector<bool> ParseLayerTypes(const JsonObject& text, int num_layers) {
   return full;
 }
 
-// gemma4.md 3.7: a shared layer reads the last layer of its own type before the first shared one.
+// model.md 3.7: a shared layer reads the last layer of its own type before the first shared one.
 void ShareKv(TextConfig& config, const JsonObject& text) {
   const int first_shared = config.NumLayers() - config.num_kv_shared_layers;
   for (int i = 0; i < config.NumLayers(); ++i) {
@@ -280,7 +280,7 @@ TextConfig ParseText(const JsonObject& text, const std::string& path, std::vecto
   config.ple_vocab_size = Size(text, "vocab_size_per_layer_input", 262144);
   if (!config.HasPle()) config.ple_vocab_size = 0;
   config.max_positions = Size(text, "max_position_embeddings", 131072);
-  // Multimodal placeholders are looked up as the pad id, in both tables (gemma4.md 4).
+  // Multimodal placeholders are looked up as the pad id, in both tables (model.md 4).
   const int rows = config.HasPle() ? std::min(config.vocab_size, config.ple_vocab_size) : config.vocab_size;
   config.pad_token_id = Int(text, "pad_token_id", 0, 0, rows - 1);
   config.bos_token_id = Int(text, "bos_token_id", 2, 0, kMaxId);
@@ -332,7 +332,7 @@ VisionConfig ParseVision(const JsonObject& vision, std::vector<std::string>& unk
     vision.FailAt("head_dim",
                   fmt::format("{}; must be a multiple of 4: two axes, each rotated by halves", config.head_dim));
   }
-  // The reference reads neither biases nor dropout of the vision tower (gemma4.md 2.3).
+  // The reference reads neither biases nor dropout of the vision tower (model.md 2.3).
   Ignore(vision, {"attention_bias", "attention_dropout", "dtype", "torch_dtype", "initializer_range", "global_head_dim",
                   "max_position_embeddings", "default_output_length", "architectures",
                   "allow_global_per_layer_attribute_access", "transformers_version", "_name_or_path"});
@@ -350,7 +350,7 @@ std::vector<int> ParseEos(const JsonObject& object) {
   return ids;
 }
 
-// Fills `architecture`; says whether the file is a text config by itself (gemma4.md 1.1).
+// Fills `architecture`; says whether the file is a text config by itself (model.md 1.1).
 bool ParseArchitecture(const JsonObject& top, Gemma4Config& config) {
   static const std::map<std::string, bool> kTextOnly = {{"Gemma4ForConditionalGeneration", false},
                                                         {"Gemma4Model", false},

@@ -17,7 +17,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-// E2B as published (gemma4.md 2.4).
+// E2B as published (model.md 2.4).
 json E2b() {
   json text = {{"model_type", "gemma4_text"}, {"hidden_size", 1536}, {"intermediate_size", 6144}, {"head_dim", 256}};
   text.update({{"num_hidden_layers", 35}, {"num_attention_heads", 8}, {"num_key_value_heads", 1}});

@@ -58,8 +58,8 @@ void BuildFusion(const Builder& b, const TextConfig& config, int64_t length, int
     b.Output("fused", FuseRows(b, text, VisualRows(b, b.Boundary(ProjectedPoint(), visual)), start));
     return;
   }
-  // The reference's own file is float between its integer neighbours (findings B5); this one rounds where the reference's
-  // model does: both parts on the fusion's grid, the result on that of the text model's input.
+  // The reference's own file is float between its integer neighbours (quantization.md B5); this one rounds where the
+  // reference's model does: both parts on the fusion's grid, the result on that of the text model's input.
   const std::string fusion = "model.mm_fusion";
   text = b.Boundary(fusion, b.Boundary(b.At(kTextRoot).At("embed_tokens").Path("act_out"), text));
   visual = b.Boundary(fusion, b.Boundary(ProjectedPoint(), visual));

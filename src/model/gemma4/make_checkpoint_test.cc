@@ -129,7 +129,7 @@ TEST(MakeCheckpointTest, CheckpointInTheWayIsLeftAlone) {
   EXPECT_FALSE(std::filesystem::exists(directory.Path() / "model.safetensors"));
 }
 
-// gemma4.md 1.2, 10: the released file's tensors, and the parameters that count as used.
+// model.md 1.2, 10: the released file's tensors, and the parameters that count as used.
 TEST(PresetTest, E2bHoldsTheTensorsOfTheReleasedFile) {
   const nlohmann::json json = PresetFiles("e2b").at("config.json");
   int text = 0, vision = 0, audio = 0, others = 0;

@@ -32,7 +32,7 @@ struct Preset {
 
 constexpr VisionSizes ReleasedVision(int layers) { return {768, 3072, layers, 12, 64, 10240}; }
 
-// gemma4.md 2.4 for e2b and e4b; the two others keep every structural feature of E2B.
+// model.md 2.4 for e2b and e4b; the two others keep every structural feature of E2B.
 // clang-format off
 constexpr Preset kPresets[] = {
     {.name = "tiny", .layers = "SSFSSSF", .kv_shared = 3, .double_wide = true,
@@ -65,7 +65,7 @@ const Preset& Find(std::string_view name) {
 constexpr int kReleasedVocab = 262144;
 constexpr const char* kSpaceMark = "\u2581";
 
-// Control tokens with their ids (gemma4.md 7.1). Small vocabularies have the text ones in front and the multimodal ones
+// Control tokens with their ids (model.md 7.1). Small vocabularies have the text ones in front and the multimodal ones
 // at the end.
 struct ControlTokens {
   std::map<std::string, int> ids;
@@ -230,7 +230,7 @@ json ProcessorJson(const Preset& preset) {
 }
 
 // A vocabulary of the control tokens, the 256 bytes, the space mark and nothing else that text could become, in the
-// structure of Gemma's file (gemma4.md 8): every text has an encoding. (As three bytes a space would not come back: the
+// structure of Gemma's file (model.md 8): every text has an encoding. (As three bytes a space would not come back: the
 // decoder turns marks into spaces before it joins bytes.)
 json TokenizerJson(const Preset& preset, const ControlTokens& tokens) {
   std::vector<std::string> pieces(preset.vocab);
@@ -297,7 +297,7 @@ json TokenizerConfigJson(const Preset& preset) {
           {"eoi_token", "<image|>"}};
 }
 
-// gemma4.md 1.4.
+// model.md 1.4.
 void AddAudio(const json& audio, int text_hidden, std::vector<Parameter>& list) {
   const int64_t hidden = audio.at("hidden_size");
   const int64_t heads = audio.at("num_attention_heads");

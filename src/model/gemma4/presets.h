@@ -19,7 +19,7 @@ std::vector<std::string> PresetNames();
 std::map<std::string, nlohmann::json> PresetFiles(std::string_view preset);
 
 // Every tensor that the released checkpoint of this config.json holds, sorted by name: also K/V of KV-shared layers and
-// the audio tower, which no run reads (gemma4.md 1.2, 1.4).
+// the audio tower, which no run reads (model.md 1.2, 1.4).
 std::vector<Parameter> StoredTensors(const nlohmann::json& config);
 
 // Tensors in order, cut where a bfloat16 shard would pass `limit_bytes`; a larger tensor is a shard by itself.

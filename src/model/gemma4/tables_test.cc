@@ -26,7 +26,7 @@ void ExpectNear(const Tensor& found, const Tensor& expected, float tolerance) {
 
 std::vector<float> Values(const Tensor& tensor) { return {tensor.F32().begin(), tensor.F32().end()}; }
 
-// The samples of gemma4.md 11.3; six decimals are printed there.
+// The samples of model.md 11.3; six decimals are printed there.
 TEST(RopeTablesTest, SlidingTableMatchesTheSamples) {
   const std::vector<float> frequencies = RopeFrequencies(kSliding, 256);
   ASSERT_EQ(frequencies.size(), 128u);
@@ -86,7 +86,7 @@ TEST(RopeTablesTest, VisionTableMatchesTheSamples) {
   EXPECT_EQ(At(tables.sin, 1, 60), 0.0f);
 }
 
-// gemma4.md 11.1: patch 9 of a grid 6 wide.
+// model.md 11.1: patch 9 of a grid 6 wide.
 TEST(RopeTablesTest, VisionTableOfConfigAMatchesTheReference) {
   const std::vector<int64_t> positions = {3, 1};
   const RopeTables tables = VisionRopeTables(100.0f, 8, positions);
@@ -177,7 +177,7 @@ TEST(MaskTest, PaddingKeysAreHiddenFromEveryQuery) {
   EXPECT_THAT(Values(PrefillMask(left_padded, 0, -1.0f)), ElementsAre(-1, -1, -1, -1, 0, -1, -1, 0, 0));
 }
 
-// The new token stands in the last slot, whatever the past (ptq.md 9).
+// The new token stands in the last slot, whatever the past (quantization.md 9).
 TEST(MaskTest, DecodeSeesThePastAndTheLastSlot) {
   EXPECT_THAT(Values(DecodeMask(6, 2, 0, -1.0f)), ElementsAre(0, 0, -1, -1, -1, 0));
   EXPECT_THAT(Values(DecodeMask(6, 0, 0, -1.0f)), ElementsAre(-1, -1, -1, -1, -1, 0));

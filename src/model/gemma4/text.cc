@@ -66,7 +66,7 @@ struct AttentionResults {
   KeyValue fresh, present;
 };
 
-// gemma4.md 3.5; points of ptq.md 6.5.
+// model.md 3.5; points of quantization.md 6.5.
 AttentionResults SelfAttention(const Builder& b, const TextConfig& config, const LayerConfig& layer,
                                const LayerValues& in, ValueId x, const Dialect& dialect) {
   x = ReferencePoint(b, "hidden", x, dialect);
@@ -94,7 +94,7 @@ AttentionResults SelfAttention(const Builder& b, const TextConfig& config, const
   return results;
 }
 
-// gemma4.md 3.4; points of ptq.md 6.6.
+// model.md 3.4; points of quantization.md 6.6.
 LayerResults Layer(const Builder& b, const TextConfig& config, int index, const LayerValues& in,
                    const Dialect& dialect) {
   const LayerConfig& layer = config.layers[index];
@@ -121,18 +121,18 @@ LayerResults Layer(const Builder& b, const TextConfig& config, int index, const 
     const ValueId projected = Linear(b.At("per_layer_projection"), product, config.hidden_size, dialect);
     h = residual("per_layer_residual_out", h, norm("post_per_layer_input_norm", projected));
   }
-  // The scalar is a tensor of the checkpoint but rounds like an activation (ptq.md 4.2).
+  // The scalar is a tensor of the checkpoint but rounds like an activation (quantization.md 4.2).
   const ValueId raw_scalar = b.graph().AddWeight(b.Path("layer_scalar"), {1}, {}, -1);
   const ValueId scalar = b.Point("layer_scalar", raw_scalar);
   const ValueId out = b.Point("layer_scalar_out", b.Add(Mul{}, {h, scalar}));
   return {out, attention.out, mlp, attention.fresh, attention.present};
 }
 
-// Rows of a table times sqrt(width) (ptq.md 6.4), up to the point that the caller puts behind the product.
+// Rows of a table times sqrt(width) (quantization.md 6.4), up to the point that the caller puts behind the product.
 ValueId ScaledRows(const Builder& b, ValueId ids, int64_t rows, int64_t row_width, float scale,
                    const Dialect& dialect) {
   ValueId row = b.Add(Gather{}, {b.Weight("weight", {rows, row_width}, /*axis=*/0), ids});
-  // Every row of the table has a grid of its own; the file says where they meet the common one (findings B14).
+  // Every row of the table has a grid of its own; the file says where they meet the common one (quantization.md B14).
   if (!dialect.duplicate_points) row = b.Add(Requantize{}, {row});
   row = b.Point("embedding", row);
   return b.Add(Mul{}, {row, b.Point("embed_scale", b.Constant(Tensor::Scalar(scale)))});
@@ -161,7 +161,7 @@ ValueId TokenPle(const Builder& b, const TextConfig& config, ValueId ids, int64_
   ValueId row =
       ScaledRows(table, ids, rows, layers * config.ple_dim, std::sqrt(static_cast<float>(config.ple_dim)), dialect);
   row = b.Reshape(table.Point("act_out", row), {1, length, layers, config.ple_dim});
-  // The reference also watches this tensor under the name of the combined one (findings B6).
+  // The reference also watches this tensor under the name of the combined one (quantization.md B6).
   row = ReferencePoint(b, "model.per_layer_inputs", row, dialect, PointUse::kExportOnly);
   return ReferencePoint(root, "per_layer_token_inputs", row, dialect);
 }
@@ -369,7 +369,7 @@ void BuildDecoderLayer(const Builder& b, const TextConfig& config, int index, Ph
 void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
   ValueId hidden = b.Input("inputs_embeds", {1, length, config.hidden_size});
   if (!dialect.duplicate_points) hidden = b.Boundary(EmbeddingPoint(), hidden);
-  // The reference rounds the whole model's input on the range of another tensor (findings B6).
+  // The reference rounds the whole model's input on the range of another tensor (quantization.md B6).
   const std::string ple_point = dialect.duplicate_points ? "model.per_layer_inputs" : PlePoint();
   const ValueId ple =
       config.HasPle()

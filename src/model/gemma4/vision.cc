@@ -10,10 +10,10 @@ namespace {
 
 Builder Tower(const Builder& b) { return b.At(kVisionRoot); }
 
-// The reference negates values (findings B3), we negate sines.
+// The reference negates values (quantization.md B3), we negate sines.
 bool NegatedSin(const Dialect& dialect) { return !dialect.rope_piece_points; }
 
-// gemma4.md 5, items 3 and 4; points of ptq.md 6.9.
+// model.md 5, items 3 and 4; points of quantization.md 6.9.
 ValueId SelfAttention(const Builder& b, const VisionConfig& config, ValueId x, VisionTables tables, LinearBlock linear,
                       const Dialect& dialect) {
   x = ReferencePoint(b, "hidden", x, dialect);
@@ -54,7 +54,7 @@ ValueId Rank2(const Builder& b, ValueId x) {
 
 // ---- Parts --------------------------------------------------------------------------------------------------------
 
-// h = x (2 W)^T - sum_k W + positions (ptq.md 6.8).
+// h = x (2 W)^T - sum_k W + positions (quantization.md 6.8).
 ValueId PatchEmbeddings(const Builder& b, const VisionConfig& config, ValueId pixels, const Dialect& dialect) {
   const Builder embedder = Tower(b).At("patch_embedder");
   const int64_t patches = b.ShapeOf(pixels)[1];
@@ -117,7 +117,8 @@ ValueId PooledTokens(const Builder& b, const VisionConfig& config, std::span<con
   return pooler.Point("pool_out", b.Add(Mul{}, {mean, factor}));
 }
 
-// Rank 3 as long as possible in our dialect: the Circle runtimes take RMS_NORM of rank 3 and 4 only (findings A4).
+// Rank 3 as long as possible in our dialect: the Circle runtimes take RMS_NORM of rank 3 and 4 only (quantization.md
+// A4).
 ValueId FilledSlots(const Builder& b, const VisionConfig& config, const PatchLayout& layout, ValueId pooled,
                     const Dialect& dialect) {
   const Builder tower = Tower(b);

@@ -1,7 +1,7 @@
 #pragma once
 
-// The static layout of an image prompt: one patch grid, one place in the sequence (ptq.md 8.1). Exported vision graphs
-// are made for one profile.
+// The static layout of an image prompt: one patch grid, one place in the sequence (quantization.md 8.1). Exported
+// vision graphs are made for one profile.
 
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
@@ -56,7 +56,7 @@ struct VisionProfile {
   void CheckProcessed(const Gemma4Config& config, std::span<const int64_t> ids, std::span<const int64_t> positions,
                       const std::vector<int64_t>& pixel_shape, std::optional<int64_t> soft_tokens = std::nullopt) const;
 
-  // vision_profile.json (ptq.md 17).
+  // vision_profile.json (quantization.md 17).
   nlohmann::json ToJson() const;
   // What ToJson writes; sizes that follow from others are not read. Throws Error naming the file and the field;
   // Validate judges the values.

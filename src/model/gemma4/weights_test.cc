@@ -80,7 +80,7 @@ TEST(ParametersTest, RecordedCheckpointsHoldExactlyTheParameters) {
   }
 }
 
-// gemma4.md 10: parameters of E2B without towers: tables, projections, attention, MLP, and the small rest.
+// model.md 10: parameters of E2B without towers: tables, projections, attention, MLP, and the small rest.
 TEST(ParametersTest, E2bCountsMatchTheCostModel) {
   nlohmann::json text = {{"hidden_size", 1536},        {"intermediate_size", 6144},  {"num_hidden_layers", 35},
                          {"num_key_value_heads", 1},   {"num_kv_shared_layers", 20}, {"use_double_wide_mlp", true},

@@ -1,6 +1,6 @@
 #pragma once
 
-// config.json of a Gemma 4 checkpoint, checked and with every layer's geometry worked out (gemma4.md 1.1, 2).
+// config.json of a Gemma 4 checkpoint, checked and with every layer's geometry worked out (model.md 1.1, 2).
 
 #include <cstdint>
 #include <filesystem>
@@ -21,7 +21,7 @@ struct RopeConfig {
 };
 
 // What distinguishes one text layer from another. A KV-shared layer owns no K/V weights: it reads the K/V that layer
-// `kv_source` computed (gemma4.md 3.7); of any other layer kv_source is its own index.
+// `kv_source` computed (model.md 3.7); of any other layer kv_source is its own index.
 struct LayerConfig {
   bool full = false;  // full or sliding attention
   int head_dim = 0;
@@ -87,14 +87,14 @@ struct Gemma4Config {
   int image_token_id = -1, video_token_id = -1, audio_token_id = -1;
   int boi_token_id = -1, eoi_token_id = -1;
   int boa_token_id = -1, eoa_token_id = -1;
-  // Ids that end generation: generation_config.json, else config.json (gemma4.md 9). May be empty.
+  // Ids that end generation: generation_config.json, else config.json (model.md 9). May be empty.
   std::vector<int> eos_token_ids;
 
   // Keys that circlet does not know, with their place ("text_config.new_thing"), for the report.
   std::vector<std::string> unknown_keys;
 };
 
-// Reads DIRECTORY/config.json and, when there is one, generation_config.json. Handles the four classes of gemma4.md 1.1
+// Reads DIRECTORY/config.json and, when there is one, generation_config.json. Handles the four classes of model.md 1.1
 // and both spellings of the full layers' head sizes. null equals absent; the last layer is always full attention.
 // Throws Error naming file, field, value and what is supported: wrong types, sizes out of range or not fitting each
 // other, features that circlet lacks (mixture of experts, bidirectional text attention, attention biases, ...), and a

@@ -1,7 +1,7 @@
 #pragma once
 
 // Writes random checkpoints with the names, shapes, types and file layout of the released models, for tests and
-// measurements without a download (gemma4.md 1, 2.4).
+// measurements without a download (model.md 1, 2.4).
 
 #include <cstdint>
 #include <filesystem>

@@ -1,7 +1,7 @@
 #pragma once
 
-// RoPE tables and additive attention masks: what a host computes for the exported units (gemma4.md 3.5, 3.6, 5.4;
-// ptq.md 6.7, 6.11, 9).
+// RoPE tables and additive attention masks: what a host computes for the exported units (model.md 3.5, 3.6, 5.4;
+// quantization.md 6.7, 6.11, 9).
 
 #include <span>
 #include <vector>
@@ -38,12 +38,12 @@ Tensor PrefillMask(int64_t length, int64_t valid, int window, float fill = kMask
 Tensor PrefillMask(std::span<const int64_t> keep, int window, float fill = kMaskFill);
 
 // Additive decode mask [1,1,S] of a cache of S slots: the past lies in slots 0 .. past-1, the new token in slot S-1
-// (ptq.md 9). Full attention sees the past and slot S-1; a window the last window-1 past slots and slot S-1.
+// (quantization.md 9). Full attention sees the past and slot S-1; a window the last window-1 past slots and slot S-1.
 // past <= S-1, else Error.
 Tensor DecodeMask(int64_t slots, int64_t past, int window, float fill = kMaskFill);
 
 // Additive vision mask [1,1,P,P], no causal term: fill * (1 - v_i v_j), v = patch is real (x >= 0). Rows of padding
-// patches are uniform (ptq.md 6.11). `positions` as for VisionRopeTables.
+// patches are uniform (quantization.md 6.11). `positions` as for VisionRopeTables.
 Tensor VisionMask(std::span<const int64_t> positions, float fill = kMaskFill);
 
 }  // namespace circlet

@@ -1,6 +1,6 @@
 #pragma once
 
-// The text side of Gemma 4 as graphs (gemma4.md 3; ptq.md 6.4 - 6.7, 7.5, 8). All graphs have batch 1.
+// The text side of Gemma 4 as graphs (model.md 3; quantization.md 6.4 - 6.7, 7.5, 8). All graphs have batch 1.
 //
 // Shapes: S = positions, D = hidden size, L = layers, p = per-layer width, H = heads, KV = K/V heads, h = head size,
 // T = keys (prefill: S; decode: cache slots).

@@ -1,7 +1,7 @@
 #pragma once
 
-// The vision side of Gemma 4 as graphs (gemma4.md 5; ptq.md 6.8 - 6.14, 7.3, 7.4, 8). All graphs have batch 1: one
-// image. What a picture's patch grid decides (tables, masks, the pool matrix) is constant in a graph.
+// The vision side of Gemma 4 as graphs (model.md 5; quantization.md 6.8 - 6.14, 7.3, 7.4, 8). All graphs have batch 1:
+// one image. What a picture's patch grid decides (tables, masks, the pool matrix) is constant in a graph.
 //
 // Shapes: P = patches, padding included; V = slots for soft tokens = P / k^2, k = pooling kernel; valid = soft tokens
 // of the real patches; Dv = vision width, hd = vision head size, ps = patch size; D = text width; S = positions.
@@ -34,7 +34,7 @@ struct PatchLayout {
   int64_t tokens = 0;      // slots that real patches fill, a prefix
 };
 // Throws Error naming the patch or the size: a real patch behind padding, one coordinate -1, a coordinate outside the
-// position table, P not a multiple of k^2, no real patch, filled slots that are no prefix (ptq.md 6.12).
+// position table, P not a multiple of k^2, no real patch, filled slots that are no prefix (quantization.md 6.12).
 PatchLayout LayoutOf(const VisionConfig& config, std::span<const int64_t> positions);
 
 // [1,V,P]: 1/k^2 where patch p falls into slot v = x / k + (grid_width / k) * (y / k); zero columns for padding.
@@ -49,8 +49,8 @@ std::string PooledPoint();                                                      
 std::string VisionTokensPoint(const VisionConfig& config, const Dialect& dialect);  // of [valid,Dv], standardized
 std::string ProjectedPoint();                                                       // of [valid,D]
 
-// Parameters that the graphs read in another form than the checkpoint stores them (ptq.md 6.8): pixels stay in [0,1],
-// so 2 (x - 0.5) W^T = x (2 W)^T - sum_k W.
+// Parameters that the graphs read in another form than the checkpoint stores them (quantization.md 6.8): pixels stay in
+// [0,1], so 2 (x - 0.5) W^T = x (2 W)^T - sum_k W.
 //   ...patch_embedder.input_proj.weight     2 W [Dv, 3 ps^2]
 //   ...patch_embedder.input_proj.bias       -sum_k W [Dv]; read in dialect tico only
 //   ...patch_embedder.position_embeddings   [1,P,Dv]: table[0][x] + table[1][y], 0 at padding; in dialect default with
@@ -123,9 +123,9 @@ void BuildVisionModel(const Builder& b, const VisionConfig& config, std::span<co
 void BuildVisionPrefill(const Builder& b, const Gemma4Config& config, std::span<const int64_t> positions, VisionUse use,
                         const Dialect& dialect);
 
-// text [1,S,D], visual [V,D] -> fused [1,S,D]: the visual rows at start .. start+V-1 (ptq.md 7.4). In dialect default
-// all of it lies on the grid of the merged embeddings; the reference computes it in float. Throws Error when the span
-// leaves [0,S].
+// text [1,S,D], visual [V,D] -> fused [1,S,D]: the visual rows at start .. start+V-1 (quantization.md 7.4). In dialect
+// default all of it lies on the grid of the merged embeddings; the reference computes it in float. Throws Error when
+// the span leaves [0,S].
 void BuildFusion(const Builder& b, const TextConfig& config, int64_t length, int64_t start, int64_t tokens,
                  const Dialect& dialect);
 
@@ -143,7 +143,8 @@ void BuildGemma4Full(const Builder& b, const Gemma4Config& config, int64_t lengt
 // Every point that runs with pictures have besides those of text, in order of computation (Recipe::CheckAllUsed).
 std::vector<Point> VisionPoints(const Gemma4Config& config, const Dialect& dialect);
 
-// ---- Placeholders (gemma4.md 4; ptq.md 7.1 - 7.4) -------------------------------------------------------------------
+// ---- Placeholders (model.md 4; quantization.md 7.1 - 7.4)
+// -------------------------------------------------------------------
 
 // The placeholder positions of one prompt [S], in order. `image_tokens`: soft tokens of each of its images, in order.
 // Throws Error: audio and video placeholders by name; image placeholders without images; images without placeholders;

@@ -1,6 +1,6 @@
 #pragma once
 
-// The parameters of a Gemma 4 model by canonical name, whatever prefix the checkpoint uses (gemma4.md 1.1 - 1.3).
+// The parameters of a Gemma 4 model by canonical name, whatever prefix the checkpoint uses (model.md 1.1 - 1.3).
 //
 // Canonical names are those of Gemma4ForConditionalGeneration: "model.language_model.layers.0.mlp.up_proj.weight",
 // "model.vision_tower.std_scale", "model.embed_vision.embedding_projection.weight", "lm_head.weight".
@@ -26,7 +26,7 @@ struct Parameter {
 std::vector<Parameter> Parameters(const Gemma4Config& config);
 
 // "language_model.norm.weight", "model.norm.weight", "norm.weight" -> "model.language_model.norm.weight": one leading
-// "model." and one leading "language_model." are stripped, then the canonical prefix is put in front (gemma4.md 1.1).
+// "model." and one leading "language_model." are stripped, then the canonical prefix is put in front (model.md 1.1).
 // The doubled "model.language_model.model." and "language_model.model.model." of some saved files mean the same.
 std::string CanonicalName(std::string_view checkpoint_name);
 
