@@ -177,7 +177,7 @@ int64_t Gemma4Job::WholeGraphBytes() const {
   return bytes;
 }
 
-// Of all sequences, and of the pictures of this process.
+// Of all sequences and pictures, whichever process has their pixels. Collective.
 std::string Gemma4Job::HashOfSamples() const {
   std::string all;
   const auto add = [&](const auto& values) { all += Sha256(std::as_bytes(std::span(values.data(), values.size()))); };
@@ -188,11 +188,19 @@ std::string Gemma4Job::HashOfSamples() const {
     add(sequence.keep);
     add(sequence.places);
   }
+  nlohmann::json mine = nlohmann::json::array();
   for (const Picture& picture : context_.pictures) {
     add(picture.positions);
-    if (!picture.pixel_values.Empty())
-      add(std::span(picture.pixel_values.Raw(), static_cast<size_t>(picture.pixel_values.Bytes())));
+    const Tensor& pixels = picture.pixel_values;
+    mine.push_back(pixels.Empty() ? "" : Sha256({pixels.Raw(), static_cast<size_t>(pixels.Bytes())}));
   }
+  std::vector<std::string> pictures(context_.pictures.size());
+  for (const std::string& rank : settings_.world.AllGather(mine.dump())) {
+    const nlohmann::json hashes = nlohmann::json::parse(rank);
+    for (size_t i = 0; i < pictures.size(); ++i)
+      if (pictures[i].empty()) pictures[i] = hashes.at(i).get<std::string>();
+  }
+  for (const std::string& picture : pictures) all += picture;
   return Sha256(std::as_bytes(std::span(all)));
 }
 
