@@ -69,7 +69,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     store.UseFiles(folder.path / "rank.0/values", 0);
     UnitWriter units(folder.path, calibration, store);
     std::vector<StageError> errors;
-    std::optional<gemma4::HeadResult> head;
+    std::optional<HeadResult> head;
     std::optional<ComputeChange> change;
     std::map<std::string, double> seconds;
     RunParts parts{calibration, store, units, errors, head, change, seconds};

@@ -664,14 +664,14 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
 TEST(MemoryLimit, EvaluateSpillsToo) {
   const TempDirectory scratch;
   const ProgramResult result =
-      RunProgram({"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--memory-limit", "50MiB"},
+      RunProgram({"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--memory-limit", "30MiB"},
                  "export TMPDIR=" + scratch.Path().string() + "; ");
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.out, HasSubstr("went to files"));
   EXPECT_TRUE(fs::is_empty(scratch.Path()));
 
   setenv("TMPDIR", scratch.Path().c_str(), 1);
-  Running run({"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--memory-limit", "50MiB"});
+  Running run({"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--memory-limit", "30MiB"});
   const auto spills = [&] {
     std::error_code gone;
     for (const auto& entry : fs::directory_iterator(fmt::format("/proc/{}/fd", run.Pid()), gone))
@@ -803,8 +803,10 @@ TEST_F(ManyProcesses, GoOnTogether) {
         RunCirclet(2, Arguments(Out(), {"--resume"}),
                    {"timeout", "-s", "KILL", fmt::format("{}.{}", tenths / 10, tenths % 10)});
     if (fs::exists(Out())) break;
-    ASSERT_EQ(killed.exit_code, 128 + SIGKILL) << killed.err;
     ASSERT_LT(kills, 50);
+    // The kill takes mpirun; its processes may work on for a moment.
+    if (killed.err.find("another run") != killed.err.npos) continue;
+    ASSERT_EQ(killed.exit_code, 128 + SIGKILL) << killed.err;
   }
   EXPECT_EQ(Hashes(Out()), expected);
 }
