@@ -300,7 +300,7 @@ TEST_F(EnvironmentTest, NamesLongerThanTheSystemTakesAreErrors) {
   for (const size_t length : {size_t{250}, size_t{5000}})
     ExpectRefused(RunProgram({"quantize", model_, "--samples", samples_, "--output",
                               directory_.Path() / std::string(length, 'n'), "--quiet"}),
-                  HasSubstr("name too long"), fmt::to_string(length));
+                  AnyOf(HasSubstr("name too long"), HasSubstr("at most 247 leave room")), fmt::to_string(length));
 }
 
 TEST_F(EnvironmentTest, AMissingTemporaryDirectoryIsNamed) {

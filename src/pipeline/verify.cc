@@ -200,15 +200,17 @@ std::string GridText(const circle::Tensor& tensor) {
 // What was given instead of an output directory of quantize.
 void CheckDirectory(const fs::path& directory) {
   const std::string name = directory.string();
-  std::error_code ignored;
-  if (!fs::exists(directory, ignored)) Fail("{}: there is no such directory; give the one that quantize wrote", name);
-  if (!fs::is_directory(directory, ignored))
+  std::error_code error;
+  const bool exists = fs::exists(directory, error);
+  if (error) Fail("{}: cannot be opened: {}; give the directory that quantize wrote", name, error.message());
+  if (!exists) Fail("{}: there is no such directory; give the one that quantize wrote", name);
+  if (!fs::is_directory(directory, error))
     Fail("{}: is a file; give the directory that quantize wrote (`circlet show` lists a file, `circlet run` runs one)",
          name);
-  if (fs::exists(directory / kManifestFile, ignored)) return;
+  if (fs::exists(directory / kManifestFile, error)) return;
   if (directory.extension() == ".partial" || directory.parent_path().extension() == ".partial")
     Fail("{}: is an unfinished run of quantize; go on with it (--resume), then verify the result", name);
-  if (fs::exists(directory / "config.json", ignored))
+  if (fs::exists(directory / "config.json", error))
     Fail("{}: is a checkpoint; give the directory that quantize wrote", name);
   Fail("{}: is no output of quantize, it has no {}", name, kManifestFile);
 }

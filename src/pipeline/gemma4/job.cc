@@ -57,12 +57,8 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
       text_tables_(context_),
       text_stages_(context_, text_tables_) {
   const QuantizeOptions& options = settings.options;
-  points_ = text_stages_.Points();
-  if (config_.vision && !options.text_only)
-    for (Point& point : VisionPoints(config_, calibration_.GetDialect())) points_.push_back(std::move(point));
   if (!options.qparams.empty()) {
     calibration_.UseFrozen(ParameterStore::Load(options.qparams));
-    calibration_.CheckTypes(points_, options.qparams.string());
     context_.texts.SetFrozen();
     context_.images.SetFrozen();
   }
@@ -82,6 +78,10 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
         "which circlet does not do; leave samples with pictures out with --text-only",
         (options.model / "config.json").string());
   profile_ = ExportedProfile(context_);
+  points_ = text_stages_.Points();
+  if (config_.vision && !options.text_only)
+    for (Point& point : VisionPoints(config_, calibration_.GetDialect())) points_.push_back(std::move(point));
+  if (!options.qparams.empty()) calibration_.CheckTypes(points_, options.qparams.string());
 }
 
 WeightSource Gemma4Job::Stored() const {
