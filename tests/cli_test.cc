@@ -8,6 +8,7 @@
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
 #include "golden.h"
+#include "golden_model_test.h"
 #include "program.h"
 
 namespace circlet {
@@ -22,20 +23,8 @@ using ::testing::Matcher;
 using ::testing::Not;
 using ::testing::StartsWith;
 
-// A copy of the smallest golden model with its samples, to run and to spoil.
-class CliTest : public testing::Test {
+class CliTest : public GoldenModelTest {
  protected:
-  CliTest() {
-    fs::copy(TestData("golden/seed_example/model"), model_);
-    UnpackGolden("golden/seed_example/inputs.safetensors.xz", samples_);
-  }
-
-  std::vector<std::string> Quantize(const std::vector<std::string>& more = {}) const {
-    std::vector<std::string> arguments{"quantize", model_,     "--samples", samples_, "--recipe",
-                                       "w8a16",    "--output", out_,        "--quiet"};
-    arguments.insert(arguments.end(), more.begin(), more.end());
-    return arguments;
-  }
   // With other data than the samples.
   std::vector<std::string> QuantizeText(const std::vector<std::string>& more) const {
     std::vector<std::string> arguments{"quantize", kTiny, "--output", out_, "--quiet"};
@@ -85,12 +74,7 @@ class CliTest : public testing::Test {
       EXPECT_THAT(entry.path().filename().string(), Not(StartsWith("out"))) << "left behind";
   }
 
-  static constexpr char kTiny[] = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
-  TempDirectory directory_;
-  const std::string model_ = directory_.Path() / "model";
-  const std::string samples_ = directory_.Path() / "inputs.safetensors";
-  const std::string out_ = directory_.Path() / "out";
-};
+  static constexpr char kTiny[] = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";};
 
 // ---- From directory to files ----------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@
 #include "circlet/base/threads.h"
 #include "circlet/io/safetensors.h"
 #include "golden.h"
+#include "golden_model_test.h"
 #include "io/mapped_file.h"
 #include "ops/gemm.h"
 #include "program.h"
@@ -29,20 +30,8 @@ using ::testing::StartsWith;
 
 constexpr char kTiny[] = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
 
-class EnvironmentTest : public testing::Test {
+class EnvironmentTest : public GoldenModelTest {
  protected:
-  EnvironmentTest() {
-    fs::copy(TestData("golden/seed_example/model"), model_);
-    UnpackGolden("golden/seed_example/inputs.safetensors.xz", samples_);
-  }
-
-  std::vector<std::string> Quantize(const std::vector<std::string>& more = {}) const {
-    std::vector<std::string> arguments{"quantize", model_,     "--samples", samples_, "--recipe",
-                                       "w8a16",    "--output", out_,        "--quiet"};
-    arguments.insert(arguments.end(), more.begin(), more.end());
-    return arguments;
-  }
-
   // The files of a run by name, but for its times.
   std::map<std::string, std::string> Bytes(const std::string& shell, const std::vector<std::string>& more = {}) const {
     fs::remove_all(out_);
@@ -62,11 +51,6 @@ class EnvironmentTest : public testing::Test {
     EXPECT_THAT(result.err, AllOf(StartsWith("circlet: "), message, Not(HasSubstr("bug")))) << what;
     EXPECT_EQ(std::ranges::count(result.err, '\n'), 1) << what << result.err;
   }
-
-  TempDirectory directory_;
-  const std::string model_ = directory_.Path() / "model";
-  const std::string samples_ = directory_.Path() / "inputs.safetensors";
-  const std::string out_ = directory_.Path() / "out";
 };
 
 // ---- Threads --------------------------------------------------------------------------------------------------------
@@ -138,8 +122,7 @@ TEST(ThreadsTest, AProductInAParallelRegionOfTheCallerIsWhole) {
   SetThreads(2);
 }
 
-// ---- Instruction sets
-// ------------------------------------------------------------------------------------------------
+// ---- Instruction sets ----------------------------------------------------------------------------------------------
 
 constexpr char kOlder[] = "export ONEDNN_MAX_CPU_ISA=AVX2; ";  // stands for a processor without AVX-512
 
@@ -183,8 +166,7 @@ TEST_F(EnvironmentTest, AnotherInstructionSetExcusesNoLargeStep) {
   }
 }
 
-// ---- Files that change, block or turn in circles
-// -----------------------------------------------------------------------
+// ---- Files that change, block or turn in circles -------------------------------------------------------------------
 
 // What a shell does to the checkpoint as soon as a run has mapped it, which is when the output's folder is there.
 ProgramResult RunWhile(const fs::path& directory, const std::string& change) {
@@ -308,8 +290,7 @@ TEST_F(EnvironmentTest, AMissingTemporaryDirectoryIsNamed) {
                 AllOf(HasSubstr("TMPDIR"), HasSubstr("/nonexistent")));
 }
 
-// ---- Output that cannot be written
-// -----------------------------------------------------------------------------------
+// ---- Output that cannot be written ---------------------------------------------------------------------------------
 
 TEST_F(EnvironmentTest, AFullStandardOutputIsAnError) {
   ASSERT_EQ(RunProgram(Quantize()).exit_code, 0);
@@ -343,8 +324,7 @@ TEST_F(EnvironmentTest, AFilePastTheLimitIsToldLikeAFullDisk) {
   EXPECT_FALSE(fs::exists(out_));
 }
 
-// ---- Memory and descriptors
-// ------------------------------------------------------------------------------------------
+// ---- Memory and descriptors ----------------------------------------------------------------------------------------
 
 // Wherever an allocation fails first, there is no signal and no bug.
 TEST_F(EnvironmentTest, TooLittleMemoryIsTold) {
@@ -367,8 +347,7 @@ TEST_F(EnvironmentTest, FilesOfActivationsTakeNoDescriptors) {
   EXPECT_EQ(result.exit_code, 0) << result.err;
 }
 
-// ---- The command line
-// ------------------------------------------------------------------------------------------------
+// ---- The command line ----------------------------------------------------------------------------------------------
 
 TEST_F(EnvironmentTest, FlagsAreRefusedInTheProgramsOwnWords) {
   const std::vector<std::pair<std::vector<std::string>, std::string>> refused{

@@ -85,7 +85,6 @@ class RowGroup {
  public:
   RowGroup(const Metric& metric, const RoundingOptions& options, int64_t panels)
       : metric_(metric),
-        options_(options),
         n_(metric.Columns()),
         rows_(panels * gemm::PanelColumns()),
         low_(static_cast<float>(options.Codes().min)),
@@ -274,7 +273,6 @@ class RowGroup {
   }
 
   const Metric& metric_;
-  const RoundingOptions& options_;
   int64_t n_, rows_;
   float low_, high_;
   Panels target_, codes_, errors_;
