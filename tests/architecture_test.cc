@@ -11,13 +11,15 @@
 #include <string>
 #include <vector>
 
+#include "paths.h"
+
 namespace circlet {
 namespace {
 
 namespace fs = std::filesystem;
 using ::testing::IsEmpty;
 
-const fs::path kSource = CIRCLET_SOURCE_DIR;
+const fs::path kSource = kSourceDirectory;
 
 std::vector<std::string> Lines(const fs::path& file) {
   std::ifstream stream(file);

@@ -16,6 +16,7 @@
 #include "circlet/io/json.h"
 #include "circlet/preprocess/tokenizer.h"
 #include "golden.h"
+#include "paths.h"
 #include "program.h"
 
 namespace circlet {
@@ -233,7 +234,7 @@ class TokenVariantTest : public testing::TestWithParam<json> {};
 
 TEST_P(TokenVariantTest, TextHasTheIdsOfTheReference) {
   const json& variant = GetParam();
-  const fs::path example = fs::path(CIRCLET_SOURCE_DIR) / "examples/tiny-gemma4";
+  const fs::path example = SourcePath("examples/tiny-gemma4");
   const TempDirectory directory;
   Write(directory.Path() / "tokenizer.json",
         json::parse(ReadFile(example / "tokenizer.json")).patch(variant["tokenizer"]));

@@ -9,6 +9,7 @@
 #include "circlet/io/safetensors.h"
 #include "golden.h"
 #include "golden_model_test.h"
+#include "paths.h"
 #include "program.h"
 
 namespace circlet {
@@ -74,7 +75,8 @@ class CliTest : public GoldenModelTest {
       EXPECT_THAT(entry.path().filename().string(), Not(StartsWith("out"))) << "left behind";
   }
 
-  static constexpr char kTiny[] = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";};
+  static inline const std::string kTiny = SourcePath("examples/tiny-gemma4");
+};
 
 // ---- From directory to files ----------------------------------------------------------------------------------------
 
@@ -353,7 +355,7 @@ TEST_F(CliTest, AMissingDataFileIsNamed) {
 }
 
 TEST_F(CliTest, DataOfPicturesOnlyIsRefusedInATextOnlyRun) {
-  const std::string image = std::string(kTiny) + "/eval/images/calib_00.png";
+  const std::string image = kTiny + "/eval/images/calib_00.png";
   const std::string data =
       Lines(R"({"type": "chat", "messages": [{"role": "user", "content": [{"type": "image", "path": ")" + image +
             R"("}, {"type": "text", "text": "What?"}]}]})" + "\n");
@@ -700,7 +702,7 @@ TEST_F(InspectTest, SettingsComeFromAFileAndFlagsReplaceThem) {
 }
 
 TEST_F(InspectTest, TheSettingsThatComeWithTheProgramAreItsDefaults) {
-  const std::string settings = CIRCLET_SOURCE_DIR "/recipes/wrapper_smoke.yaml";
+  const std::string settings = SourcePath("recipes/wrapper_smoke.yaml");
   const ProgramResult with = Inspect({"--config", settings, "--mode", "wrapper-smoke", "--case", kMlp, "--strict"});
   EXPECT_EQ(with.exit_code, 0) << with.out << with.err;
   EXPECT_EQ(with.out, Inspect({"--case", kMlp}).out);

@@ -15,6 +15,7 @@
 #include "golden_model_test.h"
 #include "io/mapped_file.h"
 #include "ops/gemm.h"
+#include "paths.h"
 #include "program.h"
 
 namespace circlet {
@@ -28,7 +29,7 @@ using ::testing::IsEmpty;
 using ::testing::Not;
 using ::testing::StartsWith;
 
-constexpr char kTiny[] = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+const std::string kTiny = SourcePath("examples/tiny-gemma4");
 
 class EnvironmentTest : public GoldenModelTest {
  protected:
@@ -218,7 +219,7 @@ TEST_F(EnvironmentTest, PipesAndDevicesInPlaceOfFilesAreRefusedAtOnce) {
     ExpectRefused(RunProgram(arguments, "ulimit -t 20; "),
                   AnyOf(HasSubstr(pipe + ": is a pipe"), HasSubstr("is a device")), what + ": ");
   };
-  const std::string data = std::string(kTiny) + "/eval/calib.jsonl";
+  const std::string data = kTiny + "/eval/calib.jsonl";
   const std::vector<std::string> text{"quantize", kTiny, "--data", data, "--output", out_, "--quiet"};
   const auto text_with = [&](const std::string& flag) {
     std::vector<std::string> arguments = text;
@@ -269,7 +270,7 @@ TEST_F(EnvironmentTest, LinksInACircleAreErrorsOfTheFile) {
     fs::remove_all(model);
     fs::copy(kTiny, model);
     loop(model / name);
-    ExpectRefused(RunProgram({"quantize", model, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--output", out_}),
+    ExpectRefused(RunProgram({"quantize", model, "--data", kTiny + "/eval/calib.jsonl", "--output", out_}),
                   AllOf(HasSubstr(name), HasSubstr("symbolic links")), name);
   }
   loop(directory_.Path() / "loop");

@@ -18,6 +18,7 @@
 
 #include "circlet/io/json.h"
 #include "golden.h"
+#include "paths.h"
 #include "program.h"
 
 namespace circlet {
@@ -28,7 +29,7 @@ using ::testing::AnyOf;
 using ::testing::Eq;
 using Files = std::map<std::string, std::string>;  // SHA-256 by name
 
-constexpr char kTiny[] = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+const std::string kTiny = SourcePath("examples/tiny-gemma4");
 constexpr int kKilled = 128 + SIGKILL;
 
 int Rounds() {

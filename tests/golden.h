@@ -9,13 +9,12 @@
 
 #include "circlet/base/error.h"
 #include "circlet/io/safetensors.h"
+#include "paths.h"
 #include "temp_directory.h"
 
 namespace circlet {
 
-inline std::filesystem::path TestData(const std::string& relative) {
-  return std::filesystem::path(CIRCLET_SOURCE_DIR) / "tests" / "data" / relative;
-}
+inline std::filesystem::path TestData(const std::string& relative) { return SourcePath("tests/data/" + relative); }
 
 // The text of TestData("golden/tiny_e2b/default.qparams.json.xz"), unpacked.
 inline std::string GoldenText(const std::string& relative) {

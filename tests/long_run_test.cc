@@ -18,6 +18,7 @@
 #include "circlet/ops/op.h"
 #include "golden.h"
 #include "io/output_lock.h"
+#include "paths.h"
 #include "program.h"
 #ifdef CIRCLET_MPIEXEC
 #include "processes.h"
@@ -33,13 +34,13 @@ using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-constexpr char kTiny[] = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+const std::string kTiny = SourcePath("examples/tiny-gemma4");
 
 // The program in the background.
 class Running {
  public:
   explicit Running(std::vector<std::string> arguments, const std::string& err = "/dev/null") {
-    arguments.insert(arguments.begin(), CIRCLET_BINARY);
+    arguments.insert(arguments.begin(), kCircletBinary);
     std::vector<char*> argv;
     for (std::string& argument : arguments) argv.push_back(argument.data());
     argv.push_back(nullptr);
@@ -47,7 +48,7 @@ class Running {
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_addopen(&actions, 1, "/dev/null", O_WRONLY, 0);
     posix_spawn_file_actions_addopen(&actions, 2, err.c_str(), O_WRONLY | O_CREAT, 0666);
-    CIRCLET_CHECK(posix_spawn(&pid_, CIRCLET_BINARY, &actions, nullptr, argv.data(), environ) == 0, "cannot start");
+    CIRCLET_CHECK(posix_spawn(&pid_, kCircletBinary, &actions, nullptr, argv.data(), environ) == 0, "cannot start");
     posix_spawn_file_actions_destroy(&actions);
   }
   ~Running() { Kill(); }
@@ -637,9 +638,9 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
   const TempDirectory directory;
   const auto run = [&](const std::string& name, const std::string& limit) {
     // What a stage takes grows with the threads that run items side by side.
-    return RunProgram({"--threads", "2", "quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl",
-                       "--recipe", "w8a16", "--eval-text", std::string(kTiny) + "/eval/heldout.txt", "--eval-windows",
-                       "10", "--output", directory.Path() / name, "--memory-limit", limit});
+    return RunProgram({"--threads", "2", "quantize", kTiny, "--data", kTiny + "/eval/calib.jsonl", "--recipe", "w8a16",
+                       "--eval-text", kTiny + "/eval/heldout.txt", "--eval-windows", "10", "--output",
+                       directory.Path() / name, "--memory-limit", limit});
   };
   const ProgramResult all = run("all", "3GB");
   ASSERT_EQ(all.exit_code, 0) << all.err;
@@ -664,14 +665,14 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
 TEST(MemoryLimit, EvaluateSpillsToo) {
   const TempDirectory scratch;
   const ProgramResult result =
-      RunProgram({"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--memory-limit", "30MiB"},
+      RunProgram({"evaluate", kTiny, "--data", kTiny + "/eval/calib.jsonl", "--memory-limit", "30MiB"},
                  "export TMPDIR=" + scratch.Path().string() + "; ");
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.out, HasSubstr("went to files"));
   EXPECT_TRUE(fs::is_empty(scratch.Path()));
 
   setenv("TMPDIR", scratch.Path().c_str(), 1);
-  Running run({"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--memory-limit", "30MiB"});
+  Running run({"evaluate", kTiny, "--data", kTiny + "/eval/calib.jsonl", "--memory-limit", "30MiB"});
   const auto spills = [&] {
     std::error_code gone;
     for (const auto& entry : fs::directory_iterator(fmt::format("/proc/{}/fd", run.Pid()), gone))
@@ -682,8 +683,8 @@ TEST(MemoryLimit, EvaluateSpillsToo) {
   unsetenv("TMPDIR");
   EXPECT_TRUE(fs::is_empty(scratch.Path()));
 
-  const ProgramResult nowhere = RunProgram(
-      {"evaluate", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl"}, "export TMPDIR=/nonexistent; ");
+  const ProgramResult nowhere =
+      RunProgram({"evaluate", kTiny, "--data", kTiny + "/eval/calib.jsonl"}, "export TMPDIR=/nonexistent; ");
   EXPECT_EQ(nowhere.exit_code, 2);
   EXPECT_THAT(nowhere.err, AllOf(HasSubstr("TMPDIR=/nonexistent: "), HasSubstr("set it to a directory with room")));
 }
@@ -694,9 +695,8 @@ TEST(MemoryLimit, EvaluateSpillsToo) {
 TEST(ComputeBf16, SaysWhatItChangesAndFilesStayExact) {
   const TempDirectory directory;
   const std::string out = directory.Path() / "out";
-  const ProgramResult result =
-      RunProgram({"quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--recipe", "w8a16",
-                  "--output", out, "--compute", "bf16", "--timings", "--quiet"});
+  const ProgramResult result = RunProgram({"quantize", kTiny, "--data", kTiny + "/eval/calib.jsonl", "--recipe",
+                                           "w8a16", "--output", out, "--compute", "bf16", "--timings", "--quiet"});
   if (!Bf16Supported()) {
     EXPECT_EQ(result.exit_code, 2);
     EXPECT_THAT(result.err, HasSubstr("takes a processor with AVX-512 BF16"));
@@ -726,7 +726,7 @@ TEST(DryRun, SaysWhatIsNeededAndWritesNothing) {
   const TempDirectory directory;
   const std::string out = directory.Path() / "deep/out";
   const ProgramResult result =
-      RunProgram({"quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--output", out, "--dry-run"});
+      RunProgram({"quantize", kTiny, "--data", kTiny + "/eval/calib.jsonl", "--output", out, "--dry-run"});
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.out, AllOf(HasSubstr("vision.layers.3"), HasSubstr("layers.9"), HasSubstr("logits"),
                                 HasSubstr("GFLOP"), HasSubstr("time: "), HasSubstr("memory: "), HasSubstr("disk: ")));
@@ -751,8 +751,8 @@ TEST(DryRun, RefusesADiskThatIsTooSmallAndSoDoesTheRun) {
   fs::create_directory(disk);
   if (mount("tmpfs", disk.c_str(), "tmpfs", 0, "size=1m") != 0) GTEST_SKIP() << "mounting a small disk takes root";
   for (const char* flag : {"--dry-run", "--quiet"}) {
-    const ProgramResult result = RunProgram(
-        {"quantize", kTiny, "--data", std::string(kTiny) + "/eval/calib.jsonl", "--output", disk / "out", flag});
+    const ProgramResult result =
+        RunProgram({"quantize", kTiny, "--data", kTiny + "/eval/calib.jsonl", "--output", disk / "out", flag});
     EXPECT_EQ(result.exit_code, 2);
     EXPECT_THAT(result.err, AllOf(HasSubstr("B are free, "), HasSubstr("are needed")));
     EXPECT_TRUE(fs::is_empty(disk));

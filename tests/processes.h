@@ -2,6 +2,7 @@
 
 // The program as several processes of one run (builds with MPI).
 
+#include "paths.h"
 #include "program.h"
 
 namespace circlet {
@@ -22,7 +23,7 @@ inline ProgramResult RunProcesses(int count, const std::vector<std::string>& pro
 
 // The same of circlet with `arguments`.
 inline ProgramResult RunCirclet(int processes, std::vector<std::string> arguments, std::vector<std::string> before = {}) {
-  arguments.insert(arguments.begin(), CIRCLET_BINARY);
+  arguments.insert(arguments.begin(), kCircletBinary);
   return RunProcesses(processes, arguments, std::move(before));
 }
 

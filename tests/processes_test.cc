@@ -5,6 +5,7 @@
 #include <filesystem>
 
 #include "circlet/base/communicator.h"
+#include "paths.h"
 #include "program.h"
 #ifdef CIRCLET_MPIEXEC
 #include "processes.h"
@@ -68,7 +69,7 @@ class ProcessesTest : public testing::TestWithParam<int> {
  protected:
   ProgramResult Run(const std::string& what) const {
     const TempDirectory directory;
-    const std::string program = std::filesystem::path(CIRCLET_BINARY).parent_path() / "processes_program";
+    const std::string program = std::filesystem::path(kCircletBinary).parent_path() / "processes_program";
     return RunProcesses(GetParam(), {program, what, std::to_string(GetParam()), directory.Path()});
   }
 };
@@ -102,9 +103,8 @@ TEST_P(ProcessesTest, TellAFailureOnce) {
 }
 
 TEST_P(ProcessesTest, PrintOneReport) {
-  const ProgramResult result = RunCirclet(
-      GetParam(),
-      {"evaluate", CIRCLET_SOURCE_DIR "/examples/tiny-gemma4", "--random-samples", "2x8", "--quiet"});
+  const ProgramResult result =
+      RunCirclet(GetParam(), {"evaluate", SourcePath("examples/tiny-gemma4"), "--random-samples", "2x8", "--quiet"});
   EXPECT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.err, AllOf(Not(HasSubstr("circlet")), Not(HasSubstr("logits"))));  // --quiet
   const size_t summary = result.out.find("Quantization Error Summary");

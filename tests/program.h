@@ -11,6 +11,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
+#include "paths.h"
 #include "temp_directory.h"
 
 namespace circlet {
@@ -22,7 +23,7 @@ struct ProgramResult {
 
 // `shell` runs in front of the program in the same process, e.g. "ulimit -f 8; ".
 inline ProgramResult RunProgram(const std::vector<std::string>& arguments, const std::string& shell = "",
-                                const std::string& program = CIRCLET_BINARY) {
+                                const std::string& program = kCircletBinary) {
   const TempDirectory directory;
   std::string command = fmt::format("{}exec '{}'", shell, program);
   for (const std::string& argument : arguments) {

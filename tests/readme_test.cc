@@ -8,6 +8,7 @@
 
 #include "golden.h"
 #include "ops/integer_product.h"
+#include "paths.h"
 #include "program.h"
 
 namespace circlet {
@@ -38,7 +39,7 @@ std::vector<std::string> Lines(const std::string& text) {
 }
 
 TEST(ReadmeTest, TheFirstScreenIsWhatTheDemoPrints) {
-  const std::string source = CIRCLET_SOURCE_DIR;
+  const std::string source = kSourceDirectory;
   const std::string readme = ReadFile(source + "/README.md");
   size_t at = 0;
   const std::string commands = Block(readme, "```sh", &at);
@@ -46,7 +47,7 @@ TEST(ReadmeTest, TheFirstScreenIsWhatTheDemoPrints) {
 
   const TempDirectory out;
   const std::string directory = out.Path() / "demo";
-  const std::string here = Replaced(Replaced(commands, "build/circlet", CIRCLET_BINARY), "out/demo", directory);
+  const std::string here = Replaced(Replaced(commands, "build/circlet", kCircletBinary), "out/demo", directory);
   const ProgramResult result = RunProgram({"-euc", here}, "cd '" + source + "' && ", "/bin/bash");
   ASSERT_EQ(result.exit_code, 0) << result.err;
 

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "paths.h"
 #include "program.h"
 
 namespace circlet {
@@ -39,7 +40,7 @@ class ScriptsTest : public testing::Test {
   }
 
   ProgramResult Run(const std::string& script) const {
-    return RunProgram({CIRCLET_SOURCE_DIR "/scripts/" + script},
+    return RunProgram({SourcePath("scripts/") + script},
                       fmt::format("export PATH='{}'; unset CCACHE_DIR; < /dev/null ", bin_.Path().string()),
                       "/bin/bash");
   }

@@ -15,6 +15,7 @@
 #include "circlet/graph/builder.h"
 #include "circlet/io/file.h"
 #include "circlet/smoke/trace.h"
+#include "paths.h"
 #include "temp_directory.h"
 
 namespace circlet {
@@ -298,7 +299,7 @@ TEST(SmokeTest, TraceLeavesOutThePaddingPatchesOfACase) {
 }
 
 TEST(SmokeTest, TraceLeavesOutThePaddingPatchesOfAPicture) {
-  const std::filesystem::path model = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+  const std::filesystem::path model = SourcePath("examples/tiny-gemma4");
   const TempDirectory directory;
   const std::string line = fmt::format(
       R"({{"type": "chat", "messages": [{{"role": "user", "content": [{{"type": "image", "image": "{}"}}]}}]}})",

@@ -10,13 +10,14 @@
 #include "circlet/pipeline/verify.h"
 #include "circlet/preprocess/samples.h"
 #include "golden_run.h"
+#include "paths.h"
 
 namespace circlet {
 namespace {
 
 namespace fs = std::filesystem;
 
-const fs::path kModel = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+const fs::path kModel = SourcePath("examples/tiny-gemma4");
 
 nlohmann::json Reference() { return ReadJson(kModel / "eval/reference.json"); }
 

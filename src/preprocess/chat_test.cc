@@ -11,6 +11,7 @@
 #include "circlet/io/file.h"
 #include "error_text.h"
 #include "golden.h"
+#include "paths.h"
 #include "preprocess/gemma_tokenizer_file.h"
 #include "temp_directory.h"
 
@@ -21,7 +22,7 @@ using nlohmann::json;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-const std::filesystem::path kTiny = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+const std::filesystem::path kTiny = SourcePath("examples/tiny-gemma4");
 
 std::vector<std::string> Conversations() {
   std::istringstream text(ReadFile(TestData("chat_templates/conversations.jsonl")));

@@ -8,14 +8,14 @@
 
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
+#include "paths.h"
 #include "temp_directory.h"
 
 namespace circlet {
 
 inline std::string GemmaTokenizerJson() {
   const TempDirectory directory;
-  const std::filesystem::path packed =
-      std::filesystem::path(CIRCLET_SOURCE_DIR) / "tests/data/tokenizer/gemma3_tokenizer.json.xz";
+  const std::filesystem::path packed = SourcePath("tests/data/tokenizer/gemma3_tokenizer.json.xz");
   const std::filesystem::path file = directory.Path() / "tokenizer.json";
   const std::string command = fmt::format("xz -dc '{}' > '{}'", packed.string(), file.string());
   CIRCLET_CHECK(std::system(command.c_str()) == 0, "cannot unpack {}: is xz installed?", packed.string());

@@ -12,6 +12,7 @@
 #include "circlet/io/safetensors.h"
 #include "error_text.h"
 #include "golden.h"
+#include "paths.h"
 #include "temp_directory.h"
 
 namespace circlet {
@@ -23,7 +24,7 @@ using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::SizeIs;
 
-const std::filesystem::path kTiny = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+const std::filesystem::path kTiny = SourcePath("examples/tiny-gemma4");
 
 const Processor& Tiny() {
   static const Processor processor = LoadProcessor(kTiny);

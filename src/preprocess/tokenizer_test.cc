@@ -10,6 +10,7 @@
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
 #include "error_text.h"
+#include "paths.h"
 #include "preprocess/gemma_tokenizer_file.h"
 #include "temp_directory.h"
 
@@ -21,8 +22,8 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-const std::filesystem::path kData = CIRCLET_SOURCE_DIR "/tests/data";
-const std::filesystem::path kTiny = CIRCLET_SOURCE_DIR "/examples/tiny-gemma4";
+const std::filesystem::path kData = SourcePath("tests/data");
+const std::filesystem::path kTiny = SourcePath("examples/tiny-gemma4");
 
 const Tokenizer& Gemma() {
   static const Tokenizer tokenizer = Tokenizer::Parse(GemmaTokenizerJson(), "gemma3_tokenizer.json");

@@ -6,6 +6,7 @@
 #include "circlet/io/file.h"
 #include "error_text.h"
 #include "golden.h"
+#include "paths.h"
 #include "quant/targets.h"
 #include "temp_directory.h"
 
@@ -64,7 +65,7 @@ std::vector<std::string> Having(const Recipe& recipe, DType dtype) {
 }
 
 TEST(RecipeTest, TheFilesUnderRecipesAreTheBuiltInOnes) {
-  const std::filesystem::path directory = std::filesystem::path(CIRCLET_SOURCE_DIR) / "recipes";
+  const std::filesystem::path directory = SourcePath("recipes");
   size_t files = 0;
   for (const auto& entry : std::filesystem::directory_iterator(directory))
     files += entry.path().extension() == ".yaml" && entry.path().stem() != "wrapper_smoke";  // settings of inspect

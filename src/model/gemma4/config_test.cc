@@ -7,6 +7,7 @@
 #include "circlet/base/error.h"
 #include "fnv_checkpoint.h"
 #include "golden.h"
+#include "paths.h"
 
 namespace circlet {
 namespace {
@@ -187,7 +188,7 @@ TEST(ConfigTest, RecordedAndBundledConfigsAreReadWithoutUnknownKeys) {
   EXPECT_EQ(seed.text.layers[0].rope.type, RopeConfig::Type::kDefault);
   EXPECT_EQ(seed.text.layers[0].head_dim, 32);
 
-  const std::filesystem::path example = std::filesystem::path(CIRCLET_SOURCE_DIR) / "examples" / "tiny-gemma4";
+  const std::filesystem::path example = SourcePath("examples/tiny-gemma4");
   const Gemma4Config tiny = ReadConfig(example);
   EXPECT_THAT(tiny.unknown_keys, IsEmpty());
   EXPECT_EQ(tiny.eoa_token_id, 2046);
