@@ -13,7 +13,7 @@ trap 'rm -rf "$directory"' EXIT
 for profile in "$@"; do
   for recipe in default w8a16 w4a16 w8a8 smoke-u8 mixed8; do
     # Exit code 1: a figure is outside its old bounds.
-    "$circlet" inspect --case all --profile "$profile" --recipe "$recipe" --report-json "$directory/report.json" \
+    "$circlet" smoke --case all --profile "$profile" --recipe "$recipe" --report-json "$directory/report.json" \
       > "$directory/log" || [ $? -eq 1 ]
     jq -r '.cases[] | select(.metrics.mean_abs_diff != null) |
       "{\"\(.case)\", \"\(.profile)\", \"\(.recipe)\", \(.metrics.mean_abs_diff), \(.metrics.peir)},"' \

@@ -238,7 +238,8 @@ TEST_F(CliTest, AFailedRunLeavesTheEarlierResultAlone) {
 }
 
 TEST_F(CliTest, HelpNamesAWorkingCommandForEachVerb) {
-  for (const char* verb : {"quantize", "verify", "show", "run", "example", "inspect"}) {
+  for (const char* verb :
+       {"quantize", "evaluate", "verify", "show", "run", "smoke", "trace", "example", "make-checkpoint", "inspect"}) {
     const ProgramResult result = RunProgram({verb, "--help"});
     EXPECT_EQ(result.exit_code, 0);
     EXPECT_THAT(result.out, HasSubstr(fmt::format("Example:\n  circlet {}", verb)));
@@ -796,7 +797,7 @@ TEST_F(InspectTest, MistakesInATraceAreTold) {
     arguments.insert(arguments.begin(), {"--mode", "trace"});
     ExpectInspectRefused(arguments, message);
   };
-  refused({}, HasSubstr("trace what? --case NAME, or --model DIR --samples FILE"));
+  refused({}, HasSubstr("trace what? MODEL_DIR --samples FILE, or --case NAME"));
   refused({"--case", "all"}, HasSubstr("takes one case"));
   refused({"--case", "gemma4_text_mpl"}, HasSubstr("nearest: \"gemma4_text_mlp\""));
   refused({"--case", "gemma4_text_attention_k_eq_v_prefill", "--profile", "e2b_static_runtime"},
@@ -813,9 +814,9 @@ TEST_F(InspectTest, MistakesInATraceAreTold) {
   refused({"--case", kMlp, "--export", "circle"}, HasSubstr("--export has no effect"));
   refused({"--case", kMlp, "--compare", "w8a16"}, HasSubstr("--compare has no effect"));
 
-  refused({"--model", model_}, HasSubstr("--model needs --samples FILE"));
-  refused({"--samples", samples_, "--case", kMlp}, HasSubstr("--samples needs --model DIR"));
-  refused({"--model", model_, "--samples", samples_, "--case", kMlp}, HasSubstr("exclude each other"));
+  refused({"--model", model_}, HasSubstr(model_ + ": needs --samples FILE"));
+  refused({"--samples", samples_, "--case", kMlp}, HasSubstr("--samples needs MODEL_DIR"));
+  refused({"--model", model_, "--samples", samples_, "--case", kMlp}, HasSubstr("has no place beside MODEL_DIR"));
   refused({"--model", "no/such", "--samples", samples_}, AllOf(HasSubstr("no/such"), HasSubstr("No such file")));
   refused({"--model", model_, "--samples", "no.safetensors"}, AllOf(HasSubstr("no.safetensors"), HasSubstr("No such")));
   refused({"--model", kTiny, "--samples", "no.jsonl"}, AllOf(HasSubstr("no.jsonl"), HasSubstr("No such file")));
@@ -826,6 +827,20 @@ TEST_F(InspectTest, MistakesInATraceAreTold) {
   refused({"--model", model_, "--samples", samples_}, HasSubstr(samples_));
   fs::resize_file(model_ + "/model.safetensors", 300'000);
   refused({"--model", model_, "--samples", samples_}, HasSubstr("the file is cut"));
+}
+
+TEST_F(InspectTest, SmokeAndTraceAreTheModesOfInspect) {
+  const auto same = [&](const std::vector<std::string>& verb, const std::vector<std::string>& mode) {
+    const ProgramResult result = RunProgram(verb);
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    EXPECT_EQ(result.out, Inspect(mode).out);
+  };
+  same({"smoke", "--case", kMlp}, {"--case", kMlp});
+  same({"smoke", "--list-cases"}, {"--mode", "wrapper-smoke", "--list-cases"});
+  same({"trace", "--case", kMlp}, {"--mode", "trace", "--case", kMlp});
+  same({"trace", model_, "--data", samples_}, {"--mode", "trace", "--model", model_, "--samples", samples_});
+  ExpectError({"trace", "--case", kMlp, "--strict"}, HasSubstr("--strict: not expected here"));
+  ExpectError({"smoke", "--case", kMlp, "--rows", "3"}, HasSubstr("--rows: not expected here"));
 }
 
 // ---- Examples -------------------------------------------------------------------------------------------------------

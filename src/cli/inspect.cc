@@ -15,9 +15,10 @@ namespace circlet {
 namespace {
 
 constexpr char kStaticProfile[] = "e2b_static_runtime";
+constexpr char kSmokeMode[] = "wrapper-smoke", kTraceMode[] = "trace";
 
 struct InspectOptions {
-  std::string mode = "wrapper-smoke", config, case_name, profile, export_kind, output_dir, report_json, recipe, compare,
+  std::string mode = kSmokeMode, config, case_name, profile, export_kind, output_dir, report_json, recipe, compare,
               model, samples, explain;
   std::vector<std::string> set;
   std::optional<int> calibration_iters;
@@ -68,7 +69,7 @@ SmokeRun ReadRun(const InspectOptions& options) {
 
 // What --case names. A suite is of the cases that the profile has.
 std::vector<SmokeCase> CasesOf(const InspectOptions& options, const std::string& profile) {
-  if (options.case_name.empty()) Fail("inspect: which case? --case NAME, --case all, or --list-cases");
+  if (options.case_name.empty()) Fail("which case? --case NAME, --case all, or --list-cases");
   if (options.case_name != "all") return {FindSmokeCase(options.case_name)};
   std::vector<SmokeCase> cases;
   std::ranges::copy_if(SmokeCases(), std::back_inserter(cases),
@@ -79,11 +80,11 @@ std::vector<SmokeCase> CasesOf(const InspectOptions& options, const std::string&
 // Of --compare, or the one that all cases run in; "": each case its own.
 std::vector<std::string> RecipesOf(const InspectOptions& options, const SmokeRun& run) {
   if (options.compare.empty()) return {run.recipe};
-  if (!options.recipe.empty()) Fail("inspect: --compare names the recipes; leave --recipe out");
+  if (!options.recipe.empty()) Fail("--compare names the recipes; leave --recipe out");
   std::vector<std::string> recipes;
   std::istringstream names(options.compare);
   for (std::string name; std::getline(names, name, ',');) {
-    if (name.empty()) Fail("inspect: --compare {}: a name is empty; write w8a16,w4a16", options.compare);
+    if (name.empty()) Fail("--compare {}: a name is empty; write w8a16,w4a16", options.compare);
     recipes.push_back(name);
   }
   return recipes;
@@ -92,7 +93,7 @@ std::vector<std::string> RecipesOf(const InspectOptions& options, const SmokeRun
 int RunCases(const InspectOptions& options) {
   SmokeRun run = ReadRun(options);
   const std::vector<SmokeCase> cases = CasesOf(options, run.size.profile);
-  if (cases.empty()) Fail("inspect: no case has the profile {}", run.size.profile);
+  if (cases.empty()) Fail("no case has the profile {}", run.size.profile);
   const std::vector<std::string> recipes = RecipesOf(options, run);
   const bool single = options.case_name != "all" && recipes.size() == 1;
   run.plot = run.plot && single;
@@ -130,10 +131,9 @@ struct Traced {
 };
 
 Traced TracedCase(const InspectOptions& options, const SmokeRun& run) {
-  if (options.case_name.empty()) Fail("inspect: trace what? --case NAME, or --model DIR --samples FILE");
-  if (options.case_name == "all")
-    Fail("inspect: --mode trace takes one case; `circlet inspect --list-cases` lists all");
-  if (!options.samples.empty()) Fail("inspect: --samples needs --model DIR; a case draws its own");
+  if (options.case_name.empty()) Fail("trace what? MODEL_DIR --samples FILE, or --case NAME");
+  if (options.case_name == "all") Fail("--case all: a trace takes one case; `circlet trace --list-cases` lists all");
+  if (!options.samples.empty()) Fail("--samples needs MODEL_DIR; a case draws its own");
   const SmokeCase& known = FindSmokeCase(options.case_name);
   known.RequireProfile(run.size.profile);
   SmokeSize size = run.size;
@@ -143,8 +143,9 @@ Traced TracedCase(const InspectOptions& options, const SmokeRun& run) {
 }
 
 Traced TracedModel(const InspectOptions& options) {
-  if (!options.case_name.empty()) Fail("inspect: --case and --model exclude each other");
-  if (options.samples.empty()) Fail("inspect: --model needs --samples FILE (JSON lines or safetensors)");
+  if (!options.case_name.empty())
+    Fail("--case {}: has no place beside MODEL_DIR {}; leave one out", options.case_name, options.model);
+  if (options.samples.empty()) Fail("{}: needs --samples FILE (JSON lines or safetensors)", options.model);
   std::vector<SmokePart> parts = ModelParts(options.model, options.samples);
   // Every sample is a part of its own; the last is measured.
   const int iters = options.calibration_iters.value_or(0);
@@ -163,66 +164,89 @@ int RunTrace(const InspectOptions& options) {
   }
   const auto explained = std::ranges::find(points, options.explain, &TracePoint::name);
   if (explained == points.end())
-    Fail("inspect: {} is a parameter's grid; `--explain` shows points that values pass", options.explain);
+    Fail("{} is a parameter's grid; `--explain` shows points that values pass", options.explain);
   fmt::print("{}", ExplainText(*explained));
   return 0;
 }
 
-// An option that the mode does not read would be without effect.
-void RefuseOptionsOfOtherMode(const CLI::App& inspect, const std::string& mode) {
-  const auto refuse = [&](std::initializer_list<const char*> names, const char* other) {
-    for (const char* name : names)
-      if (inspect.count(name) > 0)
-        Fail("inspect: {} has no effect in --mode {}; it belongs to --mode {}", name, mode, other);
-  };
-  if (mode == "trace")
-    refuse({"--compare", "--export", "--output-dir", "--report-json", "--no-plot", "--strict"}, "wrapper-smoke");
-  else
-    refuse({"--model", "--samples", "--explain", "--rows"}, "trace");
+int RunMode(const InspectOptions& options) {
+  if (options.list_cases) {
+    ListCases();
+    return 0;
+  }
+  return options.mode == kTraceMode ? RunTrace(options) : RunCases(options);
+}
+
+void AddCaseOptions(CLI::App& verb, InspectOptions& options) {
+  verb.add_option("--case", options.case_name, "Part of the model with random parameters; smoke takes all, too");
+  verb.add_flag("--list-cases", options.list_cases, "Names, recipes and profiles of the cases");
+  verb.add_option("--config", options.config, "YAML with debug.wrapper_smoke (recipes/wrapper_smoke.yaml)");
+  verb.add_option("--profile", options.profile, "Size of a case: tiny, e2b_dims, e2b_static_runtime")
+      ->check(OneOf({"tiny", "e2b_dims", kStaticProfile}));
+  verb.add_option("--recipe", options.recipe, "Built-in name or YAML file; default: the case's own");
+  verb.add_option("--set", options.set, "KEY=VALUE in the recipe, or debug.wrapper_smoke.KEY=VALUE (repeatable)");
+  verb.add_option("--calibration-iters", options.calibration_iters, "Calibration samples of each kind; default 3")
+      ->check(WholeNumber(0, 1 << 20));
+}
+
+void AddSmokeOptions(CLI::App& verb, InspectOptions& options) {
+  verb.add_option("--compare", options.compare, "Recipes side by side: w8a16,w4a16");
+  verb.add_option("--export", options.export_kind, "none or circle")->check(OneOf({"none", "circle"}));
+  verb.add_option("--output-dir", options.output_dir, "Where files go; default out/wrapper_smoke");
+  verb.add_option("--report-json", options.report_json, "Also write the results as JSON");
+  verb.add_flag("--no-plot", options.no_plot, "No scatter plot");
+  verb.add_flag("--strict", options.strict, "Warnings fail too");
+}
+
+void AddTraceOptions(CLI::App& verb, const std::string& model, InspectOptions& options) {
+  verb.add_option(model, options.model, "Checkpoint directory, instead of a case");
+  verb.add_option("--samples,--data", options.samples, "Its samples, JSON lines or safetensors; the last is measured");
+  verb.add_option("--explain", options.explain, "Histogram of one point");
+  verb.add_option("--rows", options.rows, "Points listed")->check(WholeNumber(1, 1 << 30))->capture_default_str();
 }
 
 }  // namespace
 
 void AddInspect(CLI::App& app, std::function<int()>& command) {
   auto options = std::make_shared<InspectOptions>();
-  CLI::App* inspect = app.add_subcommand("inspect", "Run parts of the model one by one and find what is inexact");
-  inspect->footer(
-      "Example:\n  circlet inspect --case gemma4_model --export circle --output-dir out/wrapper_smoke\n"
-      "  circlet inspect --case all --report-json out/smoke.json --strict\n"
-      "  circlet inspect --mode trace --case gemma4_text_decoder_layer_prefill");
+  CLI::App* smoke = app.add_subcommand("smoke", "Run parts of the model one by one, with random parameters");
+  smoke->footer(
+      "Example:\n  circlet smoke --case gemma4_model --export circle --output-dir out/wrapper_smoke\n"
+      "  circlet smoke --case all --report-json out/smoke.json --strict");
+  AddCaseOptions(*smoke, *options);
+  AddSmokeOptions(*smoke, *options);
+  smoke->callback([options, &command] { command = [options] { return RunMode(*options); }; });
+
+  CLI::App* trace = app.add_subcommand("trace", "List the points of a model by how much the error grows there");
+  trace->footer(
+      "Example:\n  circlet trace examples/tiny-gemma4 --samples examples/tiny-gemma4/eval/calib.jsonl --recipe w8a16\n"
+      "  circlet trace --case gemma4_text_decoder_layer_prefill");
+  AddTraceOptions(*trace, "MODEL_DIR,--model", *options);
+  AddCaseOptions(*trace, *options);
+  trace->callback([options, &command] {
+    command = [options] {
+      options->mode = kTraceMode;
+      return RunMode(*options);
+    };
+  });
+
+  CLI::App* inspect = app.add_subcommand(
+      "inspect", "TICO's spelling: --mode wrapper-smoke is `circlet smoke`, --mode trace is `circlet trace`");
+  inspect->footer("Example:\n  circlet inspect --mode wrapper-smoke --case gemma4_model");
   inspect->add_option("--mode", options->mode, "wrapper-smoke or trace")
-      ->check(OneOf({"wrapper-smoke", "trace"}))
+      ->check(OneOf({kSmokeMode, kTraceMode}))
       ->capture_default_str();
-  inspect->add_option("--config", options->config, "YAML with debug.wrapper_smoke (recipes/wrapper_smoke.yaml)");
-  inspect->add_option("--case", options->case_name, "One case, or all");
-  inspect->add_flag("--list-cases", options->list_cases, "Names, recipes and profiles of the cases");
-  inspect->add_option("--profile", options->profile, "Size: tiny, e2b_dims, e2b_static_runtime")
-      ->check(OneOf({"tiny", "e2b_dims", kStaticProfile}));
-  inspect->add_option("--recipe", options->recipe, "Built-in name or YAML file; default: the case's own");
-  inspect->add_option("--compare", options->compare, "Recipes side by side: w8a16,w4a16");
-  inspect->add_option("--set", options->set, "KEY=VALUE in the recipe, or debug.wrapper_smoke.KEY=VALUE (repeatable)");
-  inspect->add_option("--calibration-iters", options->calibration_iters, "Calibration samples of each kind; default 3")
-      ->check(WholeNumber(0, 1 << 20));
-  inspect->add_option("--export", options->export_kind, "none or circle")->check(OneOf({"none", "circle"}));
-  inspect->add_option("--output-dir", options->output_dir, "Where files go; default out/wrapper_smoke");
-  inspect->add_option("--report-json", options->report_json, "Also write the results as JSON");
-  inspect->add_option("--model", options->model, "trace: a checkpoint instead of a case");
-  inspect->add_option("--samples", options->samples,
-                      "trace: its samples, JSON lines or safetensors; the last is measured");
-  inspect->add_option("--explain", options->explain, "trace: histogram of one point");
-  inspect->add_option("--rows", options->rows, "trace: points listed")
-      ->check(WholeNumber(1, 1 << 30))
-      ->capture_default_str();
-  inspect->add_flag("--no-plot", options->no_plot, "No scatter plot");
-  inspect->add_flag("--strict", options->strict, "Warnings fail too");
-  inspect->callback([inspect, options, &command] {
-    command = [inspect, options] {
-      if (options->list_cases) {
-        ListCases();
-        return 0;
-      }
-      RefuseOptionsOfOtherMode(*inspect, options->mode);
-      return options->mode == "trace" ? RunTrace(*options) : RunCases(*options);
+  AddCaseOptions(*inspect, *options);
+  AddSmokeOptions(*inspect, *options);
+  AddTraceOptions(*inspect, "--model", *options);
+  inspect->callback([=, &command] {
+    command = [=] {
+      const bool traces = options->mode == kTraceMode;
+      for (const CLI::Option* given : inspect->parse_order())
+        if (given->get_name() != "--mode" && !(traces ? trace : smoke)->get_option_no_throw(given->get_name()))
+          Fail("inspect: {} has no effect in --mode {}; it belongs to --mode {}", given->get_name(), options->mode,
+               traces ? kSmokeMode : kTraceMode);
+      return RunMode(*options);
     };
   });
 }

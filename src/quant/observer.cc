@@ -283,7 +283,7 @@ QParams Observer::Freeze(const PointSpec& spec, float headroom_below) const {
   if (non_finite_ > 0)
     Fail(
         "{}: a NaN or an infinity reached this point ({} values in {} samples); check the weights and the calibration "
-        "data, `circlet inspect --mode trace` shows where it began",
+        "data, `circlet trace` shows where it began",
         spec.point, non_finite_.load(), samples_);
   if (min_ > max_)
     Fail(

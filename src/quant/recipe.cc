@@ -72,8 +72,10 @@ std::string UnusedText(const Override& override, std::span<const std::string> po
   if (!leaves.empty())
     return fmt::format("{}: \"{}\" is a module, no point; name one of its points: {}", override.where, override.path,
                        fmt::join(leaves, ", "));
-  return fmt::format("{}: no point \"{}\"{}; `circlet inspect --mode trace` lists all points", override.where,
-                     override.path, NearestHint(override.path, SpellingsOf(points, override.path)));
+  return fmt::format(
+      "{}: no point \"{}\"{}; qparams.json of a run has all, `circlet trace MODEL_DIR --samples FILE` "
+      "lists those of activations",
+      override.where, override.path, NearestHint(override.path, SpellingsOf(points, override.path)));
 }
 
 // The first thing that a policy asks for and that no layer has.

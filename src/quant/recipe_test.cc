@@ -296,10 +296,11 @@ TEST(RecipeOverrideTest, PathsThatNameNoPointSayWhereAndWhatIsNearest) {
   EXPECT_THAT(
       recipe.UnusedOverrides(kPoints),
       ElementsAre(
-          "quant.yaml:4: no point \"layers.0.self_atn.softmax\"; nearest: \"layers.0.self_attn.softmax\"; `circlet "
-          "inspect --mode trace` lists all points",
+          "quant.yaml:4: no point \"layers.0.self_atn.softmax\"; nearest: \"layers.0.self_attn.softmax\"; qparams.json "
+          "of a run has all, `circlet trace MODEL_DIR --samples FILE` lists those of activations",
           "quant.yaml:5: no point \"model.languge_model.layers.0.act_in\"; nearest: "
-          "\"model.language_model.layers.0.act_in\"; `circlet inspect --mode trace` lists all points",
+          "\"model.language_model.layers.0.act_in\"; qparams.json of a run has all, `circlet trace MODEL_DIR --samples "
+          "FILE` lists those of activations",
           "quant.yaml:6: \"layers.0.mlp.down_proj\" is a module, no point; name one of its points: act_in, weight"));
   EXPECT_THAT(ErrorText([&] { recipe.CheckAllUsed(kPoints); }), HasSubstr("self_atn.softmax\"; nearest"));
 }

@@ -98,8 +98,7 @@ const SmokeCase& FindSmokeCase(std::string_view name) {
     if (known.name == name) return known;
     names.push_back(known.name);
   }
-  Fail("inspect: no case \"{}\"{}; `circlet inspect --mode wrapper-smoke --list-cases` lists all", name,
-       NearestHint(name, names));
+  Fail("no case \"{}\"{}; `circlet smoke --list-cases` lists all", name, NearestHint(name, names));
 }
 
 }  // namespace circlet

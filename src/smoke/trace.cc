@@ -165,8 +165,7 @@ std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe
   if (!explain.empty()) {
     const std::vector<std::string> names = session.PointNames();
     if (std::ranges::find(names, explain) == names.end())
-      Fail("inspect: no point \"{}\"{}; `--mode trace --rows {}` lists all", explain, NearestHint(explain, names),
-           names.size());
+      Fail("no point \"{}\"{}; `--rows {}` lists all", explain, NearestHint(explain, names), names.size());
   }
   session.Observe(iters);
   session.Freeze();
