@@ -776,6 +776,29 @@ TEST_F(ManyProcesses, GiveTheBytesOfOne) {
   }
 }
 
+TEST_F(ManyProcesses, MeasureATextAndAnswersLikeOne) {
+  const std::string captions = ReadFile(kTiny + "/eval/captions.jsonl"), data = ReadFile(kTiny + "/eval/calib.jsonl");
+  fs::create_directory_symlink(kTiny + "/eval/images", Out("images"));
+  WriteFile(Out("captions.jsonl"), captions.substr(0, captions.find("\n{\"image\": \"images/eval_004")));
+  WriteFile(Out("calib.jsonl"), data.substr(0, data.find('\n')) + data.substr(data.rfind('\n', data.size() - 2)));
+  std::string text, json;
+  for (const int processes : {1, 2, 3}) {
+    const std::string file = Out(fmt::format("{}.json", processes));
+    const ProgramResult result =
+        RunCirclet(processes, {"evaluate", kTiny, "--data", Out("calib.jsonl"), "--recipe", "w4a16", "--eval-text",
+                               kTiny + "/eval/heldout.txt", "--eval-windows", "5", "--eval-captions",
+                               Out("captions.jsonl"), "--quiet", "--json", file});
+    ASSERT_EQ(result.exit_code, 0) << result.err;
+    if (processes == 1) {
+      text = result.out;
+      json = ReadFile(file);
+    }
+    EXPECT_EQ(result.out, text) << processes << " processes";
+    EXPECT_EQ(ReadFile(file), json) << processes << " processes";
+  }
+  EXPECT_THAT(text, AllOf(HasSubstr("same top-1"), HasSubstr("captions: ")));
+}
+
 TEST_F(ManyProcesses, MergePercentilesExactly) {
   const std::vector<std::string> percentile{
       "--set", "pipeline.0.activation={dtype: int16, observer: percentile, percentile: 99.5}"};

@@ -546,6 +546,25 @@ double SumOfExpImpl(const float* x, int64_t count, float shift) {
   return total;
 }
 
+ExpSums SumsOfExpImpl(const float* x, const float* y, int64_t count, float shift) {
+  const auto shifts = hn::Set(kD64, static_cast<double>(shift));
+  auto plain = hn::Zero(kD64), weighted = hn::Zero(kD64);
+  int64_t i = 0;
+  for (; i + kDoubles <= count; i += kDoubles) {
+    const auto of_x = hn::PromoteTo(kD64, hn::LoadU(kHalf, x + i)), of_y = hn::PromoteTo(kD64, hn::LoadU(kHalf, y + i));
+    const auto term = hn::Exp(kD64, hn::Sub(of_x, shifts));
+    plain = hn::Add(plain, term);
+    weighted = hn::MulAdd(term, hn::Sub(of_x, of_y), weighted);
+  }
+  ExpSums sums{hn::GetLane(hn::SumOfLanes(kD64, plain)), hn::GetLane(hn::SumOfLanes(kD64, weighted))};
+  for (; i < count; ++i) {
+    const double term = std::exp(static_cast<double>(x[i]) - shift);
+    sums.plain += term;
+    sums.times_difference += term * (static_cast<double>(x[i]) - y[i]);
+  }
+  return sums;
+}
+
 }  // namespace circlet::simd::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -572,6 +591,7 @@ HWY_EXPORT(GeluImpl);
 HWY_EXPORT(RmsNormRowsImpl);
 HWY_EXPORT(SoftmaxRowImpl);
 HWY_EXPORT(SumOfExpImpl);
+HWY_EXPORT(SumsOfExpImpl);
 
 const char* InstructionSet() { return HWY_DYNAMIC_DISPATCH(InstructionSetImpl)(); }
 
@@ -618,6 +638,9 @@ void RmsNormRows(const float* x, const float* gamma, int64_t rows, int64_t width
   HWY_DYNAMIC_DISPATCH(RmsNormRowsImpl)(x, gamma, rows, width, eps, y);
 }
 double SumOfExp(const float* x, int64_t count, float shift) { return HWY_DYNAMIC_DISPATCH(SumOfExpImpl)(x, count, shift); }
+ExpSums SumsOfExp(const float* x, const float* y, int64_t count, float shift) {
+  return HWY_DYNAMIC_DISPATCH(SumsOfExpImpl)(x, y, count, shift);
+}
 void SoftmaxRow(float* x, int64_t count) { HWY_DYNAMIC_DISPATCH(SoftmaxRowImpl)(x, count); }
 
 }  // namespace circlet::simd

@@ -63,6 +63,11 @@ void Gelu(const float* x, int64_t count, float* y);  // tanh form
 void RmsNormRows(const float* x, const float* gamma, int64_t rows, int64_t width, float eps, float* y);
 // Sum of exp(x - shift), in float64. A NaN counts as 0.
 double SumOfExp(const float* x, int64_t count, float shift);
+// The same, and the sum of exp(x - shift) * (x - y), in which a NaN of either stays.
+struct ExpSums {
+  double plain = 0, times_difference = 0;
+};
+ExpSums SumsOfExp(const float* x, const float* y, int64_t count, float shift);
 // One row in place: exp(x - max) / sum, terms below exp(-28) are 0. Leading or trailing terms that are 0 may be left
 // out by the caller without changing a bit of the others, provided that it starts at a multiple of kSoftmaxLanes.
 inline constexpr int64_t kSoftmaxLanes = 16;

@@ -301,6 +301,27 @@ TEST(SimdTest, SumOfExpIsExactToDoubleTerms) {
   });
 }
 
+TEST(SimdTest, SumsOfExpWeighTheDifferenceAndKeepANaNOfEither) {
+  OnEveryTarget([] {
+    for (const int64_t count : kCounts) {
+      const std::vector<float> x = Normal(static_cast<size_t>(count), 11, 20);
+      std::vector<float> y = Normal(static_cast<size_t>(count), 12, 20);
+      double weighted = 0, size = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const double term = std::exp(static_cast<double>(x[i]) - 30.0f) * (static_cast<double>(x[i]) - y[i]);
+        weighted += term;
+        size += std::abs(term);
+      }
+      const ExpSums sums = SumsOfExp(x.data(), y.data(), count, 30.0f);
+      EXPECT_EQ(sums.plain, SumOfExp(x.data(), count, 30.0f)) << count;
+      EXPECT_NEAR(sums.times_difference, weighted, 1e-13 * size) << count;
+      if (count == 0) continue;
+      y[count / 2] = std::numeric_limits<float>::quiet_NaN();
+      EXPECT_TRUE(std::isnan(SumsOfExp(x.data(), y.data(), count, 30.0f).times_difference)) << count;
+    }
+  });
+}
+
 TEST(SimdTest, SoftmaxSumsToOneAndCutsFarTerms) {
   OnEveryTarget([] {
     for (const int64_t count : kCounts) {

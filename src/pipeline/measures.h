@@ -2,6 +2,7 @@
 
 // What the output stage tells of the model's answers.
 
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -14,9 +15,9 @@ struct HeadResult {
   StageError error;
   Shape shape;                                   // of the last measured sample's logits
   std::vector<std::pair<float, float>> scatter;  // float, quantized
-  double float_nll = 0, quantized_nll = 0;       // sums over all windows
-  int64_t window_tokens = 0;
-  int64_t captions = 0, float_exact = 0, quantized_exact = 0;
+  std::optional<Perplexity> perplexity;
+  std::optional<Agreement> agreement;
+  std::optional<Captions> captions;
 };
 
 }  // namespace circlet

@@ -392,11 +392,9 @@ void Run::FillResult() {
   result_.output_name = "logits";
   result_.output_shape.assign(head_->shape.Sizes().begin(), head_->shape.Sizes().end());
   result_.scatter = std::move(head_->scatter);
-  if (head_->window_tokens > 0)
-    result_.perplexity = Perplexity{.tokens = head_->window_tokens,
-                                    .float_value = std::exp(head_->float_nll / head_->window_tokens),
-                                    .quantized_value = std::exp(head_->quantized_nll / head_->window_tokens)};
-  if (head_->captions > 0) result_.captions = Captions{head_->captions, head_->float_exact, head_->quantized_exact};
+  result_.perplexity = head_->perplexity;
+  result_.agreement = head_->agreement;
+  result_.captions = head_->captions;
   result_.recipe = settings_.recipe.Name();
   if (const Calibration& calibration = job_.GetCalibration(); calibration.Frozen())
     result_.grids =

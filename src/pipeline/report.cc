@@ -23,6 +23,47 @@ nlohmann::json ToJson(const ErrorMetrics& metrics) {
           {"nonfinite", metrics.nonfinite_quantized + metrics.nonfinite_reference}};
 }
 
+nlohmann::json ToJson(const Agreement& agreement) {
+  return {{"tokens", agreement.tokens},
+          {"kl", Number(agreement.divergence.value)},
+          {"kl_standard_error", Number(agreement.divergence.standard_error)},
+          {"same_top", Number(agreement.same_top.value)},
+          {"same_top_standard_error", Number(agreement.same_top.standard_error)}};
+}
+
+nlohmann::json ToJson(const Perplexity& perplexity) {
+  return {{"windows", perplexity.windows},
+          {"tokens", perplexity.tokens},
+          {"float", Number(perplexity.float_value)},
+          {"float_standard_error", Number(perplexity.float_error)},
+          {"quantized", Number(perplexity.quantized_value)},
+          {"quantized_standard_error", Number(perplexity.quantized_error)},
+          {"log_loss_difference", Number(perplexity.log_loss_difference.value)},
+          {"log_loss_difference_standard_error", Number(perplexity.log_loss_difference.standard_error)}};
+}
+
+// "34.02 ± 0.53": a mean with its standard error, where there is one.
+std::string WithError(const std::string& mean, double error) {
+  return std::isnan(error) ? mean : fmt::format("{} ± {:.2g}", mean, error);
+}
+
+std::string AgreementText(const Agreement& agreement) {
+  const Mean& divergence = agreement.divergence;
+  return fmt::format("KL(float || quantized) {} nats a token, same top-1 at {:.2f} % of {} tokens",
+                     WithError(fmt::format("{:.4g}", divergence.value), divergence.standard_error),
+                     100 * agreement.same_top.value, agreement.tokens);
+}
+
+std::string PerplexityText(const Perplexity& perplexity) {
+  const Mean& difference = perplexity.log_loss_difference;
+  return fmt::format(
+      "perplexity: float {}, quantized {} ({} windows, {} tokens)\n"
+      "log-loss, quantized - float: {} nats a token\n",
+      WithError(fmt::format("{:.4f}", perplexity.float_value), perplexity.float_error),
+      WithError(fmt::format("{:.4f}", perplexity.quantized_value), perplexity.quantized_error), perplexity.windows,
+      perplexity.tokens, WithError(fmt::format("{:+.4g}", difference.value), difference.standard_error));
+}
+
 }  // namespace
 
 std::string ReportText(const QuantizeResult& result) {
@@ -61,13 +102,11 @@ std::string ReportText(const QuantizeResult& result) {
     table.Row({stage.stage, fmt::format("{:.4f}", 100 * stage.alone.Peir()), fmt::format("{:.4f}", 100 * stage.accumulated.Peir()),
                fmt::format("{:.6f}", stage.accumulated.MeanAbs()), fmt::format("{:.6f}", stage.accumulated.MaxAbs())});
   text += table.ToString();
-  if (result.perplexity)
-    text += fmt::format("\nperplexity: float {:.4f}, quantized {:.4f} ({} windows, {} tokens)\n",
-                        result.perplexity->float_value, result.perplexity->quantized_value, result.perplexity->windows,
-                        result.perplexity->tokens);
-  if (result.captions)
-    text += fmt::format("captions: float {} of {}, quantized {}\n", result.captions->float_exact, result.captions->pictures,
-                        result.captions->quantized_exact);
+  if (result.agreement) text += fmt::format("\n{}\n", AgreementText(*result.agreement));
+  if (result.perplexity) text += PerplexityText(*result.perplexity);
+  if (const auto& captions = result.captions)
+    text += fmt::format("captions: float {} of {}, quantized {}; {}\n", captions->float_exact, captions->pictures,
+                        captions->quantized_exact, AgreementText(captions->agreement));
   if (!result.vision_profile.empty()) text += fmt::format("vision units: {}\n", result.vision_profile);
   if (!result.units.empty()) {
     int64_t bytes = 0, operators = 0;
@@ -123,15 +162,13 @@ std::string ReportJson(const QuantizeResult& result) {
   json["stages"] = nlohmann::json::array();
   for (const StageError& stage : result.stages)
     json["stages"].push_back({{"stage", stage.stage}, {"alone", ToJson(stage.alone)}, {"accumulated", ToJson(stage.accumulated)}});
-  if (result.perplexity)
-    json["perplexity"] = {{"windows", result.perplexity->windows},
-                          {"tokens", result.perplexity->tokens},
-                          {"float", result.perplexity->float_value},
-                          {"quantized", result.perplexity->quantized_value}};
+  if (result.perplexity) json["perplexity"] = ToJson(*result.perplexity);
+  if (result.agreement) json["agreement"] = ToJson(*result.agreement);
   if (result.captions)
     json["captions"] = {{"pictures", result.captions->pictures},
                         {"float_exact", result.captions->float_exact},
-                        {"quantized_exact", result.captions->quantized_exact}};
+                        {"quantized_exact", result.captions->quantized_exact},
+                        {"agreement", ToJson(result.captions->agreement)}};
   if (result.compute_change) {
     const ComputeChange& change = *result.compute_change;
     json["compute"] = {{"products", "bf16"},

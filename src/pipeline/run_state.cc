@@ -13,28 +13,45 @@ namespace circlet {
 namespace fs = std::filesystem;
 namespace {
 
-// Bits, since JSON has no infinities.
-using MetricBits = std::array<uint64_t, sizeof(ErrorMetrics) / sizeof(uint64_t)>;
+// Figures as bits, since JSON has no infinities.
+template <typename Figures>
+using BitsOf = std::array<uint64_t, sizeof(Figures) / sizeof(uint64_t)>;
+
+template <typename Figures>
+nlohmann::json SaveBits(const Figures& figures) {
+  return std::bit_cast<BitsOf<Figures>>(figures);
+}
+template <typename Figures>
+nlohmann::json SaveBits(const std::optional<Figures>& figures) {
+  return figures ? SaveBits(*figures) : nlohmann::json();
+}
+
+template <typename Figures>
+void RestoreBits(const nlohmann::json& json, Figures& figures) {
+  figures = std::bit_cast<Figures>(json.get<BitsOf<Figures>>());
+}
+template <typename Figures>
+void RestoreBits(const nlohmann::json& json, std::optional<Figures>& figures) {
+  if (!json.is_null()) RestoreBits(json, figures.emplace());
+}
 
 nlohmann::json SaveError(const StageError& error) {
-  return {{"stage", error.stage},
-          {"alone", std::bit_cast<MetricBits>(error.alone)},
-          {"accumulated", std::bit_cast<MetricBits>(error.accumulated)}};
+  return {{"stage", error.stage}, {"alone", SaveBits(error.alone)}, {"accumulated", SaveBits(error.accumulated)}};
 }
 
 StageError RestoreError(const nlohmann::json& json) {
-  const auto metrics = [&](const char* which) { return std::bit_cast<ErrorMetrics>(json.at(which).get<MetricBits>()); };
-  return {.stage = json.at("stage"), .alone = metrics("alone"), .accumulated = metrics("accumulated")};
+  StageError error{.stage = json.at("stage")};
+  RestoreBits(json.at("alone"), error.alone);
+  RestoreBits(json.at("accumulated"), error.accumulated);
+  return error;
 }
 
 nlohmann::json SaveHead(const HeadResult& head) {
   nlohmann::json scatter = nlohmann::json::array();
   for (const auto& [f, q] : head.scatter) scatter.push_back({std::bit_cast<uint32_t>(f), std::bit_cast<uint32_t>(q)});
-  return {{"error", SaveError(head.error)},
-          {"shape", head.shape.Sizes()},
-          {"scatter", std::move(scatter)},
-          {"nll", {std::bit_cast<uint64_t>(head.float_nll), std::bit_cast<uint64_t>(head.quantized_nll)}},
-          {"counts", {head.window_tokens, head.captions, head.float_exact, head.quantized_exact}}};
+  return {{"error", SaveError(head.error)},        {"shape", head.shape.Sizes()},
+          {"scatter", std::move(scatter)},         {"perplexity", SaveBits(head.perplexity)},
+          {"agreement", SaveBits(head.agreement)}, {"captions", SaveBits(head.captions)}};
 }
 
 HeadResult RestoreHead(const nlohmann::json& json) {
@@ -43,11 +60,9 @@ HeadResult RestoreHead(const nlohmann::json& json) {
   for (const auto& pair : json.at("scatter"))
     head.scatter.emplace_back(std::bit_cast<float>(pair.at(0).get<uint32_t>()),
                               std::bit_cast<float>(pair.at(1).get<uint32_t>()));
-  head.float_nll = std::bit_cast<double>(json.at("nll").at(0).get<uint64_t>());
-  head.quantized_nll = std::bit_cast<double>(json.at("nll").at(1).get<uint64_t>());
-  const auto counts = json.at("counts").get<std::array<int64_t, 4>>();
-  std::tie(head.window_tokens, head.captions, head.float_exact, head.quantized_exact) =
-      std::tie(counts[0], counts[1], counts[2], counts[3]);
+  RestoreBits(json.at("perplexity"), head.perplexity);
+  RestoreBits(json.at("agreement"), head.agreement);
+  RestoreBits(json.at("captions"), head.captions);
   return head;
 }
 
@@ -78,19 +93,17 @@ std::string FirstChange(const nlohmann::json& before, const nlohmann::json& now,
 nlohmann::json SaveChange(const ComputeChange& change) {
   return {{"sample", change.sample},
           {"points", change.points},
-          {"changes",
-           {std::bit_cast<uint64_t>(change.mean_range_change), std::bit_cast<uint64_t>(change.max_range_change)}},
+          {"changes", {SaveBits(change.mean_range_change), SaveBits(change.max_range_change)}},
           {"max_point", change.max_point},
-          {"logits", std::bit_cast<MetricBits>(change.logits)}};
+          {"logits", SaveBits(change.logits)}};
 }
 
 ComputeChange RestoreChange(const nlohmann::json& json) {
-  return {.sample = json.at("sample"),
-          .points = json.at("points"),
-          .mean_range_change = std::bit_cast<double>(json.at("changes").at(0).get<uint64_t>()),
-          .max_range_change = std::bit_cast<double>(json.at("changes").at(1).get<uint64_t>()),
-          .max_point = json.at("max_point"),
-          .logits = std::bit_cast<ErrorMetrics>(json.at("logits").get<MetricBits>())};
+  ComputeChange change{.sample = json.at("sample"), .points = json.at("points"), .max_point = json.at("max_point")};
+  RestoreBits(json.at("changes").at(0), change.mean_range_change);
+  RestoreBits(json.at("changes").at(1), change.max_range_change);
+  RestoreBits(json.at("logits"), change.logits);
+  return change;
 }
 
 nlohmann::json IdentityOf(const QuantizeOptions& options, const Recipe& recipe, int processes,
@@ -160,7 +173,8 @@ int RunState::Load(RunParts& parts, const std::function<PointSpec(const std::str
          FirstChange(state.at("identity"), identity_, ""));
   try {
     Restore(state, parts, specs);
-    if (parts.head.has_value() != (done == phases)) Fail("has {} head; start again with --force", parts.head ? "a" : "no");
+    if (parts.head.has_value() != (done == phases))
+      Fail("has {} head; start again with --force", parts.head ? "a" : "no");
   } catch (const nlohmann::json::exception& error) {
     Fail("{}: is damaged ({}); start again with --force", StatePath(done).string(), error.what());
   } catch (const Error& error) {

@@ -13,6 +13,7 @@
 #include "circlet/exec/executor.h"
 #include "circlet/preprocess/samples.h"
 #include "circlet/report/metrics.h"
+#include "circlet/report/statistics.h"
 
 namespace circlet {
 
@@ -73,11 +74,21 @@ struct UnitFile {
   int64_t operators = 0;
 };
 
+// Of a text in windows. Standard errors take the tokens of a window as one cluster.
 struct Perplexity {
   int64_t windows = 0;
   int64_t tokens = 0;
-  double float_value = 0;      // exp(mean negative log-likelihood)
-  double quantized_value = 0;
+  double float_value = 0, float_error = 0;  // exp(mean negative log-likelihood), its standard error
+  double quantized_value = 0, quantized_error = 0;
+  Mean log_loss_difference;  // of the mean negative log-likelihoods, quantized - float: paired, window by window
+};
+
+// How near the fake-quantized model's predictions of the next token are to the float model's. Of a text each window is
+// a cluster, of captions each answer.
+struct Agreement {
+  int64_t tokens = 0;
+  Mean divergence;  // KL(float || quantized) over the whole vocabulary, nats a token
+  Mean same_top;    // share of tokens whose most likely one is the same
 };
 
 // Pictures whose greedy answer is the caption, to the letter.
@@ -85,6 +96,7 @@ struct Captions {
   int64_t pictures = 0;
   int64_t float_exact = 0;
   int64_t quantized_exact = 0;
+  Agreement agreement;  // over the tokens of the answers
 };
 
 // What bf16 products change: one calibration sample, with a picture if there is one, runs in float32 beside the bf16
@@ -127,6 +139,7 @@ struct QuantizeResult {
   std::vector<int64_t> output_shape;
   std::vector<std::pair<float, float>> scatter;  // float, quantized: some of the output's values
   std::optional<Perplexity> perplexity;
+  std::optional<Agreement> agreement;  // over the tokens of the perplexity text
   std::optional<Captions> captions;
   int64_t pictures = 0;         // that ran through the vision tower
   std::string vision_profile;   // layout of the exported vision units: "24x24 patches, 64 tokens from position 5"

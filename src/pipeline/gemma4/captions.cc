@@ -4,11 +4,11 @@
 
 namespace circlet::gemma4 {
 
-bool Answers(const Sequence& caption, std::span<const int> stops, const Tails& tails) {
+bool Answers(const Sequence& caption, std::span<const int> stops, const Tails& tails, Tail TailPair::*chain) {
   const auto length = static_cast<int64_t>(caption.ids.size());
   bool exact = true;
   for (int64_t position = caption.FirstRead(); position + 1 < length; ++position) {
-    const int64_t choice = tails[position].choice;
+    const int64_t choice = (tails[position].*chain).choice;
     const bool stop = std::ranges::find(stops, choice) != stops.end();
     exact &= position + 2 == length ? stop : choice == caption.ids[position + 1];
   }

@@ -7,8 +7,8 @@
 
 namespace circlet::gemma4 {
 
-// Whether the greedy choice at every position of a caption's answer is the answer's next token, and at its end one of
-// `stops`.
-bool Answers(const Sequence& caption, std::span<const int> stops, const Tails& tails);
+// Whether a chain's greedy choice at every position of a caption's answer is the answer's next token, and at its end
+// one of `stops`.
+bool Answers(const Sequence& caption, std::span<const int> stops, const Tails& tails, Tail TailPair::*chain);
 
 }  // namespace circlet::gemma4

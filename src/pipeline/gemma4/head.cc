@@ -9,6 +9,7 @@
 #include "circlet/base/threads.h"
 #include "circlet/model/gemma4/text.h"
 #include "pipeline/exchange.h"
+#include "pipeline/gemma4/agreement.h"
 #include "pipeline/gemma4/captions.h"
 #include "pipeline/gemma4/keys.h"
 #include "pipeline/gemma4/perplexity.h"
@@ -45,7 +46,8 @@ void AddErrors(const Item& item, int64_t begin, const Tensor& expected, const Te
 // Figures of one item, in a form that can be sent.
 struct Figures {
   ErrorMetrics alone, accumulated;
-  double float_nll = 0, quantized_nll = 0;
+  WindowLoss loss;
+  ItemAgreement agreement;
   bool float_exact = false, quantized_exact = false;
 };
 
@@ -61,9 +63,9 @@ bool IsReal(const Item& item, int64_t position) {
 
 enum class Reading { kFloat, kObserve, kRound };
 
-// Whether the head reads an item's float chain to observe or follow it, and the rounded chain.
-bool ReadInFloat(const Passage& passage) { return passage.observed || passage.followed || passage.control; }
-bool ReadRounded(const Passage& passage) { return passage.measured || passage.followed; }
+// Whether the head reads an item's float chain before the grids are known, and both chains when they are.
+bool ReadInFloat(const Passage& passage) { return passage.observed || passage.control; }
+bool ReadBoth(const Passage& passage) { return passage.measured || passage.followed; }
 
 }  // namespace
 
@@ -101,14 +103,14 @@ int64_t Head::Work() const {
   int64_t work = 0;
   for (const Item& item : context_.texts) {
     const Passage passage = context_.texts.PassageOf(item);
-    if (item.rank == context_.world_rank) work += ReadInFloat(passage) + ReadRounded(passage);
+    if (item.rank == context_.world_rank) work += ReadInFloat(passage) + ReadBoth(passage);
   }
   return work * ((vocab_ + rows_ - 1) / rows_);
 }
 
 StageEstimate Head::Estimate() const {
   StageEstimate estimate{.name = "logits"};
-  int64_t longest = 0, measured_positions = 0;  // whose errors are summed one by one
+  int64_t longest = 0, measured_positions = 0, followed_positions = 0;  // whose figures are kept one by one
   for (const Item& item : context_.texts) {
     if (item.rank != context_.world_rank) continue;
     const Passage passage = context_.texts.PassageOf(item);
@@ -116,11 +118,13 @@ StageEstimate Head::Estimate() const {
         2.0 * static_cast<double>(item.length * width_) * static_cast<double>(vocab_) * passage.HeadRuns();
     longest = std::max(longest, item.length);
     if (passage.measured) measured_positions += item.length;
+    if (passage.followed) followed_positions += item.length;
   }
   // A slice of the head in float32 and rounded; the float logits of a slice, and the others' beside them.
   estimate.weight_bytes = 2 * 4 * rows_ * width_;
   estimate.working_bytes = 4 * (5 * rows_ * std::min(positions_, longest) + 4 * longest * width_) +
-                           2 * static_cast<int64_t>(sizeof(ErrorMetrics)) * measured_positions;
+                           2 * static_cast<int64_t>(sizeof(ErrorMetrics)) * measured_positions +
+                           static_cast<int64_t>(sizeof(TailPair)) * followed_positions;
   return estimate;
 }
 
@@ -136,17 +140,16 @@ class Head::Measurement {
         alone_(stage.items.Size()),
         accumulated_(stage.items.Size()),
         scatter_(stage.items.Size()),
-        float_tails_(stage.items.Size()),
-        quantized_tails_(stage.items.Size()) {
+        tails_(stage.items.Size()) {
     for (const Item& item : s_.items)
-      if (s_.PassageOf(item).followed) float_tails_[item.id] = quantized_tails_[item.id] = Tails(item.length);
+      if (s_.PassageOf(item).followed) tails_[item.id].resize(item.length);
   }
 
   HeadResult Run() {
     ReadFloatChain();
     ShareObservers(s_.calibration, s_.world);
     s_.calibration.Freeze(head_.Build(1, vocab_), s_.stored);
-    ReadRoundedChain();
+    ReadBothChains();
     return Result();
   }
 
@@ -195,14 +198,17 @@ class Head::Measurement {
     });
   }
 
-  // body(begin, normed of positions [begin, ..)) for each slice of what is read of an item.
+  // body(begin, part) for each slice of the positions that are read of an item: the first of them, and what cuts it out
+  // of a normed tensor as stored.
   template <typename Body>
-  void ForPositions(const Item& item, Chain chain, const Body& body) const {
-    const Tensor normed = s_.store.Get(item.id, chain, key::kNormed);
+  void ForPositions(const Item& item, const Body& body) const {
     const int64_t first = c_.SequenceOf(item).FirstRead(), count = item.length - first;
-    for (int64_t begin = 0; begin < count; begin += head_.positions_)
-      body(first + begin, normed.Slice(begin, std::min(count, begin + head_.positions_), 1));
+    for (int64_t begin = 0; begin < count; begin += head_.positions_) {
+      const int64_t end = std::min(count, begin + head_.positions_);
+      body(first + begin, [=](const Tensor& normed) { return normed.Slice(begin, end, 1); });
+    }
   }
+  Tensor Normed(const Item& item, Chain chain) const { return s_.store.Get(item.id, chain, key::kNormed); }
 
   void ReadFloatChain() {
     Tensor weight, operand;
@@ -213,44 +219,43 @@ class Head::Measurement {
           operand = Operand(rows);
         },
         [&](const Item& item, int64_t first, int64_t rows, Worker& worker) {
-          const bool observe = s_.PassageOf(item).observed;
           if (s_.PassageOf(item).control) return MeasureControl(item, rows, worker, weight, operand);
-          ForPositions(item, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
-            ReadyGraph& plan =
-                PlanFor(worker, item, normed.GetShape()[1], rows, observe ? Reading::kObserve : Reading::kFloat);
-            if (observe) plan.reading->Begin(item.index, PointReading::Slice{begin, item.length, first, rows, vocab_});
-            const Tensor logits = Logits(plan, normed, operand);
-            if (observe) plan.reading->End();
-            FollowItem(item, logits, begin, first, float_tails_[item.id]);
+          const Tensor whole = Normed(item, Chain::kFloat);
+          ForPositions(item, [&](int64_t begin, const auto& part) {
+            const Tensor normed = part(whole);
+            ReadyGraph& plan = PlanFor(worker, item, normed.GetShape()[1], rows, Reading::kObserve);
+            plan.reading->Begin(item.index, PointReading::Slice{begin, item.length, first, rows, vocab_});
+            Logits(plan, normed, operand);
+            plan.reading->End();
           });
         });
   }
 
-  void ReadRoundedChain() {
+  void ReadBothChains() {
     Tensor weight, rounded;
     const auto begin_slice = [&](int64_t first, const Tensor& rows) {
       weight = Operand(rows);
       rounded = Operand(s_.calibration.RoundedRows(kHeadWeight, rows, first));
     };
-    ForAll(ReadRounded, begin_slice, [&](const Item& item, int64_t first, int64_t rows, Worker& worker) {
-      if (s_.PassageOf(item).measured) return Measure(item, first, rows, worker, weight, rounded);
-      ForPositions(item, Chain::kQuant, [&](int64_t begin, const Tensor& normed) {
-        ReadyGraph& plan = PlanFor(worker, item, normed.GetShape()[1], rows, Reading::kRound);
-        FollowItem(item, Logits(plan, normed, rounded), begin, first, quantized_tails_[item.id]);
-      });
+    ForAll(ReadBoth, begin_slice, [&](const Item& item, int64_t first, int64_t rows, Worker& worker) {
+      Compare(item, first, rows, worker, weight, rounded);
     });
   }
 
   // Float logits against those of the rounded head on float inputs, and of the chain that is rounded from the start.
-  void Measure(const Item& item, int64_t first, int64_t rows, Worker& worker, const Tensor& weight,
+  void Compare(const Item& item, int64_t first, int64_t rows, Worker& worker, const Tensor& weight,
                const Tensor& rounded) {
-    const Tensor quantized = s_.store.Get(item.id, Chain::kQuant, key::kNormed);
-    ForPositions(item, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
+    const Tensor reference = Normed(item, Chain::kFloat), quantized = Normed(item, Chain::kQuant);
+    const Passage passage = s_.PassageOf(item);
+    ForPositions(item, [&](int64_t begin, const auto& part) {
+      const Tensor normed = part(reference);
       const int64_t length = normed.GetShape()[1];
       ReadyGraph& rounding = PlanFor(worker, item, length, rows, Reading::kRound);
       const Tensor expected = Logits(PlanFor(worker, item, length, rows, Reading::kFloat), normed, weight).Clone();
-      if (item.alone) AddErrors(item, begin, expected, Logits(rounding, normed, rounded), alone_[item.id]);
-      const Tensor found = Logits(rounding, quantized.Slice(begin, begin + length, 1), rounded);
+      if (passage.alone) AddErrors(item, begin, expected, Logits(rounding, normed, rounded), alone_[item.id]);
+      const Tensor found = Logits(rounding, part(quantized), rounded);
+      if (passage.followed) Follow(expected, found, begin, first, c_.SequenceOf(item).ids, tails_[item.id]);
+      if (!passage.measured) return;
       AddErrors(item, begin, expected, found, accumulated_[item.id]);
       Scatter(item, expected, found, begin, first);
       Capture(item, Chain::kFloat, expected, begin, first);
@@ -261,13 +266,13 @@ class Head::Measurement {
   // What products in bf16 change in the float model.
   void MeasureControl(const Item& control, int64_t rows, Worker& worker, const Tensor& weight, const Tensor& operand) {
     const Item& repeated = s_.items[control.control_of];
-    const Tensor other = s_.store.Get(repeated.id, Chain::kFloat, key::kNormed);
-    ForPositions(control, Chain::kFloat, [&](int64_t begin, const Tensor& normed) {
+    const Tensor of_control = Normed(control, Chain::kFloat), other = Normed(repeated, Chain::kFloat);
+    ForPositions(control, [&](int64_t begin, const auto& part) {
+      const Tensor normed = part(of_control);
       const int64_t length = normed.GetShape()[1];
       const Tensor exact = Logits(PlanFor(worker, control, length, rows, Reading::kFloat), normed, weight).Clone();
       AddErrors(control, begin, exact,
-                Logits(PlanFor(worker, repeated, length, rows, Reading::kFloat), other.Slice(begin, begin + length, 1),
-                       operand),
+                Logits(PlanFor(worker, repeated, length, rows, Reading::kFloat), part(other), operand),
                 accumulated_[control.id]);
     });
   }
@@ -296,10 +301,6 @@ class Head::Measurement {
     });
   }
 
-  void FollowItem(const Item& item, const Tensor& logits, int64_t begin, int64_t first, Tails& tails) const {
-    if (!tails.empty()) Follow(logits, begin, first, c_.SequenceOf(item).ids, tails);
-  }
-
   HeadResult Result() {
     for (const Item& item : s_.items) {
       Figures& own = figures_[item.id];
@@ -307,12 +308,13 @@ class Head::Measurement {
       own.alone = Total(alone_[item.id]);
       own.accumulated = Total(accumulated_[item.id]);
       if (s_.PassageOf(item).control) s_.change->logits.Merge(std::exchange(own.accumulated, {}));
-      if (item.kind == ItemKind::kWindow) {
-        own.float_nll = NegativeLogLikelihood(float_tails_[item.id]);
-        own.quantized_nll = NegativeLogLikelihood(quantized_tails_[item.id]);
-      } else if (item.kind == ItemKind::kCaption) {
-        own.float_exact = Answers(c_.SequenceOf(item), c_.config.eos_token_ids, float_tails_[item.id]);
-        own.quantized_exact = Answers(c_.SequenceOf(item), c_.config.eos_token_ids, quantized_tails_[item.id]);
+      const Tails& tails = tails_[item.id];
+      if (s_.PassageOf(item).followed) own.agreement = AgreementOf(tails, c_.SequenceOf(item).FirstRead());
+      if (item.kind == ItemKind::kWindow) own.loss = LossOf(tails);
+      if (item.kind == ItemKind::kCaption) {
+        const std::span<const int> stops = c_.config.eos_token_ids;
+        own.float_exact = Answers(c_.SequenceOf(item), stops, tails, &TailPair::reference);
+        own.quantized_exact = Answers(c_.SequenceOf(item), stops, tails, &TailPair::quantized);
       }
     }
     const auto figures = AllGather<Figures>(s_.world, figures_);
@@ -323,18 +325,32 @@ class Head::Measurement {
       for (const ScatterPoint& point : of_rank) by_item[point.item].push_back(point);
 
     HeadResult result{.error = {.stage = "logits"}};
+    std::vector<WindowLoss> losses;
+    std::vector<ItemAgreement> windows, answers;
+    Captions captions;
     for (const Item& item : s_.items) {
       const Figures& own = figures[item.rank][item.id];
       result.error.alone.Merge(own.alone);
       result.error.accumulated.Merge(own.accumulated);
-      result.float_nll += own.float_nll;
-      result.quantized_nll += own.quantized_nll;
-      result.float_exact += own.float_exact;
-      result.quantized_exact += own.quantized_exact;
-      result.captions += item.kind == ItemKind::kCaption;
-      if (item.kind == ItemKind::kWindow) result.window_tokens += item.length - 1;
+      if (item.kind == ItemKind::kWindow) {
+        losses.push_back(own.loss);
+        windows.push_back(own.agreement);
+      } else if (item.kind == ItemKind::kCaption) {
+        ++captions.pictures;
+        captions.float_exact += own.float_exact;
+        captions.quantized_exact += own.quantized_exact;
+        answers.push_back(own.agreement);
+      }
       if (s_.PassageOf(item).measured) result.shape = {1, item.length, vocab_};
       for (const ScatterPoint& point : by_item[item.id]) result.scatter.emplace_back(point.reference, point.quantized);
+    }
+    if (!windows.empty()) {
+      result.perplexity = PerplexityOf(losses);
+      result.agreement = AgreementOf(windows);
+    }
+    if (!answers.empty()) {
+      captions.agreement = AgreementOf(answers);
+      result.captions = captions;
     }
     return result;
   }
@@ -346,7 +362,7 @@ class Head::Measurement {
   std::vector<Figures> figures_;  // by item id, like the following
   std::vector<PositionErrors> alone_, accumulated_;
   std::vector<std::vector<ScatterPoint>> scatter_;
-  std::vector<Tails> float_tails_, quantized_tails_;
+  std::vector<Tails> tails_;
 };
 
 HeadResult Head::Run(const StageContext& stage) { return Measurement(*this, stage).Run(); }

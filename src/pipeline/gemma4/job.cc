@@ -208,7 +208,6 @@ void Gemma4Job::Describe(QuantizeResult& result) const {
   const QuantizeOptions& options = settings_.options;
   result.seconds["load"] += load_seconds_;
   result.output_on_calibration_data = data_.evaluation.empty();
-  if (result.perplexity) result.perplexity->windows = static_cast<int64_t>(data_.windows.size());
   if (profile_)
     result.vision_profile =
         fmt::format("{}x{} patches, {} soft tokens from position {} ({})", profile_->patch_grid_height,

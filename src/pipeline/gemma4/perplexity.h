@@ -1,10 +1,20 @@
 #pragma once
 
+#include <span>
+
+#include "circlet/pipeline/quantize.h"
 #include "pipeline/gemma4/tails.h"
 
 namespace circlet::gemma4 {
 
-// Of a window: the sum of -log p(next token) over all positions that have a next one.
-double NegativeLogLikelihood(const Tails& tails);
+// Sums of -log p(next token) over the positions of a window that have a next one.
+struct WindowLoss {
+  int64_t tokens = 0;
+  double reference = 0, quantized = 0;
+};
+WindowLoss LossOf(const Tails& tails);
+
+// Perplexity of the windows, at least one.
+Perplexity PerplexityOf(std::span<const WindowLoss> windows);
 
 }  // namespace circlet::gemma4
