@@ -67,7 +67,7 @@ Case TextCase(bool full, int64_t tokens) {
   config.layers = {Layer(full)};
   const LayerConfig& layer = config.layers[0];
   Case c{.name = full ? "text layer, full attention" : "text layer, sliding attention"};
-  BuildDecoderLayer(Builder(c.graph), config, 0, Phase::kPrefill, tokens, kDefault);
+  BuildDecoderLayer(BlockBuilder(c.graph, kDefault), config, 0, Phase::kPrefill, tokens);
   const RopeTables rope = TextRopeTables(layer.rope, layer.head_dim, 0, tokens, true);
   c.inputs = {{"hidden", Normal({1, tokens, 1536}, 1.0f, 1)},
               {"mask", PrefillMask(tokens, tokens, layer.window)},
@@ -80,7 +80,7 @@ Case TextCase(bool full, int64_t tokens) {
                 {8, tokens, h, tokens}};
   for (const Phase phase : {Phase::kPrefill, Phase::kDecode}) {
     c.exported.emplace_back();
-    BuildDecoderLayer(Builder(c.exported.back()), config, 0, phase, tokens, kDefault);
+    BuildDecoderLayer(BlockBuilder(c.exported.back(), kDefault), config, 0, phase, tokens);
   }
   return c;
 }
@@ -95,7 +95,7 @@ Case VisionCase() {
   for (int64_t y = 0; y < 42; ++y)
     for (int64_t x = 0; x < 60; ++x) positions.insert(positions.end(), {x, y});
   Case c{.name = "vision layer"};
-  BuildVisionLayer(Builder(c.graph), config, 0, kPatches, kDefault);
+  BuildVisionLayer(BlockBuilder(c.graph, kDefault), config, 0, kPatches);
   const RopeTables rope = VisionRopeTables(config.rope_theta, config.head_dim, positions);
   c.inputs = {{"hidden", Normal({1, kPatches, 768}, 1.0f, 1)},
               {"mask", VisionMask(positions)},
@@ -104,7 +104,7 @@ Case VisionCase() {
   c.products = {{4, kPatches, 768, 768}, {2, kPatches, 3072, 768}, {1, kPatches, 768, 3072},
                 {12, kPatches, kPatches, 64}, {12, kPatches, 64, kPatches}};
   c.exported.emplace_back();
-  BuildVisionLayer(Builder(c.exported.back()), config, 0, kPatches, kDefault);
+  BuildVisionLayer(BlockBuilder(c.exported.back(), kDefault), config, 0, kPatches);
   return c;
 }
 

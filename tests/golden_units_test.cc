@@ -282,28 +282,28 @@ TEST(GoldenOperatorsTest, EachOneAloneComputesTheReferencesCodes) {
 // The graph that a recorded unit was exported from.
 Graph UnitGraph(Gemma4Config config, const std::string& unit, int64_t length) {
   Graph graph;
-  const Builder b(graph);
+  const BlockBuilder b(graph, kTico);
   const TextConfig& text = config.text;
   const auto layer = [&](std::string_view prefix) { return std::stoi(unit.substr(prefix.size())); };
   constexpr std::string_view kPrefill = "decoder_layer_prefill_", kDecode = "decoder_layer_decode_";
   if (unit == "token_embedding") {
-    BuildTokenEmbedding(b, text, length, text.vocab_size, kTico);
+    BuildTokenEmbedding(b, text, length, text.vocab_size);
   } else if (unit == "ple_embedding") {
-    BuildPleEmbedding(b, text, length, text.ple_vocab_size, kTico);
+    BuildPleEmbedding(b, text, length, text.ple_vocab_size);
   } else if (unit == "ple_projection_prefill" || unit == "ple_projection_decode") {
-    BuildPleProjection(b, text, unit.ends_with("decode") ? 1 : length, kTico);
+    BuildPleProjection(b, text, unit.ends_with("decode") ? 1 : length);
   } else if (unit.starts_with(kPrefill)) {
-    BuildDecoderLayer(b, text, layer(kPrefill), Phase::kPrefill, length, kTico);
+    BuildDecoderLayer(b, text, layer(kPrefill), Phase::kPrefill, length);
   } else if (unit.starts_with(kDecode)) {
-    BuildDecoderLayer(b, text, layer(kDecode), Phase::kDecode, length, kTico);
+    BuildDecoderLayer(b, text, layer(kDecode), Phase::kDecode, length);
   } else if (unit == "model_prefill") {
-    BuildTextModel(b, text, length, kTico);
+    BuildTextModel(b, text, length);
   } else if (unit == "text_mlp_0") {
     const ValueId x = b.Input("x", {1, length, text.hidden_size});
-    b.Output("y", Mlp(b.At(kTextRoot).At("layers.0.mlp"), x, text.layers[0].intermediate, kTico));
+    b.Output("y", Mlp(b.At(kTextRoot).At("layers.0.mlp"), x, text.layers[0].intermediate));
   } else if (unit == "lm_head") {
     config.text.final_logit_softcapping.reset();
-    BuildHead(b, text, 1, kTico);
+    BuildHead(b, text, 1);
     graph.KeepOutputs({"logits"});
   } else {
     ADD_FAILURE() << "unknown unit " << unit;

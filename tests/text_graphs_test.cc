@@ -70,9 +70,10 @@ class ConfigATest : public testing::Test {
 
   const TextConfig& Text() const { return config_.text; }
 
-  Values Run(const std::function<void(const Builder&)>& build, const Values& inputs, const GraphForm& form) const {
+  Values Run(const Dialect& dialect, const std::function<void(const BlockBuilder&)>& build, const Values& inputs,
+             const GraphForm& form) const {
     Graph graph;
-    build(Builder(graph));
+    build(BlockBuilder(graph, dialect));
     const Graph formed = form ? form(graph) : graph;
     Executor executor(formed, nullptr);
     return executor.Run(inputs, [&](const std::string& name) { return weights_->Float(name); });
@@ -91,16 +92,21 @@ class ConfigATest : public testing::Test {
     const Values input{{"ids", Tensor::Of<int64_t>({1, length}, ids)}};
     Results results;
     const Tensor tokens =
-        Run([&](const Builder& b) { BuildTokenEmbedding(b, Text(), length, Text().vocab_size, dialect); }, input, form)
+        Run(
+            dialect, [&](const BlockBuilder& b) { BuildTokenEmbedding(b, Text(), length, Text().vocab_size); }, input,
+            form)
             .at("hidden");
-    results.embedding = Run([&](const Builder& b) { BuildMergedEmbedding(b, Text(), length, false, dialect); },
+    results.embedding = Run(
+                            dialect, [&](const BlockBuilder& b) { BuildMergedEmbedding(b, Text(), length, false); },
                             {{"hidden", tokens}}, form)
                             .at("hidden");
     const Tensor token_ple =
-        Run([&](const Builder& b) { BuildPleEmbedding(b, Text(), length, Text().ple_vocab_size, dialect); }, input,
+        Run(
+            dialect, [&](const BlockBuilder& b) { BuildPleEmbedding(b, Text(), length, Text().ple_vocab_size); }, input,
             form)
             .at("per_layer_token_inputs");
-    results.ple = Run([&](const Builder& b) { BuildPleProjection(b, Text(), length, dialect); },
+    results.ple = Run(
+                      dialect, [&](const BlockBuilder& b) { BuildPleProjection(b, Text(), length); },
                       {{"inputs_embeds", results.embedding}, {"per_layer_token_inputs", token_ple}}, form)
                       .at("per_layer_inputs");
     Tensor hidden = results.embedding;
@@ -117,12 +123,13 @@ class ConfigATest : public testing::Test {
         inputs["shared_value"] = results.layers[layer.kv_source].at("new_value");
       }
       results.layers.push_back(Run(
-          [&](const Builder& b) { BuildDecoderLayer(b, Text(), i, Phase::kPrefill, length, dialect); }, inputs, form));
+          dialect, [&](const BlockBuilder& b) { BuildDecoderLayer(b, Text(), i, Phase::kPrefill, length); }, inputs,
+          form));
       hidden = results.layers.back().at("hidden");
       results.hidden.push_back(hidden);
     }
-    const Values head = Run([&](const Builder& b) { BuildHead(b, Text(), length, dialect); },
-                            {{"hidden", hidden}}, form);
+    const Values head = Run(
+        dialect, [&](const BlockBuilder& b) { BuildHead(b, Text(), length); }, {{"hidden", hidden}}, form);
     results.last_hidden_state = head.at("last_hidden_state");
     results.logits = head.at("logits");
     return results;
@@ -202,7 +209,7 @@ TEST_P(ConfigADialectTest, TheWholeStackInOneGraphComputesWhatItsLayersDo) {
     inputs["cos." + type] = rope.cos;
     inputs["sin." + type] = rope.sin;
   }
-  const Values whole = Run([&](const Builder& b) { BuildTextModel(b, Text(), 10, GetParam()); }, inputs, {});
+  const Values whole = Run(GetParam(), [&](const BlockBuilder& b) { BuildTextModel(b, Text(), 10); }, inputs, {});
   for (int64_t position = 0; position < 10; ++position)
     EXPECT_EQ(Row(whole.at("last_hidden_state"), position), Row(results.last_hidden_state, position)) << position;
 }
@@ -251,7 +258,8 @@ TEST_P(ConfigADialectTest, DecodingTheLastTokenGivesWhatPrefillGave) {
       inputs["past_value"] = padded(prefill.layers[i].at("new_value"));
     }
     const Values outputs =
-        Run([&](const Builder& b) { BuildDecoderLayer(b, Text(), i, Phase::kDecode, kSlots, GetParam()); }, inputs, {});
+        Run(GetParam(), [&](const BlockBuilder& b) { BuildDecoderLayer(b, Text(), i, Phase::kDecode, kSlots); }, inputs,
+            {});
     if (!layer.kv_shared) {
       ExpectStartsWith(Row(Rows(outputs.at("new_key"), 2, 0, 1), 0),
                        Row(Rows(prefill.layers[i].at("new_key"), 2, kPast, 1), 0), "new key");
@@ -280,11 +288,10 @@ TEST_P(ConfigADialectTest, ALayerOfTheLastPositionsGivesTheirRows) {
       inputs["shared_key"] = whole.layers[layer.kv_source].at("new_key");
       inputs["shared_value"] = whole.layers[layer.kv_source].at("new_value");
     }
-    const Values outputs = Run(
-        [&](const Builder& b) {
-          BuildDecoderLayer(b, Text(), i, Phase::kPrefill, length, GetParam(), {.first = first});
-        },
-        inputs, {});
+    const Values outputs =
+        Run(GetParam(),
+            [&](const BlockBuilder& b) { BuildDecoderLayer(b, Text(), i, Phase::kPrefill, length, {.first = first}); },
+            inputs, {});
     ASSERT_EQ(outputs.at("hidden").GetShape()[1], count);
     for (int64_t row = 0; row < count; ++row)
       EXPECT_EQ(Row(outputs.at("hidden"), row), Row(whole.hidden[i], first + row)) << "layer " << i << " row " << row;

@@ -67,23 +67,26 @@ struct VisionStep {
 };
 
 template <typename Build>
-Graph GraphOf(const Build& build) {
+Graph GraphOf(const Dialect& dialect, const Build& build) {
   Graph graph;
-  build(Builder(graph));
+  build(BlockBuilder(graph, dialect));
   return graph;
 }
 
+// As a run takes the steps; `pooler` = {}: as files hold them.
+inline VisionPoolerOptions PoolerOf(const Dialect& dialect) { return {.patch_mask = dialect.pooler_masks_padding}; }
+
 inline std::vector<VisionStep> VisionSteps(const Gemma4Config& config, std::span<const int64_t> positions,
-                                           const Dialect& dialect, VisionUse use = VisionUse::kRun) {
+                                           const Dialect& dialect, const VisionPoolerOptions& pooler) {
   const VisionConfig& vision = *config.vision;
   const int64_t patches = static_cast<int64_t>(positions.size()) / 2;
   std::vector<VisionStep> steps;
   steps.push_back({"tables",
-                   GraphOf([&](const Builder& b) { BuildVisionTables(b, vision, patches, dialect); }),
+                   GraphOf(dialect, [&](const BlockBuilder& b) { BuildVisionTables(b, vision, patches); }),
                    {{"mask", "vision.attn_mask"}, {"cos", "vision.rope_cos"}, {"sin", "vision.rope_sin"}},
                    {{"mask", "vision.attn_mask"}, {"cos", "vision.rope_cos"}, {"sin", "vision.rope_sin"}}});
   steps.push_back({"vision_patch_embedder",
-                   GraphOf([&](const Builder& b) { BuildPatchEmbedder(b, vision, patches, dialect); }),
+                   GraphOf(dialect, [&](const BlockBuilder& b) { BuildPatchEmbedder(b, vision, patches); }),
                    {{"pixel_values", "pixel_values"}},
                    {{"hidden", "vision.patch_embed"}}});
   std::string hidden = "vision.patch_embed";
@@ -91,17 +94,18 @@ inline std::vector<VisionStep> VisionSteps(const Gemma4Config& config, std::span
     const std::string out = fmt::format("vision.layers.{}.out", i);
     steps.push_back(
         {fmt::format("vision_encoder_layer_{:02}", i),
-         GraphOf([&](const Builder& b) { BuildVisionLayer(b, vision, i, patches, dialect); }),
+         GraphOf(dialect, [&](const BlockBuilder& b) { BuildVisionLayer(b, vision, i, patches); }),
          {{"hidden", hidden}, {"mask", "vision.attn_mask"}, {"cos", "vision.rope_cos"}, {"sin", "vision.rope_sin"}},
          {{"hidden", out}}});
     hidden = out;
   }
   steps.push_back({"vision_pooler",
-                   GraphOf([&](const Builder& b) { BuildVisionPooler(b, vision, positions, use, dialect); }),
+                   GraphOf(dialect, [&](const BlockBuilder& b) { BuildVisionPooler(b, vision, positions, pooler); }),
                    {{"hidden", hidden}},
                    {{"pooled", "vision.pooled"}}});
+  if (pooler.patch_mask) steps.back().inputs["patch_mask"] = "vision.patch_mask";
   steps.push_back({"vision_post_projection",
-                   GraphOf([&](const Builder& b) { BuildVisionPost(b, config, positions, dialect); }),
+                   GraphOf(dialect, [&](const BlockBuilder& b) { BuildVisionPost(b, config, positions); }),
                    {{"pooled", "vision.pooled"}},
                    {{"projected", "vision.projected"}, {"last_hidden_state", "vision.last_hidden_state"}}});
   return steps;
@@ -110,7 +114,7 @@ inline std::vector<VisionStep> VisionSteps(const Gemma4Config& config, std::span
 // The parameters of one picture in the reading of `grids` (null: float).
 inline WeightSource PictureWeights(const GoldenModel& model, const Picture& picture, const Dialect& dialect,
                                    const Calibration* grids) {
-  const bool rounded_table = grids != nullptr && dialect.duplicate_points;
+  const bool rounded_table = grids != nullptr && dialect.position_table_grid;
   return model.Vision(dialect).For(picture.positions,
                                    rounded_table ? grids->GridOf(VisionWeights::PositionTablePoint()) : nullptr);
 }
@@ -121,11 +125,12 @@ inline Stages RunVision(const GoldenModel& model, const Picture& picture, const 
   const RopeTables rope = VisionRopeTables(*model.config.vision, picture.positions, dialect);
   Stages stages{{"pixel_values", picture.pixels},
                 {"vision.attn_mask", VisionMask(picture.positions)},
+                {"vision.patch_mask", PatchMask(*model.config.vision, picture.positions)},
                 {"vision.rope_cos", rope.cos},
                 {"vision.rope_sin", rope.sin}};
   WeightSource weights = PictureWeights(model, picture, dialect, grids);
   if (grids != nullptr) weights = RoundedWeights(*grids, weights);
-  for (const VisionStep& step : VisionSteps(model.config, picture.positions, dialect)) {
+  for (const VisionStep& step : VisionSteps(model.config, picture.positions, dialect, PoolerOf(dialect))) {
     std::map<std::string, Tensor> inputs;
     for (const auto& [name, stage] : step.inputs) {
       const Tensor* replacement = given ? given(stage) : nullptr;
@@ -146,10 +151,11 @@ inline void CalibrateVision(const GoldenModel& model, Calibration& calibration) 
       const RopeTables rope = VisionRopeTables(*model.config.vision, picture.positions, dialect);
       Stages stages{{"pixel_values", picture.pixels},
                     {"vision.attn_mask", VisionMask(picture.positions)},
+                    {"vision.patch_mask", PatchMask(*model.config.vision, picture.positions)},
                     {"vision.rope_cos", rope.cos},
                     {"vision.rope_sin", rope.sin}};
       const WeightSource weights = PictureWeights(model, picture, dialect, nullptr);
-      last = VisionSteps(model.config, picture.positions, dialect);
+      last = VisionSteps(model.config, picture.positions, dialect, PoolerOf(dialect));
       for (const VisionStep& step : last) {
         ObserveReading observe(calibration);
         Executor executor(step.graph, &observe);

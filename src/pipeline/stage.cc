@@ -287,8 +287,8 @@ StageError StageRunner::Round(const Step& step) {
   for_items(lone, false, [&](size_t i, Executor& executor) {
     if (compares) compare(c_.items[i], RunItem(step, c_.items[i], Chain::kFloat, true, executor, weights), alone[i]);
   });
-  // The rounded chain runs from grid to grid; the reference's layers round their input once more.
-  const bool from_grids = !c_.calibration.GetDialect().duplicate_points;
+  // The rounded chain runs from grid to grid, unless layers round their input once more.
+  const bool from_grids = !c_.calibration.GetDialect().requantizing_points;
   for_items(mine, from_grids, [&](size_t i, Executor& executor) {
     const Item& item = c_.items[i];
     const std::map<std::string, Tensor> results = RunItem(step, item, Chain::kQuant, true, executor, weights);

@@ -14,6 +14,7 @@
 #include "circlet/io/names.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/quant/affine.h"
+#include "circlet/quant/dialect.h"
 #include "circlet/report/terminal.h"
 #include "ops/integer_product.h"
 #include "pipeline/units.h"
@@ -221,6 +222,7 @@ Listing ReadListing(const fs::path& directory, std::vector<std::string>& notes) 
   const nlohmann::json manifest_json = ReadJson(directory / kManifestFile);
   const JsonObject manifest(manifest_json, (directory / kManifestFile).string());
   listing.dialect = manifest.Required<std::string>("dialect");
+  Within((directory / kManifestFile).string(), [&] { DialectFromName(listing.dialect); });
   listing.instruction_set = manifest.Required<std::string>("instruction_set");
   for (const JsonObject& output : manifest.Objects("outputs"))
     listing.sha256[output.Required<std::string>("file")] = output.Required<std::string>("sha256");
@@ -326,11 +328,12 @@ VerifyResult::Verdict VerdictOf(const VerifyResult& result) {
   using Verdict = VerifyResult::Verdict;
   const auto any = [&](const auto& test) { return std::ranges::any_of(result.units, test); };
   if (any([](const UnitVerdict& unit) { return !unit.fault.empty(); })) return Verdict::kDamaged;
-  const bool tico = result.dialect == "tico";
-  if (!tico && !result.broken_boundaries.empty()) return Verdict::kDifferent;
+  const bool exact_files = DialectFromName(result.dialect).exact_files;
+  if (exact_files && !result.broken_boundaries.empty()) return Verdict::kDifferent;
   const bool same_set = result.made_with == result.this_set;
   if (any([&](const UnitVerdict& unit) {
-        return tico ? unit.judged && !unit.Within() : same_set ? unit.different > 0 : !NearOnAnotherSet(unit);
+        if (!exact_files) return unit.judged && !unit.Within();
+        return same_set ? unit.different > 0 : !NearOnAnotherSet(unit);
       }))
     return Verdict::kDifferent;
   if (!any([](const UnitVerdict& unit) { return unit.values > 0 && unit.judged; })) return Verdict::kNothingCompared;
@@ -353,14 +356,14 @@ const char* Name(VerifyResult::Verdict verdict) {
   return "";
 }
 
-const char* Sentence(VerifyResult::Verdict verdict, bool all, bool tico) {
+const char* Sentence(VerifyResult::Verdict verdict, bool all, bool exact_files) {
   switch (verdict) {
     case VerifyResult::Verdict::kExact:
       return all ? "every file computes what was simulated, to the last code"
                  : "every compared file computes what was simulated, to the last code";
     case VerifyResult::Verdict::kWithinBounds:
-      return tico ? "the files differ from the simulation within the reference's bounds"
-                  : "the files compute what was simulated, but for rounding";
+      return exact_files ? "the files compute what was simulated, but for rounding"
+                         : "the files differ from the simulation within the reference's bounds";
     case VerifyResult::Verdict::kDifferent:
       return "the files do not compute what was simulated";
     case VerifyResult::Verdict::kDamaged:
@@ -391,6 +394,7 @@ VerifyResult Verify(const VerifyOptions& options) {
   const StoredCodes codes(codes_path);
   CheckKeys(listing, codes);
   result.dialect = listing.dialect;
+  const bool exact_files = DialectFromName(listing.dialect).exact_files;
   result.broken_boundaries = BrokenBoundaries(listing);
   result.made_with = listing.instruction_set;
   result.this_set = InstructionSets();
@@ -399,8 +403,8 @@ VerifyResult Verify(const VerifyOptions& options) {
   progress.Begin("verify", static_cast<int64_t>(listing.units.size()));
   for (const Listing::Unit& unit : listing.units) {
     UnitVerdict verdict{.unit = unit.name, .file = unit.file};
-    // In the reference's dialect flips add up over a whole model or vision tower.
-    verdict.judged = listing.dialect != "tico" || !unit.whole_graph;
+    // Where files are not exact, flips add up over a whole model or vision tower.
+    verdict.judged = exact_files || !unit.whole_graph;
     try {
       const fs::path path = options.directory / verdict.file;
       if (!CheckHash(listing, path))
@@ -450,12 +454,12 @@ std::string VerifyText(const VerifyResult& result) {
         "({:.0f} % at 8 bits)\n",
         result.made_with, result.this_set, 100 * kOtherSetShare, 100 * kOtherSetShareOfBytes);
   if (!unjudged.empty())
-    notes += fmt::format("not judged, whole graphs of the tico dialect: {}\n", fmt::join(unjudged, ", "));
+    notes += fmt::format("not judged, whole graphs of the {} dialect: {}\n", result.dialect, fmt::join(unjudged, ", "));
   if (!uncompared.empty()) notes += fmt::format("not compared, {}: {}\n", kNoInputs, fmt::join(uncompared, ", "));
   const auto files = static_cast<int64_t>(result.units.size());
   return table.ToString() + notes +
          fmt::format("{} files{}: {}\n", files, compared == files ? "" : fmt::format(", {} compared", compared),
-                     Sentence(result.verdict, compared == files, result.dialect == "tico"));
+                     Sentence(result.verdict, compared == files, DialectFromName(result.dialect).exact_files));
 }
 
 std::string VerifyJson(const VerifyResult& result) {

@@ -14,10 +14,10 @@ namespace {
 // Which sample a draw belongs to is part of its name; the evaluated sample is none of those calibrated on.
 using Draw = std::function<SmokeValues(const std::string& sample)>;
 
-SmokePart MakePart(const PartOptions& options, const std::function<void(const Builder&)>& build, WeightSource stored,
-                   const Draw& draw, std::string name = "") {
+SmokePart MakePart(const PartOptions& options, const std::function<void(const BlockBuilder&)>& build,
+                   WeightSource stored, const Draw& draw, std::string name = "") {
   SmokePart part{.name = std::move(name), .stored = std::move(stored)};
-  build(Builder(part.graph));
+  build(BlockBuilder(part.graph, kDefault));
   for (int i = 0; i < options.samples; ++i) part.calibration.push_back(draw(fmt::format("{}calib.{}.", part.name, i)));
   part.evaluation = draw(part.name + "eval.");
   return part;
@@ -109,7 +109,7 @@ Draw NormalInput(const PartOptions& options, const char* name, const Shape& shap
 }
 
 // A module of the vision tower that reads hidden patches of its picture.
-SmokePart HiddenPatchesPart(const PartOptions& options, const std::function<void(const Builder&)>& build) {
+SmokePart HiddenPatchesPart(const PartOptions& options, const std::function<void(const BlockBuilder&)>& build) {
   return MakePart(options, build, VisionStored(options, WeightLaw::kModule),
                   NormalInput(options, "hidden", {1, PatchesOf(options), options.sizes.config.vision->hidden_size}));
 }
@@ -131,15 +131,15 @@ Draw VisionLayerDraw(const PartOptions& options) {
 std::vector<SmokePart> TextMlpParts(const PartOptions& options) {
   const SmokeSizes& sizes = options.sizes;
   return One(MakePart(
-      options, [&](const Builder& b) { BuildTextMlp(b, sizes.config.text, 0, sizes.length, kDefault); },
+      options, [&](const BlockBuilder& b) { BuildTextMlp(b, sizes.config.text, 0, sizes.length); },
       ModuleWeights(options), NormalInput(options, "hidden", {1, sizes.length, sizes.config.text.hidden_size})));
 }
 
 std::vector<SmokePart> AttentionParts(const PartOptions& options, int layer, Phase phase) {
   return One(MakePart(
       options,
-      [&](const Builder& b) {
-        BuildTextAttention(b, options.sizes.config.text, layer, phase, SlotsOf(options, phase), kDefault);
+      [&](const BlockBuilder& b) {
+        BuildTextAttention(b, options.sizes.config.text, layer, phase, SlotsOf(options, phase));
       },
       ModuleWeights(options),
       [&](const std::string& sample) { return LayerValues(options, layer, phase, options.sizes.causal, sample); }));
@@ -148,9 +148,9 @@ std::vector<SmokePart> AttentionParts(const PartOptions& options, int layer, Pha
 std::vector<SmokePart> DecoderLayerParts(const PartOptions& options, int layer, Phase phase) {
   const TextConfig& text = options.sizes.config.text;
   return One(MakePart(
-      options,
-      [&](const Builder& b) { BuildDecoderLayer(b, text, layer, phase, SlotsOf(options, phase), kDefault); },
-      ModuleWeights(options), [&](const std::string& sample) {
+      options, [&](const BlockBuilder& b) { BuildDecoderLayer(b, text, layer, phase, SlotsOf(options, phase)); },
+      ModuleWeights(options),
+      [&](const std::string& sample) {
         SmokeValues values = LayerValues(options, layer, phase, /*causal=*/true, sample);
         const int64_t length = values.at("hidden").GetShape()[1];
         if (text.HasPle())
@@ -164,10 +164,9 @@ std::vector<SmokePart> WordEmbeddingParts(const PartOptions& options) {
   const int64_t length = 2 * sizes.length;
   return One(MakePart(
       options,
-      [&](const Builder& b) {
-        BuildTokenEmbedding(b, sizes.config.text, length, sizes.config.text.vocab_size, kDefault);
-      },
-      RandomWeights(sizes.config, WeightLaw::kModel, options.seed), [&](const std::string& sample) {
+      [&](const BlockBuilder& b) { BuildTokenEmbedding(b, sizes.config.text, length, sizes.config.text.vocab_size); },
+      RandomWeights(sizes.config, WeightLaw::kModel, options.seed),
+      [&](const std::string& sample) {
         return SmokeValues{{"ids", RandomIds(sizes.config, sizes.id_limit, length, options.seed, sample + "ids")}};
       }));
 }
@@ -176,7 +175,7 @@ std::vector<SmokePart> PatchEmbedderParts(const PartOptions& options) {
   const VisionConfig& vision = *options.sizes.config.vision;
   const int64_t patches = PatchesOf(options);
   return One(MakePart(
-                 options, [&](const Builder& b) { BuildPatchEmbedder(b, vision, patches, kDefault); },
+                 options, [&](const BlockBuilder& b) { BuildPatchEmbedder(b, vision, patches); },
                  VisionStored(options, WeightLaw::kModule),
                  NormalInput(options, "pixel_values", {1, patches, vision.PatchValues()})),
              PictureOf(options).valid);
@@ -185,29 +184,27 @@ std::vector<SmokePart> PatchEmbedderParts(const PartOptions& options) {
 std::vector<SmokePart> VisionAttentionParts(const PartOptions& options) {
   return One(MakePart(
       options,
-      [&](const Builder& b) {
-        BuildVisionAttention(b, *options.sizes.config.vision, 0, options.sizes.patches, kDefault);
-      },
+      [&](const BlockBuilder& b) { BuildVisionAttention(b, *options.sizes.config.vision, 0, options.sizes.patches); },
       VisionStored(options, WeightLaw::kModule), VisionLayerDraw(options)));
 }
 
 std::vector<SmokePart> VisionLayerParts(const PartOptions& options) {
   return One(MakePart(
       options,
-      [&](const Builder& b) { BuildVisionLayer(b, *options.sizes.config.vision, 0, options.sizes.patches, kDefault); },
+      [&](const BlockBuilder& b) { BuildVisionLayer(b, *options.sizes.config.vision, 0, options.sizes.patches); },
       VisionStored(options, WeightLaw::kModule), VisionLayerDraw(options)));
 }
 
 std::vector<SmokePart> VisionEncoderParts(const PartOptions& options) {
-  const auto build = [&](const Builder& b) {
-    BuildVisionEncoder(b, *options.sizes.config.vision, options.sizes.positions, kDefault);
+  const auto build = [&](const BlockBuilder& b) {
+    BuildVisionEncoder(b, *options.sizes.config.vision, options.sizes.positions);
   };
   return One(HiddenPatchesPart(options, build), PictureOf(options).valid);
 }
 
 std::vector<SmokePart> VisionPoolerParts(const PartOptions& options) {
-  const auto build = [&](const Builder& b) {
-    BuildVisionPooler(b, *options.sizes.config.vision, options.sizes.positions, VisionUse::kExport, kDefault);
+  const auto build = [&](const BlockBuilder& b) {
+    BuildVisionPooler(b, *options.sizes.config.vision, options.sizes.positions);
   };
   return One(HiddenPatchesPart(options, build), PictureOf(options).tokens);
 }
@@ -216,8 +213,7 @@ std::vector<SmokePart> VisionModelParts(const PartOptions& options) {
   const SmokeSizes& sizes = options.sizes;
   const VisionConfig& vision = *sizes.config.vision;
   return One(MakePart(
-      options,
-      [&](const Builder& b) { BuildVisionModel(b, vision, sizes.positions, VisionUse::kExport, kDefault); },
+      options, [&](const BlockBuilder& b) { BuildVisionModel(b, vision, sizes.positions); },
       VisionStored(options, WeightLaw::kModel),
       NormalInput(options, "pixel_values", {1, PatchesOf(options), vision.PatchValues()})));
 }
@@ -226,8 +222,8 @@ std::vector<SmokePart> EmbedderParts(const PartOptions& options) {
   const SmokeSizes& sizes = options.sizes;
   const int64_t tokens = sizes.causal ? PictureOf(options).tokens : 16;
   return One(MakePart(
-      options, [&](const Builder& b) { BuildMultimodalEmbedder(b, sizes.config, tokens, kDefault); },
-      ModuleWeights(options), NormalInput(options, "hidden", {tokens, sizes.config.vision->hidden_size})));
+      options, [&](const BlockBuilder& b) { BuildMultimodalEmbedder(b, sizes.config, tokens); }, ModuleWeights(options),
+      NormalInput(options, "hidden", {tokens, sizes.config.vision->hidden_size})));
 }
 
 std::vector<SmokePart> WholeModelParts(const PartOptions& options, WholeModel what) {
@@ -243,11 +239,11 @@ std::vector<SmokePart> WholeModelParts(const PartOptions& options, WholeModel wh
   const WeightSource stored = VisionStored(whole, WeightLaw::kModel);
 
   const auto part = [&](const char* name, const ImageSlot* image) {
-    const auto build = [&](const Builder& b) {
-      BuildGemma4Full(b, config, sizes.length, image, kDefault);
+    const auto build = [&](const BlockBuilder& b) {
+      BuildGemma4Full(b, config, sizes.length, image);
       if (!what.logits) return;
       const ValueId normed = b.graph().Outputs().front().value;
-      b.Output("logits", Logits(b, config.text, normed, config.text.vocab_size, kDefault));
+      b.Output("logits", Logits(b, config.text, normed, config.text.vocab_size));
       b.graph().KeepOutputs({"logits"});
     };
     return MakePart(

@@ -149,7 +149,7 @@ SmokePart PartOf(const Gemma4Config& config, const ModelWeights& weights, const 
   const std::vector<int64_t> places = CheckPlaceholders(config, ids, image_tokens);
   if (slot) slot->start = places.front();
   values["ids"] = Tensor::Of<int64_t>({1, length}, WithoutPlaceholders(config, ids));
-  BuildGemma4Full(Builder(part.graph), config, length, slot ? &*slot : nullptr, kDefault);
+  BuildGemma4Full(BlockBuilder(part.graph, kDefault), config, length, slot ? &*slot : nullptr);
   part.evaluation = values;
   part.calibration = {std::move(values)};
   return part;

@@ -9,25 +9,21 @@ namespace {
 // context length vanishes beside the row's largest term (Softmax drops what lies 28 below it).
 constexpr float kMaskHeadroom = 40.0f;
 
-ValueId Clamp(const Builder& b, ValueId x, const std::string& side) {
+ValueId Clamp(const BlockBuilder& b, ValueId x, const std::string& side) {
   const auto bound = [&](const char* end) { return b.graph().AddWeight(b.Path(side + end), {}, {}, -1); };
   return b.Add(Maximum{}, {b.Add(Minimum{}, {x, bound("_max")}), bound("_min")});
 }
 
 }  // namespace
 
-ValueId ReferencePoint(const Builder& b, std::string_view name, ValueId value, const Dialect& dialect, PointUse use) {
-  return dialect.duplicate_points ? b.Point(name, value, use) : value;
-}
-
-ValueId Linear(const Builder& b, ValueId x, int64_t out, const Dialect& dialect) {
-  x = ReferencePoint(b, "act_in", x, dialect);
+ValueId Linear(const BlockBuilder& b, ValueId x, int64_t out) {
+  x = b.RequantizingPoint("act_in", x);
   const ValueId weight = b.Weight("weight", {out, b.ShapeOf(x)[-1]}, /*axis=*/0);
   return b.Point("act_out", b.Add(FullyConnected{}, {x, weight}));
 }
 
-ValueId Norm(const Builder& b, ValueId x, float eps, bool gain, const Dialect& dialect) {
-  x = ReferencePoint(b, "act_in", x, dialect);
+ValueId Norm(const BlockBuilder& b, ValueId x, float eps, bool gain) {
+  x = b.RequantizingPoint("act_in", x);
   const int64_t width = b.ShapeOf(x)[-1];
   const std::vector<float> ones(gain ? 0 : width, 1.0f);
   const ValueId gamma =
@@ -36,64 +32,63 @@ ValueId Norm(const Builder& b, ValueId x, float eps, bool gain, const Dialect& d
   return b.Point("act_out", b.Add(RmsNorm{eps}, {x, gamma}));
 }
 
-ValueId ClippedLinear(const Builder& b, ValueId x, int64_t out, const Dialect& dialect) {
-  const Builder linear = b.At("linear");
+ValueId ClippedLinear(const BlockBuilder& b, ValueId x, int64_t out) {
+  const BlockBuilder linear = b.At("linear");
   x = linear.Point("act_in", Clamp(b, x, "input"));
   const ValueId weight = linear.Weight("weight", {out, b.ShapeOf(x)[-1]}, /*axis=*/0);
   const ValueId y = b.Add(FullyConnected{}, {x, weight});
-  if (dialect.clamp_after_point) return Clamp(b, linear.Point("act_out", y), "output");
+  if (b.GetDialect().clamp_after_point) return Clamp(b, linear.Point("act_out", y), "output");
   return linear.Point("act_out", Clamp(b, y, "output"));
 }
 
-ValueId UnclippedLinear(const Builder& b, ValueId x, int64_t out, const Dialect& dialect) {
-  return Linear(b.At("linear"), x, out, dialect);
-}
+ValueId UnclippedLinear(const BlockBuilder& b, ValueId x, int64_t out) { return Linear(b.At("linear"), x, out); }
 
-ValueId Mlp(const Builder& b, ValueId x, int64_t inner, const Dialect& dialect, LinearBlock linear) {
+ValueId Mlp(const BlockBuilder& b, ValueId x, int64_t inner, LinearBlock linear) {
   const int64_t width = b.ShapeOf(x)[-1];
-  const ValueId gate = linear(b.At("gate_proj"), x, inner, dialect);
+  const ValueId gate = linear(b.At("gate_proj"), x, inner);
   const ValueId act = b.Point("gate_act", b.Add(Gelu{}, {gate}));
-  const ValueId up = linear(b.At("up_proj"), x, inner, dialect);
+  const ValueId up = linear(b.At("up_proj"), x, inner);
   const ValueId product = b.Point("mul", b.Add(Mul{}, {act, up}));
-  return linear(b.At("down_proj"), product, width, dialect);
+  return linear(b.At("down_proj"), product, width);
 }
 
-ValueId SplitHeads(const Builder& b, ValueId x, int64_t heads) {
+ValueId SplitHeads(const BlockBuilder& b, ValueId x, int64_t heads) {
   const Shape& shape = b.ShapeOf(x);
   return b.Reshape(x, {1, shape[1], heads, shape[2] / heads});
 }
 
-ValueId HeadsFirst(const Builder& b, ValueId x) {
+ValueId HeadsFirst(const BlockBuilder& b, ValueId x) {
   const Shape& shape = b.ShapeOf(x);
   // With one position or one head nothing moves.
   if (shape[1] == 1 || shape[2] == 1) return b.Reshape(x, {1, shape[2], shape[1], shape[3]});
   return b.Transpose(x, {0, 2, 1, 3});
 }
 
-ValueId Attend(const Builder& b, ValueId query, ValueId key, ValueId value, ValueId mask, Attention::Form form,
-               const Dialect& dialect) {
-  const auto reference = [&](const char* name) { return Builder::NamedPoint{dialect.duplicate_points ? name : ""}; };
+ValueId Attend(const BlockBuilder& b, ValueId query, ValueId key, ValueId value, ValueId mask, Attention::Form form) {
+  const auto requantizing = [&](const char* name) {
+    return Builder::NamedPoint{b.GetDialect().requantizing_points ? name : ""};
+  };
   std::vector<Builder::NamedPoint> points(Attention::kPoints);
-  points[Attention::kLogitsRaw] = reference("logits_raw");
+  points[Attention::kLogitsRaw] = requantizing("logits_raw");
   points[Attention::kLogits] = {"logits"};
-  points[Attention::kMaskAdd] = {"mask_add", PointUse::kNormal, dialect.observe_masked_keys ? 0 : kMaskHeadroom};
+  points[Attention::kMaskAdd] = {"mask_add", PointUse::kNormal, b.GetDialect().observe_masked_keys ? 0 : kMaskHeadroom};
   points[Attention::kSoftmax] = {"softmax"};
   points[Attention::kAttnOut] = {"attn_out"};
-  points[Attention::kAttnWeights] = reference("attn_weights");
-  points[Attention::kAttnOutH] = reference("attn_out_h");
-  if (form == Attention::Form::kBatched) points[Attention::kScale] = reference("scale");
-  return b.AddFused(Attention{.skip_masked = !dialect.observe_masked_keys,
-                              .explicit_transpose = dialect.explicit_k_transpose,
+  points[Attention::kAttnWeights] = requantizing("attn_weights");
+  points[Attention::kAttnOutH] = requantizing("attn_out_h");
+  if (form == Attention::Form::kBatched) points[Attention::kScale] = requantizing("scale");
+  return b.AddFused(Attention{.skip_masked = !b.GetDialect().observe_masked_keys,
+                              .explicit_transpose = b.GetDialect().explicit_k_transpose,
                               .form = form},
                     {query, key, value, mask}, std::move(points));
 }
 
-ValueId Rotate(const Builder& b, ValueId x, ValueId cos, ValueId sin, const std::string& prefix, const Rope& rope,
-               const Dialect& dialect) {
+ValueId Rotate(const BlockBuilder& b, ValueId x, ValueId cos, ValueId sin, const std::string& prefix,
+               const Rope& rope) {
   // The pieces share x's tensor in the file, whatever range the reference saw in each; only a negated half makes a
   // tensor of its own.
   const auto piece = [&](const char* name, PointUse use = PointUse::kSimulationOnly) {
-    return Builder::NamedPoint{dialect.rope_piece_points ? prefix + name : "", use};
+    return Builder::NamedPoint{b.GetDialect().rope_piece_points ? prefix + name : "", use};
   };
   std::vector<Builder::NamedPoint> points(Rope::kPoints);
   points[Rope::kX1] = piece("_x1");
@@ -106,8 +101,8 @@ ValueId Rotate(const Builder& b, ValueId x, ValueId cos, ValueId sin, const std:
   return b.AddFused(rope, {x, cos, sin}, std::move(points));
 }
 
-ValueId Scale(const Builder& b, ValueId value, float factor, std::string_view scale_point, const Dialect& dialect) {
-  const PointUse use = dialect.ple_float_holes ? PointUse::kExportOnly : PointUse::kNormal;
+ValueId Scale(const BlockBuilder& b, ValueId value, float factor, std::string_view scale_point) {
+  const PointUse use = b.GetDialect().ple_float_holes ? PointUse::kExportOnly : PointUse::kNormal;
   const ValueId constant = b.Point(scale_point, b.Constant(Tensor::Scalar(factor)), use);
   return b.Add(Mul{}, {value, constant});
 }

@@ -13,7 +13,7 @@ namespace circlet {
 namespace {
 
 // visual [V,D] over rows start .. start+V-1 of text [1,S,D]; Circle cannot hold empty slices.
-ValueId FuseRows(const Builder& b, ValueId text, ValueId visual, int64_t start) {
+ValueId FuseRows(const BlockBuilder& b, ValueId text, ValueId visual, int64_t start) {
   const Shape shape = b.ShapeOf(text);
   const int64_t end = start + b.ShapeOf(visual)[1];
   const auto rows = [&](int64_t first, int64_t last) {
@@ -29,7 +29,7 @@ ValueId FuseRows(const Builder& b, ValueId text, ValueId visual, int64_t start) 
 }
 
 // The visual rows as [1,V,D] on the grid of the merged embeddings.
-ValueId VisualRows(const Builder& b, ValueId visual) {
+ValueId VisualRows(const BlockBuilder& b, ValueId visual) {
   const Shape shape = b.ShapeOf(visual);
   return b.Boundary(EmbeddingPoint(), b.Reshape(visual, {1, shape[0], shape[1]}));
 }
@@ -48,41 +48,38 @@ int64_t CountOf(std::span<const int64_t> ids, int token) {
 
 }  // namespace
 
-void BuildFusion(const Builder& b, const TextConfig& config, int64_t length, int64_t start, int64_t tokens,
-                 const Dialect& dialect) {
+void BuildFusion(const BlockBuilder& b, const TextConfig& config, int64_t length, int64_t start, int64_t tokens) {
   CheckSpan(length, start, tokens);
   ValueId text = b.Input("text", {1, length, config.hidden_size});
   ValueId visual = b.Input("visual", {tokens, config.hidden_size});
-  if (!dialect.duplicate_points) {
+  if (!b.GetDialect().fusion_points) {
     text = b.Boundary(EmbeddingPoint(), text);
     b.Output("fused", FuseRows(b, text, VisualRows(b, b.Boundary(ProjectedPoint(), visual)), start));
     return;
   }
   // The reference's own file is float between its integer neighbours (quantization.md B5); this one rounds where the
   // reference's model does: both parts on the fusion's grid, the result on that of the text model's input.
-  const std::string fusion = "model.mm_fusion";
-  text = b.Boundary(fusion, b.Boundary(b.At(kTextRoot).At("embed_tokens").Path("act_out"), text));
-  visual = b.Boundary(fusion, b.Boundary(ProjectedPoint(), visual));
+  text = b.Boundary(kFusionPoint, b.Boundary(b.At(kTextRoot).At("embed_tokens").Path("act_out"), text));
+  visual = b.Boundary(kFusionPoint, b.Boundary(ProjectedPoint(), visual));
   visual = b.Reshape(visual, {1, tokens, config.hidden_size});
   b.Output("fused", b.Boundary(EmbeddingPoint(), FuseRows(b, text, visual, start)));
 }
 
-void BuildGemma4Full(const Builder& b, const Gemma4Config& config, int64_t length, const ImageSlot* image,
-                     const Dialect& dialect) {
-  CIRCLET_CHECK(!dialect.duplicate_points, "dialect {} leaves values of the whole model without a grid", dialect.name);
+void BuildGemma4Full(const BlockBuilder& b, const Gemma4Config& config, int64_t length, const ImageSlot* image) {
+  CIRCLET_CHECK(!b.GetDialect().fusion_points, "dialect {} leaves values of the whole model without a grid",
+                b.GetDialect().name);
   const TextConfig& text = config.text;
   const ValueId ids = b.Input("ids", {1, length}, DType::kI64);
-  ValueId hidden = TokenEmbeddings(b, text, ids, text.vocab_size, dialect);
+  ValueId hidden = TokenEmbeddings(b, text, ids, text.vocab_size);
   if (image != nullptr) {
     const PatchLayout layout = LayoutOf(*config.vision, image->positions);
     CheckSpan(length, image->start, layout.tokens);
     const ValueId pixels = b.Input("pixel_values", {1, layout.patches, config.vision->PatchValues()});
-    const ValueId tokens = VisionTokens(b, *config.vision, image->positions, pixels, VisionUse::kExport, dialect);
-    hidden = FuseRows(b, hidden, VisualRows(b, Projected(b, config, tokens, dialect)), image->start);
+    const ValueId tokens = VisionTokens(b, *config.vision, image->positions, pixels);
+    hidden = FuseRows(b, hidden, VisualRows(b, Projected(b, config, tokens)), image->start);
   }
   ValueId ple = -1;
-  if (text.HasPle())
-    ple = PerLayerInputs(b, text, hidden, TokenPle(b, text, ids, text.ple_vocab_size, dialect), dialect);
+  if (text.HasPle()) ple = PerLayerInputs(b, text, hidden, TokenPle(b, text, ids, text.ple_vocab_size));
 
   std::map<std::string, TextTables> tables;
   for (const auto& [type, layer] : LayerTypes(text)) {
@@ -91,7 +88,7 @@ void BuildGemma4Full(const Builder& b, const Gemma4Config& config, int64_t lengt
                     b.Boundary(RopePoint(layer, true), b.Constant(rope.cos)),
                     b.Boundary(RopePoint(layer, false), b.Constant(rope.sin))};
   }
-  b.Output("last_hidden_state", TextStack(b, text, hidden, ple, tables, dialect));
+  b.Output("last_hidden_state", TextStack(b, text, hidden, ple, tables));
 }
 
 std::vector<int64_t> CheckPlaceholders(const Gemma4Config& config, std::span<const int64_t> ids,

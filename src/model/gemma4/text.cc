@@ -9,7 +9,12 @@
 namespace circlet {
 namespace {
 
-Builder LayerBuilder(const Builder& b, int layer) { return b.At(kTextRoot).At(fmt::format("layers.{}", layer)); }
+// Of the per-layer inputs of a whole graph, where the dialect has whole_graph_points.
+constexpr char kWholePlePoint[] = "model.per_layer_inputs";
+
+BlockBuilder LayerBuilder(const BlockBuilder& b, int layer) {
+  return b.At(kTextRoot).At(fmt::format("layers.{}", layer));
+}
 
 struct KeyValue {
   ValueId key = -1, value = -1;
@@ -24,7 +29,7 @@ struct LayerValues {
 };
 
 // Positions from `first` on of [1,S,..].
-ValueId From(const Builder& b, ValueId x, int64_t first) {
+ValueId From(const BlockBuilder& b, ValueId x, int64_t first) {
   if (first == 0) return x;
   const Shape& shape = b.ShapeOf(x);
   return b.Add(Slice{{0, static_cast<int32_t>(first), 0},
@@ -39,24 +44,22 @@ struct LayerResults {
 };
 
 // K and V of this call's positions: norms, RoPE on K only, heads first.
-KeyValue FreshKeyValue(const Builder& b, const LayerConfig& layer, const LayerValues& in, ValueId x, float eps,
-                       const Dialect& dialect) {
+KeyValue FreshKeyValue(const BlockBuilder& b, const LayerConfig& layer, const LayerValues& in, ValueId x, float eps) {
   const int64_t width = int64_t{layer.kv_heads} * layer.head_dim;
-  const ValueId raw_key = SplitHeads(b, Linear(b.At("k_proj"), x, width, dialect), layer.kv_heads);
-  const ValueId raw_value =
-      layer.k_eq_v ? raw_key : SplitHeads(b, Linear(b.At("v_proj"), x, width, dialect), layer.kv_heads);
-  ValueId key = Norm(b.At("k_norm"), raw_key, eps, true, dialect);
-  key = HeadsFirst(b, Rotate(b, key, in.cos, in.sin, "k", Rope{1, true}, dialect));
-  ValueId value = HeadsFirst(b, Norm(b.At("v_norm"), raw_value, eps, false, dialect));
-  key = ReferencePoint(b, "new_k", key, dialect);
-  value = ReferencePoint(b, "new_v", value, dialect);
+  const ValueId raw_key = SplitHeads(b, Linear(b.At("k_proj"), x, width), layer.kv_heads);
+  const ValueId raw_value = layer.k_eq_v ? raw_key : SplitHeads(b, Linear(b.At("v_proj"), x, width), layer.kv_heads);
+  ValueId key = Norm(b.At("k_norm"), raw_key, eps, true);
+  key = HeadsFirst(b, Rotate(b, key, in.cos, in.sin, "k", Rope{1, true}));
+  ValueId value = HeadsFirst(b, Norm(b.At("v_norm"), raw_value, eps, false));
+  key = b.RequantizingPoint("new_k", key);
+  value = b.RequantizingPoint("new_v", value);
   return {key, value};
 }
 
-KeyValue Present(const Builder& b, const KeyValue& past, const KeyValue& fresh, const Dialect& dialect) {
+KeyValue Present(const BlockBuilder& b, const KeyValue& past, const KeyValue& fresh) {
   const auto join = [&](const char* name, ValueId before, ValueId now) {
-    if (before < 0) return ReferencePoint(b, name, now, dialect);
-    return ReferencePoint(b, name, b.Concat({ReferencePoint(b, name, before, dialect), now}, 2), dialect);
+    if (before < 0) return b.RequantizingPoint(name, now);
+    return b.RequantizingPoint(name, b.Concat({b.RequantizingPoint(name, before), now}, 2));
   };
   return {join("present_key", past.key, fresh.key), join("present_value", past.value, fresh.value)};
 }
@@ -67,58 +70,52 @@ struct AttentionResults {
 };
 
 // model.md 3.5; points of quantization.md 6.5.
-AttentionResults SelfAttention(const Builder& b, const TextConfig& config, const LayerConfig& layer,
-                               const LayerValues& in, ValueId x, const Dialect& dialect) {
-  x = ReferencePoint(b, "hidden", x, dialect);
+AttentionResults SelfAttention(const BlockBuilder& b, const TextConfig& config, const LayerConfig& layer,
+                               const LayerValues& in, ValueId x) {
+  x = b.RequantizingPoint("hidden", x);
   LayerValues tables = in;
-  tables.cos = ReferencePoint(b, "cos", in.cos, dialect);
-  tables.sin = ReferencePoint(b, "sin", in.sin, dialect);
+  tables.cos = b.RequantizingPoint("cos", in.cos);
+  tables.sin = b.RequantizingPoint("sin", in.sin);
 
-  ValueId query =
-      Linear(b.At("q_proj"), From(b, x, in.first), int64_t{config.num_heads} * layer.head_dim, dialect);
-  query = Norm(b.At("q_norm"), SplitHeads(b, query, config.num_heads), config.rms_norm_eps, true, dialect);
-  query = HeadsFirst(b, Rotate(b, query, From(b, tables.cos, in.first), From(b, tables.sin, in.first), "q",
-                               Rope{1, true}, dialect));
+  ValueId query = Linear(b.At("q_proj"), From(b, x, in.first), int64_t{config.num_heads} * layer.head_dim);
+  query = Norm(b.At("q_norm"), SplitHeads(b, query, config.num_heads), config.rms_norm_eps, true);
+  query =
+      HeadsFirst(b, Rotate(b, query, From(b, tables.cos, in.first), From(b, tables.sin, in.first), "q", Rope{1, true}));
 
   AttentionResults results;
   if (in.shared.Given()) {
-    results.present = Present(b, {}, in.shared, dialect);
+    results.present = Present(b, {}, in.shared);
   } else {
-    results.fresh = FreshKeyValue(b, layer, tables, x, config.rms_norm_eps, dialect);
-    results.present = Present(b, in.past, results.fresh, dialect);
+    results.fresh = FreshKeyValue(b, layer, tables, x, config.rms_norm_eps);
+    results.present = Present(b, in.past, results.fresh);
   }
-  const ValueId mask = ReferencePoint(b, "attn_mask", in.mask, dialect);
-  const ValueId heads =
-      Attend(b, query, results.present.key, results.present.value, mask, Attention::Form::kByHead, dialect);
-  results.out = Linear(b.At("o_proj"), heads, config.hidden_size, dialect);
+  const ValueId mask = b.RequantizingPoint("attn_mask", in.mask);
+  const ValueId heads = Attend(b, query, results.present.key, results.present.value, mask, Attention::Form::kByHead);
+  results.out = Linear(b.At("o_proj"), heads, config.hidden_size);
   return results;
 }
 
 // model.md 3.4; points of quantization.md 6.6.
-LayerResults Layer(const Builder& b, const TextConfig& config, int index, const LayerValues& in,
-                   const Dialect& dialect) {
+LayerResults Layer(const BlockBuilder& b, const TextConfig& config, int index, const LayerValues& in) {
   const LayerConfig& layer = config.layers[index];
-  const auto norm = [&](const char* name, ValueId x) {
-    return Norm(b.At(name), x, config.rms_norm_eps, true, dialect);
-  };
+  const auto norm = [&](const char* name, ValueId x) { return Norm(b.At(name), x, config.rms_norm_eps, true); };
   const auto residual = [&](const char* point, ValueId x, ValueId branch) {
     return b.Point(point, b.Add(Add{}, {x, branch}));
   };
 
-  const ValueId h0 = ReferencePoint(b, "act_in", in.hidden, dialect);
-  const AttentionResults attention =
-      SelfAttention(b.At("self_attn"), config, layer, in, norm("input_layernorm", h0), dialect);
+  const ValueId h0 = b.RequantizingPoint("act_in", in.hidden);
+  const AttentionResults attention = SelfAttention(b.At("self_attn"), config, layer, in, norm("input_layernorm", h0));
   const ValueId h1 =
       residual("attn_residual_out", From(b, h0, in.first), norm("post_attention_layernorm", attention.out));
 
-  const ValueId mlp = Mlp(b.At("mlp"), norm("pre_feedforward_layernorm", h1), layer.intermediate, dialect);
+  const ValueId mlp = Mlp(b.At("mlp"), norm("pre_feedforward_layernorm", h1), layer.intermediate);
   ValueId h = residual("mlp_residual_out", h1, norm("post_feedforward_layernorm", mlp));
 
   if (config.HasPle()) {
-    const ValueId gate = Linear(b.At("per_layer_input_gate"), h, config.ple_dim, dialect);
+    const ValueId gate = Linear(b.At("per_layer_input_gate"), h, config.ple_dim);
     const ValueId act = b.Point("per_layer_gate_act", b.Add(Gelu{}, {gate}));
     const ValueId product = b.Point("per_layer_mul", b.Add(Mul{}, {act, in.ple}));
-    const ValueId projected = Linear(b.At("per_layer_projection"), product, config.hidden_size, dialect);
+    const ValueId projected = Linear(b.At("per_layer_projection"), product, config.hidden_size);
     h = residual("per_layer_residual_out", h, norm("post_per_layer_input_norm", projected));
   }
   // The scalar is a tensor of the checkpoint but rounds like an activation (quantization.md 4.2).
@@ -129,62 +126,59 @@ LayerResults Layer(const Builder& b, const TextConfig& config, int index, const 
 }
 
 // Rows of a table times sqrt(width) (quantization.md 6.4), up to the point that the caller puts behind the product.
-ValueId ScaledRows(const Builder& b, ValueId ids, int64_t rows, int64_t row_width, float scale,
-                   const Dialect& dialect) {
+ValueId ScaledRows(const BlockBuilder& b, ValueId ids, int64_t rows, int64_t row_width, float scale) {
   ValueId row = b.Add(Gather{}, {b.Weight("weight", {rows, row_width}, /*axis=*/0), ids});
   // Every row of the table has a grid of its own; the file says where they meet the common one (quantization.md B14).
-  if (!dialect.duplicate_points) row = b.Add(Requantize{}, {row});
+  if (!b.GetDialect().gather_requantizes) row = b.Add(Requantize{}, {row});
   row = b.Point("embedding", row);
   return b.Add(Mul{}, {row, b.Point("embed_scale", b.Constant(Tensor::Scalar(scale)))});
 }
 
-ValueId FinalNorm(const Builder& b, const TextConfig& config, ValueId hidden, const Dialect& dialect) {
-  return Norm(b.At(kTextRoot).At("norm"), hidden, config.rms_norm_eps, true, dialect);
+ValueId FinalNorm(const BlockBuilder& b, const TextConfig& config, ValueId hidden) {
+  return Norm(b.At(kTextRoot).At("norm"), hidden, config.rms_norm_eps, true);
 }
 
 }  // namespace
 
 // ---- Parts --------------------------------------------------------------------------------------------------------
 
-ValueId TokenEmbeddings(const Builder& b, const TextConfig& config, ValueId ids, int64_t rows, const Dialect& dialect) {
-  const Builder table = b.At(kTextRoot).At("embed_tokens");
+ValueId TokenEmbeddings(const BlockBuilder& b, const TextConfig& config, ValueId ids, int64_t rows) {
+  const BlockBuilder table = b.At(kTextRoot).At("embed_tokens");
   const float scale = std::sqrt(static_cast<float>(config.hidden_size));
-  const ValueId hidden = ScaledRows(table, ids, rows, config.hidden_size, scale, dialect);
+  const ValueId hidden = ScaledRows(table, ids, rows, config.hidden_size, scale);
   // In decode the next layer takes the embedding as it is, so it lies on the grid of the merged sequence.
-  return dialect.duplicate_points ? table.Point("act_out", hidden) : b.Boundary(EmbeddingPoint(), hidden);
+  return b.GetDialect().fusion_points ? table.Point("act_out", hidden) : b.Boundary(EmbeddingPoint(), hidden);
 }
 
-ValueId TokenPle(const Builder& b, const TextConfig& config, ValueId ids, int64_t rows, const Dialect& dialect) {
-  const Builder root = b.At(kTextRoot);
-  const Builder table = root.At("embed_tokens_per_layer");
+ValueId TokenPle(const BlockBuilder& b, const TextConfig& config, ValueId ids, int64_t rows) {
+  const BlockBuilder root = b.At(kTextRoot);
+  const BlockBuilder table = root.At("embed_tokens_per_layer");
   const int64_t length = b.ShapeOf(ids)[1], layers = config.NumLayers();
-  ValueId row =
-      ScaledRows(table, ids, rows, layers * config.ple_dim, std::sqrt(static_cast<float>(config.ple_dim)), dialect);
+  ValueId row = ScaledRows(table, ids, rows, layers * config.ple_dim, std::sqrt(static_cast<float>(config.ple_dim)));
   row = b.Reshape(table.Point("act_out", row), {1, length, layers, config.ple_dim});
-  // The reference also watches this tensor under the name of the combined one (quantization.md B6).
-  row = ReferencePoint(b, "model.per_layer_inputs", row, dialect, PointUse::kExportOnly);
-  return ReferencePoint(root, "per_layer_token_inputs", row, dialect);
+  // The grid of a whole graph's input is that of this part, not of the sum that comes in (quantization.md B6).
+  if (b.GetDialect().whole_graph_points) row = b.Point(kWholePlePoint, row, PointUse::kExportOnly);
+  return root.RequantizingPoint("per_layer_token_inputs", row);
 }
 
-ValueId PerLayerInputs(const Builder& b, const TextConfig& config, ValueId embeds, ValueId tokens,
-                       const Dialect& dialect) {
-  const Builder root = b.At(kTextRoot);
-  ValueId context =
-      Linear(root.At("per_layer_model_projection"), embeds, config.NumLayers() * int64_t{config.ple_dim}, dialect);
-  context = Scale(root, context, 1.0f / std::sqrt(static_cast<float>(config.hidden_size)), "per_layer_projection_scale",
-                  dialect);
-  const Builder norm = root.At("per_layer_projection_norm");
-  if (!dialect.duplicate_points) context = norm.Point("act_in", context);
-  context = Norm(norm, b.Reshape(context, b.ShapeOf(tokens)), config.rms_norm_eps, true, dialect);
-  context = ReferencePoint(root, "per_layer_projection", context, dialect);
+ValueId PerLayerInputs(const BlockBuilder& b, const TextConfig& config, ValueId embeds, ValueId tokens) {
+  const BlockBuilder root = b.At(kTextRoot);
+  ValueId context = Linear(root.At("per_layer_model_projection"), embeds, config.NumLayers() * int64_t{config.ple_dim});
+  context =
+      Scale(root, context, 1.0f / std::sqrt(static_cast<float>(config.hidden_size)), "per_layer_projection_scale");
+  const BlockBuilder norm = root.At("per_layer_projection_norm");
+  // Where no norm has a point of its own on what comes in, the scaled product gets it here.
+  if (!b.GetDialect().requantizing_points) context = norm.Point("act_in", context);
+  context = Norm(norm, b.Reshape(context, b.ShapeOf(tokens)), config.rms_norm_eps, true);
+  context = root.RequantizingPoint("per_layer_projection", context);
 
-  const PointUse sum_use = dialect.ple_float_holes ? PointUse::kExportOnly : PointUse::kNormal;
+  const PointUse sum_use = b.GetDialect().ple_float_holes ? PointUse::kExportOnly : PointUse::kNormal;
   const ValueId sum = root.Point("per_layer_sum", b.Add(Add{}, {context, tokens}), sum_use);
-  return b.Point(PlePoint(), Scale(root, sum, std::sqrt(0.5f), "per_layer_input_scale", dialect));
+  return b.Point(PlePoint(), Scale(root, sum, std::sqrt(0.5f), "per_layer_input_scale"));
 }
 
-ValueId TextStack(const Builder& b, const TextConfig& config, ValueId hidden, ValueId ple,
-                  const std::map<std::string, TextTables>& tables, const Dialect& dialect) {
+ValueId TextStack(const BlockBuilder& b, const TextConfig& config, ValueId hidden, ValueId ple,
+                  const std::map<std::string, TextTables>& tables) {
   const int64_t length = b.ShapeOf(hidden)[1];
   std::map<int, KeyValue> stored;
   for (int i = 0; i < config.NumLayers(); ++i) {
@@ -197,20 +191,20 @@ ValueId TextStack(const Builder& b, const TextConfig& config, ValueId hidden, Va
       in.ple = b.Reshape(slice, {1, length, config.ple_dim});
     }
     if (layer.kv_shared) in.shared = stored.at(layer.kv_source);
-    const LayerResults out = Layer(LayerBuilder(b, i), config, i, in, dialect);
+    const LayerResults out = Layer(LayerBuilder(b, i), config, i, in);
     if (layer.stores_kv) stored[i] = out.present;
     hidden = out.hidden;
   }
-  return FinalNorm(b, config, hidden, dialect);
+  return FinalNorm(b, config, hidden);
 }
 
-ValueId Logits(const Builder& b, const TextConfig& config, ValueId normed, int64_t rows, const Dialect& dialect) {
-  ValueId logits = Linear(b.At("lm_head"), normed, rows, dialect);
-  if (!config.final_logit_softcapping) return ReferencePoint(b, "logits", logits, dialect);
+ValueId Logits(const BlockBuilder& b, const TextConfig& config, ValueId normed, int64_t rows) {
+  ValueId logits = Linear(b.At("lm_head"), normed, rows);
+  if (!config.final_logit_softcapping) return b.RequantizingPoint("logits", logits);
   const float cap = *config.final_logit_softcapping;
-  logits = b.Point("logit_softcapping_div", Scale(b, logits, 1.0f / cap, "logit_softcapping_div_scale", dialect));
+  logits = b.Point("logit_softcapping_div", Scale(b, logits, 1.0f / cap, "logit_softcapping_div_scale"));
   logits = b.Point("logit_softcapping_tanh", b.Add(Tanh{}, {logits}));
-  return b.Point("logits", Scale(b, logits, cap, "logit_softcapping_scale", dialect));
+  return b.Point("logits", Scale(b, logits, cap, "logit_softcapping_scale"));
 }
 
 std::map<std::string, LayerConfig> LayerTypes(const TextConfig& config) {
@@ -232,58 +226,56 @@ std::string RopePoint(const LayerConfig& layer, bool cosine) {
 }
 
 std::string LayerInputPoint(int layer, const Dialect& dialect) {
-  if (dialect.duplicate_points) return fmt::format("{}.layers.{}.act_in", kTextRoot, layer);
+  if (dialect.requantizing_points) return fmt::format("{}.layers.{}.act_in", kTextRoot, layer);
   return layer == 0 ? EmbeddingPoint() : fmt::format("{}.layers.{}.layer_scalar_out", kTextRoot, layer - 1);
 }
 
 std::string KeyPoint(int layer, const Dialect& dialect) {
-  return fmt::format("{}.layers.{}.self_attn.{}", kTextRoot, layer, dialect.duplicate_points ? "present_key" : "k_rot");
+  return fmt::format("{}.layers.{}.self_attn.{}", kTextRoot, layer,
+                     dialect.requantizing_points ? "present_key" : "k_rot");
 }
 
 std::string ValuePoint(int layer, const Dialect& dialect) {
   return fmt::format("{}.layers.{}.self_attn.{}", kTextRoot, layer,
-                     dialect.duplicate_points ? "present_value" : "v_norm.act_out");
+                     dialect.requantizing_points ? "present_value" : "v_norm.act_out");
 }
 
 std::string EmbeddingPoint() { return fmt::format("{}.inputs_embeds", kTextRoot); }
 
 std::string TokenPlePoint(const Dialect& dialect) {
   return fmt::format("{}.{}", kTextRoot,
-                     dialect.duplicate_points ? "per_layer_token_inputs" : "embed_tokens_per_layer.act_out");
+                     dialect.requantizing_points ? "per_layer_token_inputs" : "embed_tokens_per_layer.act_out");
 }
 
 std::string PlePoint() { return fmt::format("{}.per_layer_inputs", kTextRoot); }
 
 std::string HeadInputPoint(const TextConfig& config, const Dialect& dialect) {
-  if (dialect.duplicate_points) return fmt::format("{}.norm.act_in", kTextRoot);
+  if (dialect.requantizing_points) return fmt::format("{}.norm.act_in", kTextRoot);
   return LayerInputPoint(config.NumLayers(), dialect);
 }
 
 // ---- Graphs -------------------------------------------------------------------------------------------------------
 
-void BuildTokenEmbedding(const Builder& b, const TextConfig& config, int64_t length, int64_t rows,
-                         const Dialect& dialect) {
-  b.Output("hidden", TokenEmbeddings(b, config, b.Input("ids", {1, length}, DType::kI64), rows, dialect));
+void BuildTokenEmbedding(const BlockBuilder& b, const TextConfig& config, int64_t length, int64_t rows) {
+  b.Output("hidden", TokenEmbeddings(b, config, b.Input("ids", {1, length}, DType::kI64), rows));
 }
 
-void BuildMergedEmbedding(const Builder& b, const TextConfig& config, int64_t length, bool has_image,
-                          const Dialect& dialect) {
+void BuildMergedEmbedding(const BlockBuilder& b, const TextConfig& config, int64_t length, bool has_image) {
   ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
-  if (has_image && dialect.duplicate_points) hidden = b.Point("model.mm_fusion", hidden);
+  if (has_image && b.GetDialect().fusion_points) hidden = b.Point(kFusionPoint, hidden);
   b.Output("merged", hidden);
   b.Output("hidden", b.Point(EmbeddingPoint(), hidden));
 }
 
-void BuildPleEmbedding(const Builder& b, const TextConfig& config, int64_t length, int64_t rows,
-                       const Dialect& dialect) {
-  b.Output("per_layer_token_inputs", TokenPle(b, config, b.Input("ids", {1, length}, DType::kI64), rows, dialect));
+void BuildPleEmbedding(const BlockBuilder& b, const TextConfig& config, int64_t length, int64_t rows) {
+  b.Output("per_layer_token_inputs", TokenPle(b, config, b.Input("ids", {1, length}, DType::kI64), rows));
 }
 
-void BuildPleProjection(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
+void BuildPleProjection(const BlockBuilder& b, const TextConfig& config, int64_t length) {
   const ValueId embeds = b.Boundary(EmbeddingPoint(), b.Input("inputs_embeds", {1, length, config.hidden_size}));
-  const ValueId tokens = b.Boundary(TokenPlePoint(dialect),
+  const ValueId tokens = b.Boundary(TokenPlePoint(b.GetDialect()),
                                     b.Input("per_layer_token_inputs", {1, length, config.NumLayers(), config.ple_dim}));
-  b.Output("per_layer_inputs", PerLayerInputs(b, config, embeds, tokens, dialect));
+  b.Output("per_layer_inputs", PerLayerInputs(b, config, embeds, tokens));
 }
 
 namespace {
@@ -294,8 +286,8 @@ struct Lengths {
 };
 
 // What a unit of one layer takes besides the hidden states, in the order of its inputs.
-LayerValues LayerInputs(const Builder& b, const TextConfig& config, int index, Phase phase, Lengths length,
-                        int64_t slots, bool ple, const Dialect& dialect) {
+LayerValues LayerInputs(const BlockBuilder& b, const TextConfig& config, int index, Phase phase, Lengths length,
+                        int64_t slots, bool ple) {
   const LayerConfig& layer = config.layers[index];
   const bool decode = phase == Phase::kDecode;
   const auto cache = [&](const char* name, const std::string& point, int64_t keys) {
@@ -307,18 +299,18 @@ LayerValues LayerInputs(const Builder& b, const TextConfig& config, int index, P
   in.sin = b.Boundary(RopePoint(layer, false), b.Input("sin", {1, length.in, layer.head_dim}));
   in.first = length.in - length.out;
   if (decode && !layer.kv_shared) {
-    in.past.key = cache("past_key", KeyPoint(index, dialect), slots - 1);
-    in.past.value = cache("past_value", ValuePoint(index, dialect), slots - 1);
+    in.past.key = cache("past_key", KeyPoint(index, b.GetDialect()), slots - 1);
+    in.past.value = cache("past_value", ValuePoint(index, b.GetDialect()), slots - 1);
   }
   if (ple) in.ple = b.Boundary(PlePoint(), b.Input("per_layer_input", {1, length.out, config.ple_dim}));
   if (layer.kv_shared) {
-    in.shared.key = cache("shared_key", KeyPoint(layer.kv_source, dialect), slots);
-    in.shared.value = cache("shared_value", ValuePoint(layer.kv_source, dialect), slots);
+    in.shared.key = cache("shared_key", KeyPoint(layer.kv_source, b.GetDialect()), slots);
+    in.shared.value = cache("shared_value", ValuePoint(layer.kv_source, b.GetDialect()), slots);
   }
   return in;
 }
 
-void LayerOutputs(const Builder& b, ValueId hidden, const KeyValue& fresh) {
+void LayerOutputs(const BlockBuilder& b, ValueId hidden, const KeyValue& fresh) {
   b.Output("hidden", hidden);
   if (!fresh.Given()) return;
   b.Output("new_key", fresh.key);
@@ -326,39 +318,39 @@ void LayerOutputs(const Builder& b, ValueId hidden, const KeyValue& fresh) {
 }
 
 // A block's own input, on the grid of the norm of the layer that feeds it.
-ValueId NormedInput(const Builder& b, const TextConfig& config, int layer, int64_t length, const char* norm,
-                    const Dialect& dialect) {
+ValueId NormedInput(const BlockBuilder& b, const TextConfig& config, int layer, int64_t length, const char* norm) {
   const ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
-  return dialect.duplicate_points ? hidden : b.Boundary(LayerBuilder(b, layer).At(norm).Path("act_out"), hidden);
+  return b.GetDialect().requantizing_points ? hidden
+                                            : b.Boundary(LayerBuilder(b, layer).At(norm).Path("act_out"), hidden);
 }
 
 }  // namespace
 
-void BuildTextMlp(const Builder& b, const TextConfig& config, int layer, int64_t length, const Dialect& dialect) {
-  const ValueId x = NormedInput(b, config, layer, length, "pre_feedforward_layernorm", dialect);
-  b.Output("hidden", Mlp(LayerBuilder(b, layer).At("mlp"), x, config.layers[layer].intermediate, dialect));
+void BuildTextMlp(const BlockBuilder& b, const TextConfig& config, int layer, int64_t length) {
+  const ValueId x = NormedInput(b, config, layer, length, "pre_feedforward_layernorm");
+  b.Output("hidden", Mlp(LayerBuilder(b, layer).At("mlp"), x, config.layers[layer].intermediate));
 }
 
-void BuildTextAttention(const Builder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
-                        const Dialect& dialect) {
+void BuildTextAttention(const BlockBuilder& b, const TextConfig& config, int layer, Phase phase, int64_t slots) {
   const int64_t length = phase == Phase::kDecode ? 1 : slots;
-  const ValueId x = NormedInput(b, config, layer, length, "input_layernorm", dialect);
-  const LayerValues in = LayerInputs(b, config, layer, phase, {length, length}, slots, /*ple=*/false, dialect);
+  const ValueId x = NormedInput(b, config, layer, length, "input_layernorm");
+  const LayerValues in = LayerInputs(b, config, layer, phase, {length, length}, slots, /*ple=*/false);
   const AttentionResults out =
-      SelfAttention(LayerBuilder(b, layer).At("self_attn"), config, config.layers[layer], in, x, dialect);
+      SelfAttention(LayerBuilder(b, layer).At("self_attn"), config, config.layers[layer], in, x);
   LayerOutputs(b, out.out, out.fresh);
 }
 
-void BuildDecoderLayer(const Builder& b, const TextConfig& config, int index, Phase phase, int64_t slots,
-                       const Dialect& dialect, const DecoderLayerOptions& options) {
+void BuildDecoderLayer(const BlockBuilder& b, const TextConfig& config, int index, Phase phase, int64_t slots,
+                       const DecoderLayerOptions& options) {
   const int64_t asking = phase == Phase::kDecode ? 1 : slots - options.first;
   const Lengths length{asking + (config.layers[index].kv_shared ? 0 : options.first), asking};
   const ValueId hidden = b.Input("hidden", {1, length.in, config.hidden_size});
-  // The reference's layer rounds its input at a point of its own.
-  const ValueId on_grid = dialect.duplicate_points ? hidden : b.Boundary(LayerInputPoint(index, dialect), hidden);
-  LayerValues in = LayerInputs(b, config, index, phase, length, slots, config.HasPle(), dialect);
+  // With requantizing points the layer begins with one of its own.
+  const Dialect& dialect = b.GetDialect();
+  const ValueId on_grid = dialect.requantizing_points ? hidden : b.Boundary(LayerInputPoint(index, dialect), hidden);
+  LayerValues in = LayerInputs(b, config, index, phase, length, slots, config.HasPle());
   in.hidden = on_grid;
-  const LayerResults out = Layer(LayerBuilder(b, index), config, index, in, dialect);
+  const LayerResults out = Layer(LayerBuilder(b, index), config, index, in);
   LayerOutputs(b, out.hidden, out.fresh);
   if (options.inner_outputs) {
     b.Output("attn_out", out.attn_out);
@@ -366,11 +358,10 @@ void BuildDecoderLayer(const Builder& b, const TextConfig& config, int index, Ph
   }
 }
 
-void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
+void BuildTextModel(const BlockBuilder& b, const TextConfig& config, int64_t length) {
   ValueId hidden = b.Input("inputs_embeds", {1, length, config.hidden_size});
-  if (!dialect.duplicate_points) hidden = b.Boundary(EmbeddingPoint(), hidden);
-  // The reference rounds the whole model's input on the range of another tensor (quantization.md B6).
-  const std::string ple_point = dialect.duplicate_points ? "model.per_layer_inputs" : PlePoint();
+  if (!b.GetDialect().requantizing_points) hidden = b.Boundary(EmbeddingPoint(), hidden);
+  const std::string ple_point = b.GetDialect().whole_graph_points ? kWholePlePoint : PlePoint();
   const ValueId ple =
       config.HasPle()
           ? b.Boundary(ple_point, b.Input("per_layer_inputs", {1, length, config.NumLayers(), config.ple_dim}))
@@ -383,33 +374,34 @@ void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, 
     tables[type].cos = b.Boundary(RopePoint(layer, true), b.Input("cos." + type, {1, length, layer.head_dim}));
     tables[type].sin = b.Boundary(RopePoint(layer, false), b.Input("sin." + type, {1, length, layer.head_dim}));
   }
-  b.Output("last_hidden_state", TextStack(b, config, hidden, ple, tables, dialect));
+  b.Output("last_hidden_state", TextStack(b, config, hidden, ple, tables));
 }
 
 namespace {
 
-ValueId NormedHidden(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
+ValueId NormedHidden(const BlockBuilder& b, const TextConfig& config, int64_t length) {
   ValueId hidden = b.Input("hidden", {1, length, config.hidden_size});
-  if (!dialect.duplicate_points) hidden = b.Boundary(HeadInputPoint(config, dialect), hidden);
-  return FinalNorm(b, config, hidden, dialect);
+  const Dialect& dialect = b.GetDialect();
+  if (!dialect.requantizing_points) hidden = b.Boundary(HeadInputPoint(config, dialect), hidden);
+  return FinalNorm(b, config, hidden);
 }
 
 }  // namespace
 
-void BuildHead(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
-  const ValueId normed = NormedHidden(b, config, length, dialect);
-  b.Output("logits", Logits(b, config, normed, config.vocab_size, dialect));
+void BuildHead(const BlockBuilder& b, const TextConfig& config, int64_t length) {
+  const ValueId normed = NormedHidden(b, config, length);
+  b.Output("logits", Logits(b, config, normed, config.vocab_size));
   b.Output("last_hidden_state", normed);
 }
 
-void BuildFinalNorm(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect) {
-  b.Output("last_hidden_state", NormedHidden(b, config, length, dialect));
+void BuildFinalNorm(const BlockBuilder& b, const TextConfig& config, int64_t length) {
+  b.Output("last_hidden_state", NormedHidden(b, config, length));
 }
 
-void BuildLogits(const Builder& b, const TextConfig& config, int64_t length, int64_t rows, const Dialect& dialect) {
+void BuildLogits(const BlockBuilder& b, const TextConfig& config, int64_t length, int64_t rows) {
   const ValueId normed = b.Boundary(b.At(kTextRoot).At("norm").Path("act_out"),
                                     b.Input("last_hidden_state", {1, length, config.hidden_size}));
-  b.Output("logits", Logits(b, config, normed, rows, dialect));
+  b.Output("logits", Logits(b, config, normed, rows));
 }
 
 }  // namespace circlet

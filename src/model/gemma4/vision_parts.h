@@ -13,26 +13,24 @@ struct VisionTables {
 };
 
 // pixels [1,P,3 ps^2] -> [1,P,Dv], on the grid that the first layer reads.
-ValueId PatchEmbeddings(const Builder& b, const VisionConfig& config, ValueId pixels, const Dialect& dialect);
+ValueId PatchEmbeddings(const BlockBuilder& b, const VisionConfig& config, ValueId pixels);
 // hidden [1,P,Dv] -> the same.
-ValueId VisionLayer(const Builder& b, const VisionConfig& config, int index, ValueId hidden, const VisionTables& tables,
-                    const Dialect& dialect);
-// hidden [1,P,Dv] -> [1,V,Dv].
-ValueId PooledTokens(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions, ValueId hidden,
-                     VisionUse use, const Dialect& dialect);
-// pooled [1,V,Dv] -> [1,tokens,Dv], the reference [tokens,Dv].
-ValueId FilledSlots(const Builder& b, const VisionConfig& config, const PatchLayout& layout, ValueId pooled,
-                    const Dialect& dialect);
+ValueId VisionLayer(const BlockBuilder& b, const VisionConfig& config, int index, ValueId hidden,
+                    const VisionTables& tables);
+// hidden [1,P,Dv] -> [1,V,Dv]. patch_mask [1,P,1] multiplies hidden ahead; -1: there is none.
+ValueId PooledTokens(const BlockBuilder& b, const VisionConfig& config, std::span<const int64_t> positions,
+                     ValueId hidden, ValueId patch_mask = -1);
+// pooled [1,V,Dv] -> [1,tokens,Dv]; with rank2_soft_tokens [tokens,Dv].
+ValueId FilledSlots(const BlockBuilder& b, const VisionConfig& config, const PatchLayout& layout, ValueId pooled);
 // x [1,tokens,Dv] or [tokens,Dv] -> [tokens,D].
-ValueId Projected(const Builder& b, const Gemma4Config& config, ValueId x, const Dialect& dialect);
+ValueId Projected(const BlockBuilder& b, const Gemma4Config& config, ValueId x);
 // Mask and tables of a picture, on the grids of the encoder.
-VisionTables ConstantTables(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions,
-                            const Dialect& dialect);
+VisionTables ConstantTables(const BlockBuilder& b, const VisionConfig& config, std::span<const int64_t> positions);
 // All layers with those tables.
-ValueId EncodedPatches(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions, ValueId hidden,
-                       const Dialect& dialect);
+ValueId EncodedPatches(const BlockBuilder& b, const VisionConfig& config, std::span<const int64_t> positions,
+                       ValueId hidden);
 // pixels -> what FilledSlots gives.
-ValueId VisionTokens(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions, ValueId pixels,
-                     VisionUse use, const Dialect& dialect);
+ValueId VisionTokens(const BlockBuilder& b, const VisionConfig& config, std::span<const int64_t> positions,
+                     ValueId pixels);
 
 }  // namespace circlet

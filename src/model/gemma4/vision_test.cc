@@ -187,22 +187,21 @@ struct Unit {
 Graph UnitGraph(const std::string& unit, const Gemma4Config& config, const Picture& picture, const Dialect& dialect) {
   const VisionConfig& vision = *config.vision;
   const std::span<const int64_t> positions = picture.positions;
-  const VisionUse use = VisionUse::kExport;
-  for (VisionStep& step : VisionSteps(config, positions, dialect, use))
+  for (VisionStep& step : VisionSteps(config, positions, dialect, {}))
     if (step.name == unit) {
       step.graph.KeepOutputs({step.graph.Outputs().front().name});
       return std::move(step.graph);
     }
-  return GraphOf([&](const Builder& b) {
+  return GraphOf(dialect, [&](const BlockBuilder& b) {
     if (unit == "multimodal_embedder") {
-      BuildMultimodalEmbedder(b, config, LayoutOf(vision, positions).tokens, dialect);
+      BuildMultimodalEmbedder(b, config, LayoutOf(vision, positions).tokens);
     } else if (unit == "vision_encoder") {
-      BuildVisionEncoder(b, vision, positions, dialect);
+      BuildVisionEncoder(b, vision, positions);
     } else if (unit == "vision_model") {
-      BuildVisionModel(b, vision, positions, use, dialect);
+      BuildVisionModel(b, vision, positions);
     } else {
       CIRCLET_CHECK(unit == "vision_prefill", "{} is no unit of the vision side", unit);
-      BuildVisionPrefill(b, config, positions, use, dialect);
+      BuildVisionPrefill(b, config, positions);
     }
   });
 }
@@ -346,7 +345,7 @@ TEST(VisionFilesTest, EveryUnitOfOurDialectComputesWhatItsSimulationComputes) {
       const WeightSource weights = PictureWeights(model, picture, kDefault, &grids);
       FakeQuantReading reading(grids);
       Stages stages = RunVision(model, picture, kDefault, &reading, &grids);
-      for (const VisionStep& step : VisionSteps(model.config, picture.positions, kDefault, VisionUse::kExport)) {
+      for (const VisionStep& step : VisionSteps(model.config, picture.positions, kDefault, {})) {
         if (step.name == "tables") continue;
         SCOPED_TRACE(model_name + " " + recipe + " " + step.name);
         std::map<std::string, Tensor> inputs;
@@ -389,8 +388,8 @@ struct Prompt {
 };
 
 Graph FullGraph(const GoldenModel& model, const Prompt& prompt) {
-  return GraphOf([&, slot = prompt.Slot()](const Builder& b) {
-    BuildGemma4Full(b, model.config, prompt.Length(), &slot, kDefault);
+  return GraphOf(kDefault, [&, slot = prompt.Slot()](const BlockBuilder& b) {
+    BuildGemma4Full(b, model.config, prompt.Length(), &slot);
   });
 }
 
@@ -429,27 +428,30 @@ TEST(Gemma4FullTest, FileComputesWhatTheSimulationComputesWithFusionOnIntegers) 
       CalibrateVision(model, grids);
       for (const LayerConfig& layer : text.layers) {
         const RopeTables rope = TextRopeTables(layer.rope, layer.head_dim, 0, length, true);
-        observe(GraphOf([&](const Builder& b) {
-                  b.Output("m", b.Point(MaskPoint(layer), b.Constant(PrefillMask(length, length, layer.window))));
-                  b.Output("c", b.Point(RopePoint(layer, true), b.Constant(rope.cos)));
-                  b.Output("s", b.Point(RopePoint(layer, false), b.Constant(rope.sin)));
-                }),
+        observe(GraphOf(kDefault,
+                        [&](const BlockBuilder& b) {
+                          b.Output("m",
+                                   b.Point(MaskPoint(layer), b.Constant(PrefillMask(length, length, layer.window))));
+                          b.Output("c", b.Point(RopePoint(layer, true), b.Constant(rope.cos)));
+                          b.Output("s", b.Point(RopePoint(layer, false), b.Constant(rope.sin)));
+                        }),
                 {});
       }
       const Tensor tokens =
-          observe(GraphOf([&](const Builder& b) { BuildTokenEmbedding(b, text, length, text.vocab_size, kDefault); }),
-                  {{"ids", prompt.Inputs().at("ids")}})
+          observe(
+              GraphOf(kDefault, [&](const BlockBuilder& b) { BuildTokenEmbedding(b, text, length, text.vocab_size); }),
+              {{"ids", prompt.Inputs().at("ids")}})
               .at("hidden");
       const Tensor projected = RunVision(model, prompt.picture, kDefault, nullptr, nullptr).at("vision.projected");
       const Tensor fused = FuseAt(tokens, projected, prompt.slots);
-      observe(GraphOf([&](const Builder& b) { BuildMergedEmbedding(b, text, length, true, kDefault); }),
+      observe(GraphOf(kDefault, [&](const BlockBuilder& b) { BuildMergedEmbedding(b, text, length, true); }),
               {{"hidden", fused}});
       const Graph full = FullGraph(model, prompt);
       observe(full, prompt.Inputs());
 
       ExpectSameAsFile({full, weights, grids}, prompt.Inputs());
       const Graph fusion = GraphOf(
-          [&](const Builder& b) { BuildFusion(b, text, length, prompt.slots.front(), prompt.tokens, kDefault); });
+          kDefault, [&](const BlockBuilder& b) { BuildFusion(b, text, length, prompt.slots.front(), prompt.tokens); });
       ExpectSameAsFile({fusion, weights, grids}, {{"text", tokens}, {"visual", projected}});
     }
   }
@@ -459,7 +461,7 @@ TEST(FusionTest, GraphWritesVisualRowsOverTheirSpan) {
   const TextConfig config{.hidden_size = 2};
   const std::vector<float> text{0, 1, 2, 3, 4, 5, 6, 7}, visual{10, 11, 12, 13};
   const auto fused = [&](const Dialect& dialect, int64_t start, int64_t tokens) {
-    const Graph graph = GraphOf([&](const Builder& b) { BuildFusion(b, config, 4, start, tokens, dialect); });
+    const Graph graph = GraphOf(dialect, [&](const BlockBuilder& b) { BuildFusion(b, config, 4, start, tokens); });
     const auto results = Executor(graph, nullptr)
                              .Run({{"text", Tensor::Of<float>({1, 4, 2}, text)},
                                    {"visual", Tensor::Of<float>({tokens, 2}, std::span(visual).first(tokens * 2))}},
@@ -480,7 +482,7 @@ TEST(FusionTest, TheReferencesFloatFusionIsOnGridsHere) {
   const GoldenModel model("tiny_wide");
   Calibration grids(Recipe::Load("w4a16"), kTico);
   grids.UseFrozen(GoldenGrids("tiny_wide", "w4a16"));
-  const Graph graph = GraphOf([&](const Builder& b) { BuildFusion(b, model.config.text, 20, 1, 6, kTico); });
+  const Graph graph = GraphOf(kTico, [&](const BlockBuilder& b) { BuildFusion(b, model.config.text, 20, 1, 6); });
   const circle::Model file = circle::ToCircle(graph, CalibratedGrids(grids, WeightSource()));
   for (const circle::Tensor& tensor : file.tensors) EXPECT_NE(tensor.type.dtype, DType::kF32) << tensor.name;
   ASSERT_EQ(file.outputs.size(), 1u);

@@ -66,10 +66,17 @@ Tensor PoolMatrix(const VisionConfig& config, std::span<const int64_t> positions
   return matrix;
 }
 
+Tensor PatchMask(const VisionConfig& config, std::span<const int64_t> positions) {
+  const PatchLayout layout = LayoutOf(config, positions);
+  Tensor mask(TensorType{DType::kF32, {1, layout.patches, 1}});
+  std::fill_n(mask.F32().begin(), layout.valid, 1.0f);
+  return mask;
+}
+
 struct VisionWeights::State {
   VisionConfig config;
   WeightSource stored;
-  bool bias_in_positions;
+  Dialect dialect;
 
   Tensor FoldedProjection() const {
     const Tensor doubled = ToF32(stored(InputProjection())).Clone();
@@ -91,7 +98,7 @@ struct VisionWeights::State {
 };
 
 VisionWeights::VisionWeights(const VisionConfig& config, WeightSource stored, const Dialect& dialect)
-    : state_(std::make_shared<State>(State{config, std::move(stored), !dialect.duplicate_points})) {}
+    : state_(std::make_shared<State>(State{config, std::move(stored), dialect})) {}
 
 std::string VisionWeights::PositionEmbeddingsName() {
   return fmt::format("{}.patch_embedder.position_embeddings", kVisionRoot);
@@ -104,11 +111,11 @@ std::string VisionWeights::PositionTablePoint() {
 Tensor VisionWeights::PositionEmbeddings(std::span<const int64_t> positions, const QParams* table_grid) const {
   const Tensor stored = ToF32(state_->stored(PositionTablePoint()));
   const Tensor table =
-      table_grid == nullptr ? stored : FakeQuantizeWeight(stored, *table_grid, Rounding::kHalfEvenReciprocal);
+      table_grid == nullptr ? stored : FakeQuantizeWeight(stored, *table_grid, state_->dialect.rounding);
   const int64_t patches = LayoutOf(state_->config, positions).patches;
   const int64_t rows = table.GetShape()[1], width = table.GetShape()[2];
   Tensor result(TensorType{DType::kF32, {1, patches, width}});
-  const Tensor bias = state_->bias_in_positions ? state_->Bias() : Tensor();
+  const Tensor bias = state_->dialect.patch_bias_operand ? Tensor() : state_->Bias();
   for (int64_t i = 0; i < patches; ++i) {
     float* out = result.F32().data() + i * width;
     if (positions[2 * i] >= 0) {

@@ -23,9 +23,9 @@ const Item* Context::VerifyPicture() const {
   return &ImageItem(SequenceOf(*verify).pictures[0]);
 }
 
-Graph BuildGraph(const std::function<void(const Builder&)>& body) {
+Graph Context::Build(const std::function<void(const BlockBuilder&)>& body) const {
   Graph graph;
-  body(Builder(graph));
+  body(BlockBuilder(graph, GetDialect()));
   return graph;
 }
 

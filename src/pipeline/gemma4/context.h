@@ -51,6 +51,8 @@ struct Context {
   int64_t max_seq_len = 0;
 
   const Dialect& GetDialect() const { return calibration.GetDialect(); }
+  // A graph of the run's dialect.
+  Graph Build(const std::function<void(const BlockBuilder&)>& body) const;
   const Sequence& SequenceOf(const Item& item) const { return sequences[item.id]; }
   const Picture& PictureOf(int id) const { return pictures[id - kFirstPicture]; }
   const Item& ImageItem(int id) const { return images[id - kFirstPicture]; }
@@ -60,8 +62,6 @@ struct Context {
   // Its picture's item; null: it has none, or several.
   const Item* VerifyPicture() const;
 };
-
-Graph BuildGraph(const std::function<void(const Builder&)>& body);
 
 // Tables that all layers and many items share, as the two chains read them: rounded once. The tables must outlive it.
 class ChainTables {

@@ -88,8 +88,7 @@ Head::Head(const Context& context, int64_t slice_bytes)
 std::vector<std::string> Head::Reads() const { return {key::kNormed}; }
 
 Graph Head::Build(int64_t length, int64_t rows) const {
-  return BuildGraph(
-      [&](const Builder& b) { BuildLogits(b, context_.config.text, length, rows, context_.GetDialect()); });
+  return context_.Build([&](const BlockBuilder& b) { BuildLogits(b, context_.config.text, length, rows); });
 }
 
 template <typename Body>

@@ -42,8 +42,8 @@ int AddPicture(const Item& text, const Sample& sample, int64_t number, Context& 
                   .positions = {positions.I64().begin(), positions.I64().end()}};
   picture.budget = LayoutOf(vision, picture.positions).slots;
   // Padding patches change nothing that is read, so only the verification picture carries them, as the exported graphs
-  // do; the reference also takes its ranges over them.
-  if (text.kind != ItemKind::kVerify && !context.GetDialect().duplicate_points) Trim(picture, vision);
+  // do; with run_padding_patches ranges cover them too.
+  if (text.kind != ItemKind::kVerify && !context.GetDialect().run_padding_patches) Trim(picture, vision);
   // Observers tell pictures apart by number; calibration pictures come first, so theirs do not depend on the others.
   Item item{.id = Context::kFirstPicture + static_cast<int>(context.pictures.size()),
             .kind = text.kind,

@@ -113,7 +113,7 @@ std::vector<PhaseSpec> Gemma4Job::Phases() {
   PhaseSpec head{.name = "logits", .items = &context_.texts, .output = head_, .units = {}};
   head.units.push_back(text_units_->LmHead());
   if (whole_) head.units.push_back(text_units_->Model());
-  if (whole_ && vision_units_ && !context_.GetDialect().duplicate_points) head.units.push_back(vision_units_->Full());
+  if (whole_ && vision_units_ && !context_.GetDialect().fusion_points) head.units.push_back(vision_units_->Full());
   if (profile_)
     head.files["vision_profile.json"] = [profile = profile_->ToJson()](const auto& path) { WriteJson(path, profile); };
   phases.push_back(std::move(head));

@@ -40,7 +40,7 @@ Tensor LastPositions(const Tensor& tensor, int64_t count, int axis) {
 }  // namespace
 
 Graph TextStages::TablesGraph(int64_t length) const {
-  return BuildGraph([&](const Builder& b) {
+  return context_.Build([&](const BlockBuilder& b) {
     for (const LayerConfig& layer : tables_.Types()) {
       const std::string type = LayerTypeName(layer);
       const auto pass = [&](const std::string& name, const std::string& point, Shape shape) {
@@ -108,9 +108,8 @@ Stage TextStages::Embeddings() {
   Step rows{.name = "embed_tokens",
             .build =
                 [this](const Item& item) {
-                  return BuildGraph([&](const Builder& b) {
-                    BuildTokenEmbedding(b, config_, item.length, item.length, context_.GetDialect());
-                  });
+                  return context_.Build(
+                      [&](const BlockBuilder& b) { BuildTokenEmbedding(b, config_, item.length, item.length); });
                 },
             .inputs = {{.name = "ids", .make = Iota}},
             .outputs = {{"hidden", {key::kTextEmbeddings}, "embed.tokens"}},
@@ -120,9 +119,8 @@ Stage TextStages::Embeddings() {
   Step merge{.name = "inputs_embeds",
              .build =
                  [this](const Item& item) {
-                   return BuildGraph([&](const Builder& b) {
-                     BuildMergedEmbedding(b, config_, item.length, !context_.SequenceOf(item).pictures.empty(),
-                                          context_.GetDialect());
+                   return context_.Build([&](const BlockBuilder& b) {
+                     BuildMergedEmbedding(b, config_, item.length, !context_.SequenceOf(item).pictures.empty());
                    });
                  },
              .inputs = {{.name = "hidden",
@@ -139,24 +137,22 @@ Stage TextStages::PerLayerInputs() {
   Step tokens{.name = "per_layer_token_inputs",
               .build =
                   [this](const Item& item) {
-                    return BuildGraph([&](const Builder& b) {
-                      BuildPleEmbedding(b, config_, item.length, item.length, context_.GetDialect());
-                    });
+                    return context_.Build(
+                        [&](const BlockBuilder& b) { BuildPleEmbedding(b, config_, item.length, item.length); });
                   },
               .inputs = {{.name = "ids", .make = Iota}},
               .outputs = {{"per_layer_token_inputs", {key::kTokenPle}, "ple.token_inputs"}},
               .own = [this](const auto&... arguments) { return TableRows(arguments...); },
               .fresh = true};
-  Step projection{.name = "per_layer_inputs",
-                  .build =
-                      [this](const Item& item) {
-                        return BuildGraph([&](const Builder& b) {
-                          BuildPleProjection(b, config_, item.length, context_.GetDialect());
-                        });
-                      },
-                  .inputs = {{.name = "inputs_embeds", .reads = {{.key = key::Hidden(0)}}},
-                             {.name = "per_layer_token_inputs", .reads = {{.key = key::kTokenPle}}}},
-                  .outputs = {{"per_layer_inputs", {}, "ple.inputs", /*by_layer=*/true}}};
+  Step projection{
+      .name = "per_layer_inputs",
+      .build =
+          [this](const Item& item) {
+            return context_.Build([&](const BlockBuilder& b) { BuildPleProjection(b, config_, item.length); });
+          },
+      .inputs = {{.name = "inputs_embeds", .reads = {{.key = key::Hidden(0)}}},
+                 {.name = "per_layer_token_inputs", .reads = {{.key = key::kTokenPle}}}},
+      .outputs = {{"per_layer_inputs", {}, "ple.inputs", /*by_layer=*/true}}};
   for (int i = 0; i < config_.NumLayers(); ++i) projection.outputs[0].keys.push_back(key::Ple(i));
   return {"per_layer_inputs", {std::move(tokens), std::move(projection)}};
 }
@@ -167,8 +163,8 @@ Stage TextStages::Layer(int index) {
   Step step{.name = name,
             .build =
                 [this, index](const Item& item) {
-                  return BuildGraph([&](const Builder& b) {
-                    BuildDecoderLayer(b, config_, index, Phase::kPrefill, item.length, context_.GetDialect(),
+                  return context_.Build([&](const BlockBuilder& b) {
+                    BuildDecoderLayer(b, config_, index, Phase::kPrefill, item.length,
                                       {.inner_outputs = true, .first = FirstRead(item, index + 1)});
                   });
                 },
@@ -204,20 +200,18 @@ Stage TextStages::Layer(int index) {
 
 Stage TextStages::Norm() {
   const int layers = config_.NumLayers();
-  Step step{.name = "norm",
-            .build =
-                [this, layers](const Item& item) {
-                  return BuildGraph([&](const Builder& b) {
-                    BuildFinalNorm(b, config_, LengthOf(item, layers), context_.GetDialect());
-                  });
-                },
-            .inputs = {{.name = "hidden", .reads = {LastOf(key::Hidden(layers), layers)}}},
-            .outputs = {{"last_hidden_state", {key::kNormed}, "last_hidden_state"}}};
+  Step step{
+      .name = "norm",
+      .build =
+          [this, layers](const Item& item) {
+            return context_.Build([&](const BlockBuilder& b) { BuildFinalNorm(b, config_, LengthOf(item, layers)); });
+          },
+      .inputs = {{.name = "hidden", .reads = {LastOf(key::Hidden(layers), layers)}}},
+      .outputs = {{"last_hidden_state", {key::kNormed}, "last_hidden_state"}}};
   return {"norm", {std::move(step)}};
 }
 
 std::vector<Point> TextStages::Points() const {
-  const Dialect& dialect = context_.GetDialect();
   constexpr int64_t kLength = 4;
   std::vector<Point> points;
   std::set<std::string> seen;
@@ -225,17 +219,17 @@ std::vector<Point> TextStages::Points() const {
     for (Point& point : PointsOf(graph))
       if (seen.insert(point.name).second) points.push_back(std::move(point));
   };
-  const auto build = [&](const auto& body) { collect(BuildGraph(body)); };
+  const auto build = [&](const auto& body) { collect(context_.Build(body)); };
   collect(TablesGraph(kLength));
-  build([&](const Builder& b) { BuildTokenEmbedding(b, config_, kLength, config_.vocab_size, dialect); });
-  build([&](const Builder& b) { BuildMergedEmbedding(b, config_, kLength, !context_.images.Empty(), dialect); });
+  build([&](const BlockBuilder& b) { BuildTokenEmbedding(b, config_, kLength, config_.vocab_size); });
+  build([&](const BlockBuilder& b) { BuildMergedEmbedding(b, config_, kLength, !context_.images.Empty()); });
   if (config_.HasPle()) {
-    build([&](const Builder& b) { BuildPleEmbedding(b, config_, kLength, config_.ple_vocab_size, dialect); });
-    build([&](const Builder& b) { BuildPleProjection(b, config_, kLength, dialect); });
+    build([&](const BlockBuilder& b) { BuildPleEmbedding(b, config_, kLength, config_.ple_vocab_size); });
+    build([&](const BlockBuilder& b) { BuildPleProjection(b, config_, kLength); });
   }
   for (int i = 0; i < config_.NumLayers(); ++i)
-    build([&](const Builder& b) { BuildDecoderLayer(b, config_, i, Phase::kPrefill, kLength, dialect); });
-  build([&](const Builder& b) { BuildHead(b, config_, kLength, dialect); });
+    build([&](const BlockBuilder& b) { BuildDecoderLayer(b, config_, i, Phase::kPrefill, kLength); });
+  build([&](const BlockBuilder& b) { BuildHead(b, config_, kLength); });
   return points;
 }
 

@@ -54,14 +54,13 @@ UnitValue TextUnits::AllPle() const {
 }
 
 std::vector<UnitSpec> TextUnits::Embedding() const {
-  // In the reference's dialect the fusion stands between a token's embedding and the merged sequence, on another grid.
-  const bool apart = context_.GetDialect().duplicate_points && !context_.images.Empty();
+  // With points of its own the fusion stands between a token's embedding and the merged sequence, on another grid.
+  const bool apart = context_.GetDialect().fusion_points && !context_.images.Empty();
   return {{.name = "token_embedding",
            .build =
                [this] {
-                 return BuildGraph([&](const Builder& b) {
-                   BuildTokenEmbedding(b, config_, 1, config_.vocab_size, context_.GetDialect());
-                 });
+                 return context_.Build(
+                     [&](const BlockBuilder& b) { BuildTokenEmbedding(b, config_, 1, config_.vocab_size); });
                },
            .dynamic_length = true,
            .keys = {{"hidden", apart ? key::kTextEmbeddings : key::Hidden(0)}},
@@ -74,8 +73,8 @@ std::vector<UnitSpec> TextUnits::PerLayerInputs() const {
   std::vector<UnitSpec> units{{.name = "ple_embedding",
                                .build =
                                    [this] {
-                                     return BuildGraph([&](const Builder& b) {
-                                       BuildPleEmbedding(b, config_, 1, config_.ple_vocab_size, context_.GetDialect());
+                                     return context_.Build([&](const BlockBuilder& b) {
+                                       BuildPleEmbedding(b, config_, 1, config_.ple_vocab_size);
                                      });
                                    },
                                .dynamic_length = true,
@@ -91,8 +90,7 @@ std::vector<UnitSpec> TextUnits::PerLayerInputs() const {
                                             : "ple_projection",
                   .build =
                       [this, length] {
-                        return BuildGraph(
-                            [&](const Builder& b) { BuildPleProjection(b, config_, length, context_.GetDialect()); });
+                        return context_.Build([&](const BlockBuilder& b) { BuildPleProjection(b, config_, length); });
                       },
                   .keys = {{"inputs_embeds", key::Hidden(0)},
                            {"per_layer_token_inputs", key::kTokenPle},
@@ -118,9 +116,8 @@ UnitSpec TextUnits::Prefill(int index) const {
   UnitSpec spec{.name = fmt::format("decoder_layer_prefill_{}", index),
                 .build =
                     [this, index, slots] {
-                      return BuildGraph([&](const Builder& b) {
-                        BuildDecoderLayer(b, config_, index, Phase::kPrefill, slots, context_.GetDialect());
-                      });
+                      return context_.Build(
+                          [&](const BlockBuilder& b) { BuildDecoderLayer(b, config_, index, Phase::kPrefill, slots); });
                     },
                 .item = verify_,
                 .inputs = {{"hidden", Stored(key::Hidden(index))},
@@ -152,9 +149,8 @@ UnitSpec TextUnits::Decode(int index) const {
       .name = fmt::format("decoder_layer_decode_{}", index),
       .build =
           [this, index, slots] {
-            return BuildGraph([&](const Builder& b) {
-              BuildDecoderLayer(b, config_, index, Phase::kDecode, slots, context_.GetDialect());
-            });
+            return context_.Build(
+                [&](const BlockBuilder& b) { BuildDecoderLayer(b, config_, index, Phase::kDecode, slots); });
           },
       .item = verify_,
       .inputs = {{"hidden", index == 0 ? StoredAt(key::Hidden(0), last_) : Stored(key::Decode(key::Hidden(index)))},
@@ -216,8 +212,8 @@ UnitSpec TextUnits::LmHead() const {
   return {.name = "lm_head",
           .build =
               [this] {
-                return WithOutputs(
-                    BuildGraph([&](const Builder& b) { BuildHead(b, config_, 1, context_.GetDialect()); }), {"logits"});
+                return WithOutputs(context_.Build([&](const BlockBuilder& b) { BuildHead(b, config_, 1); }),
+                                   {"logits"});
               },
           .keys = {{"hidden", key::Hidden(layers)}, {"logits", key::kLogits}},
           .item = verify_,
@@ -232,10 +228,8 @@ UnitSpec TextUnits::Model() const {
   UnitSpec spec{
       .name = "gemma4_model",
       .whole_graph = true,
-      .build =
-          [this, length] {
-            return BuildGraph([&](const Builder& b) { BuildTextModel(b, config_, length, context_.GetDialect()); });
-          },
+      .build = [this,
+                length] { return context_.Build([&](const BlockBuilder& b) { BuildTextModel(b, config_, length); }); },
       .keys = {{"inputs_embeds", key::Hidden(0)}, {"per_layer_inputs", key::kPle}},
       .item = verify_,
       .inputs = {{"inputs_embeds", Stored(key::Hidden(0))}}};
@@ -248,8 +242,8 @@ UnitSpec TextUnits::Model() const {
     spec.inputs.try_emplace("cos." + type, Rope(0, length, layer, true));
     spec.inputs.try_emplace("sin." + type, Rope(0, length, layer, false));
   }
-  // In our dialect the layers one after the other are the whole graph; the reference rounds its input anew.
-  if (!context_.GetDialect().duplicate_points) spec.outputs["last_hidden_state"] = Stored(key::kNormed);
+  // Without points of its own the whole graph is its layers one after the other.
+  if (!context_.GetDialect().whole_graph_points) spec.outputs["last_hidden_state"] = Stored(key::kNormed);
   return spec;
 }
 

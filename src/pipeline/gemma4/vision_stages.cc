@@ -20,15 +20,15 @@ Tensor PictureTables::Table(const Item& image, const std::string& which) {
 }
 
 Tensor PictureTables::PositionEmbeddings(const Item& image, bool rounded) const {
-  const bool rounds_table = rounded && context_.GetDialect().duplicate_points;
+  const bool rounds_table = rounded && context_.GetDialect().position_table_grid;
   return weights_.PositionEmbeddings(
       context_.PictureOf(image.id).positions,
       rounds_table ? context_.calibration.GridOf(VisionWeights::PositionTablePoint()) : nullptr);
 }
 
-Step VisionStages::MakeStep(std::string name, std::function<void(const Builder&, const Item&)> build) const {
-  return {.name = std::move(name), .build = [build = std::move(build)](const Item& item) {
-            return BuildGraph([&](const Builder& b) { build(b, item); });
+Step VisionStages::MakeStep(std::string name, std::function<void(const BlockBuilder&, const Item&)> build) const {
+  return {.name = std::move(name), .build = [this, build = std::move(build)](const Item& item) {
+            return context_.Build([&](const BlockBuilder& b) { build(b, item); });
           }};
 }
 
@@ -45,17 +45,17 @@ void VisionStages::AddTables(Step& step) {
 std::vector<Stage> VisionStages::All(std::map<int, Tensor> pixels) {
   std::vector<Stage> stages;
   const auto add = [&](Step step) { stages.push_back({step.name, {std::move(step)}}); };
-  const Dialect& dialect = context_.GetDialect();
+  const bool masks_padding = context_.GetDialect().pooler_masks_padding;
 
-  Step tables = MakeStep("vision.tables", [this, &dialect](const Builder& b, const Item& image) {
-    BuildVisionTables(b, config_, image.length, dialect);
+  Step tables = MakeStep("vision.tables", [this](const BlockBuilder& b, const Item& image) {
+    BuildVisionTables(b, config_, image.length);
   });
   AddTables(tables);
   tables.outputs = {{"mask", {}, "vision.attn_mask"}, {"cos", {}, "vision.rope_cos"}, {"sin", {}, "vision.rope_sin"}};
   add(std::move(tables));
 
-  Step patches = MakeStep("vision.patch_embed", [this, &dialect](const Builder& b, const Item& image) {
-    BuildPatchEmbedder(b, config_, image.length, dialect);
+  Step patches = MakeStep("vision.patch_embed", [this](const BlockBuilder& b, const Item& image) {
+    BuildPatchEmbedder(b, config_, image.length);
   });
   patches.inputs = {{.name = "pixel_values",
                      .make = [pixels = std::make_shared<std::map<int, Tensor>>(std::move(pixels))](
@@ -68,24 +68,27 @@ std::vector<Stage> VisionStages::All(std::map<int, Tensor> pixels) {
 
   for (int i = 0; i < config_.num_layers; ++i) {
     const std::string name = fmt::format("vision.layers.{}", i);
-    Step layer = MakeStep(name, [this, i, &dialect](const Builder& b, const Item& image) {
-      BuildVisionLayer(b, config_, i, image.length, dialect);
-    });
+    Step layer = MakeStep(
+        name, [this, i](const BlockBuilder& b, const Item& image) { BuildVisionLayer(b, config_, i, image.length); });
     layer.inputs = {{.name = "hidden", .reads = {{.key = key::VisionHidden(i)}}}};
     AddTables(layer);
     layer.outputs = {{"hidden", {key::VisionHidden(i + 1)}, name + ".out"}};
     add(std::move(layer));
   }
 
-  Step pooler = MakeStep("vision.pooled", [this, &dialect](const Builder& b, const Item& image) {
-    BuildVisionPooler(b, config_, PositionsOf(image), VisionUse::kRun, dialect);
+  Step pooler = MakeStep("vision.pooled", [this, masks_padding](const BlockBuilder& b, const Item& image) {
+    BuildVisionPooler(b, config_, PositionsOf(image), {.patch_mask = masks_padding});
   });
   pooler.inputs = {{.name = "hidden", .reads = {{.key = key::VisionHidden(config_.num_layers)}}}};
+  if (masks_padding)
+    pooler.inputs.push_back({.name = "patch_mask", .make = [this](const Item& image, Chain, auto) {
+                               return PatchMask(config_, PositionsOf(image));
+                             }});
   pooler.outputs = {{"pooled", {key::kVisionPooled}, "vision.pooled"}};
   add(std::move(pooler));
 
-  Step post = MakeStep("vision.projected", [this, &dialect](const Builder& b, const Item& image) {
-    BuildVisionPost(b, context_.config, PositionsOf(image), dialect);
+  Step post = MakeStep("vision.projected", [this](const BlockBuilder& b, const Item& image) {
+    BuildVisionPost(b, context_.config, PositionsOf(image));
   });
   post.inputs = {{.name = "pooled", .reads = {{.key = key::kVisionPooled}}}};
   post.outputs = {{"projected", {key::kVisionProjected}, "vision.projected"},

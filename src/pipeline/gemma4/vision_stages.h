@@ -50,7 +50,7 @@ class VisionStages {
   std::vector<Stage> All(std::map<int, Tensor> pixels);
 
  private:
-  Step MakeStep(std::string name, std::function<void(const Builder&, const Item&)> build) const;
+  Step MakeStep(std::string name, std::function<void(const BlockBuilder&, const Item&)> build) const;
   void AddTables(Step& step);
   std::span<const int64_t> PositionsOf(const Item& image) const { return context_.PictureOf(image.id).positions; }
 

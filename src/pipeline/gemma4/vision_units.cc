@@ -14,9 +14,9 @@ VisionUnits::VisionUnits(const Context& context, PictureTables& tables, Tensor p
       places_(context.SequenceOf(verify_).places),
       pixels_(std::move(pixels)) {}
 
-UnitSpec VisionUnits::OfPicture(std::string name, std::function<void(const Builder&)> build) const {
+UnitSpec VisionUnits::OfPicture(std::string name, std::function<void(const BlockBuilder&)> build) const {
   return {.name = std::move(name),
-          .build = [build = std::move(build)] { return BuildGraph(build); },
+          .build = [this, build = std::move(build)] { return context_.Build(build); },
           .item = &picture_,
           .own =
               [this](const std::string& parameter) {
@@ -25,30 +25,27 @@ UnitSpec VisionUnits::OfPicture(std::string name, std::function<void(const Build
               }};
 }
 
-UnitSpec VisionUnits::Whole(std::string name, std::function<void(const Builder&)> build, const char* output,
+UnitSpec VisionUnits::Whole(std::string name, std::function<void(const BlockBuilder&)> build, const char* output,
                             std::string stages_key) const {
   UnitSpec spec = OfPicture(std::move(name), std::move(build));
   spec.whole_graph = true;
-  if (!context_.GetDialect().duplicate_points) spec.outputs[output] = Stored(std::move(stages_key));
+  if (!context_.GetDialect().whole_graph_points) spec.outputs[output] = Stored(std::move(stages_key));
   return spec;
 }
 
 std::vector<UnitSpec> VisionUnits::Split() const {
-  const Dialect& dialect = context_.GetDialect();
   const int layers = config_.num_layers;
   std::vector<UnitSpec> units;
-  UnitSpec patches = OfPicture("vision_patch_embedder", [this, &dialect](const Builder& b) {
-    BuildPatchEmbedder(b, config_, picture_.length, dialect);
-  });
+  UnitSpec patches = OfPicture("vision_patch_embedder",
+                               [this](const BlockBuilder& b) { BuildPatchEmbedder(b, config_, picture_.length); });
   patches.inputs = {{"pixel_values", Pixels()}};
   patches.outputs = {{"hidden", Stored(key::VisionHidden(0))}};
   patches.output_keys = {{"hidden", key::VisionHidden(0)}};
   units.push_back(std::move(patches));
 
   for (int i = 0; i < layers; ++i) {
-    UnitSpec layer = OfPicture(fmt::format("vision_encoder_layer_{:02}", i), [this, i, &dialect](const Builder& b) {
-      BuildVisionLayer(b, config_, i, picture_.length, dialect);
-    });
+    UnitSpec layer = OfPicture(fmt::format("vision_encoder_layer_{:02}", i),
+                               [this, i](const BlockBuilder& b) { BuildVisionLayer(b, config_, i, picture_.length); });
     layer.keys = {
         {"hidden", key::VisionHidden(i)}, {"mask", "vision.mask"}, {"cos", "vision.cos"}, {"sin", "vision.sin"}};
     layer.inputs = {{"hidden", Stored(key::VisionHidden(i))},
@@ -60,17 +57,16 @@ std::vector<UnitSpec> VisionUnits::Split() const {
     units.push_back(std::move(layer));
   }
 
-  // The file's pooler is not the stage's (VisionUse), so that it is run for its codes.
-  UnitSpec pooler = OfPicture("vision_pooler", [this, &dialect](const Builder& b) {
-    BuildVisionPooler(b, config_, positions_, VisionUse::kExport, dialect);
-  });
+  // The stage's pooler may have a mask that the file goes without (pooler_masks_padding), so this one is run for its
+  // codes.
+  UnitSpec pooler =
+      OfPicture("vision_pooler", [this](const BlockBuilder& b) { BuildVisionPooler(b, config_, positions_); });
   pooler.keys = {{"hidden", key::VisionHidden(layers)}, {"pooled", key::kVisionPooled}};
   pooler.inputs = {{"hidden", Stored(key::VisionHidden(layers))}};
   units.push_back(std::move(pooler));
 
-  UnitSpec post = OfPicture("vision_post_projection", [this, &dialect](const Builder& b) {
-    BuildVisionPost(b, context_.config, positions_, dialect);
-  });
+  UnitSpec post = OfPicture("vision_post_projection",
+                            [this](const BlockBuilder& b) { BuildVisionPost(b, context_.config, positions_); });
   post.build = [build = post.build] { return WithOutputs(build(), {"projected"}); };
   post.keys = {{"pooled", key::kVisionPooled}, {"projected", key::kVisionProjected}};
   post.inputs = {{"pooled", Stored(key::kVisionPooled)}};
@@ -87,10 +83,7 @@ std::map<std::string, Tensor> VisionUnits::Tables() const {
 
 UnitSpec VisionUnits::Prefill() const {
   UnitSpec spec = Whole(
-      "vision_prefill",
-      [this](const Builder& b) {
-        BuildVisionPrefill(b, context_.config, positions_, VisionUse::kExport, context_.GetDialect());
-      },
+      "vision_prefill", [this](const BlockBuilder& b) { BuildVisionPrefill(b, context_.config, positions_); },
       "projected", key::kVisionProjected);
   spec.keys = {{"projected", key::kVisionProjected}};
   spec.inputs = {{"pixel_values", Pixels()}};
@@ -99,22 +92,21 @@ UnitSpec VisionUnits::Prefill() const {
 
 std::vector<UnitSpec> VisionUnits::Parts() const {
   UnitSpec model = Whole(
-      "vision_model",
-      [this](const Builder& b) { BuildVisionModel(b, config_, positions_, VisionUse::kExport, context_.GetDialect()); },
-      "last_hidden_state", key::kVisionLast);
+      "vision_model", [this](const BlockBuilder& b) { BuildVisionModel(b, config_, positions_); }, "last_hidden_state",
+      key::kVisionLast);
   model.keys = {{"last_hidden_state", key::kVisionLast}};
   model.inputs = {{"pixel_values", Pixels()}};
 
   UnitSpec encoder = Whole(
-      "vision_encoder", [this](const Builder& b) { BuildVisionEncoder(b, config_, positions_, context_.GetDialect()); },
-      "hidden", key::VisionHidden(config_.num_layers));
+      "vision_encoder", [this](const BlockBuilder& b) { BuildVisionEncoder(b, config_, positions_); }, "hidden",
+      key::VisionHidden(config_.num_layers));
   encoder.inputs = {{"hidden", Stored(key::VisionHidden(0))}};
 
   const int64_t tokens = LayoutOf(config_, positions_).tokens;
   UnitSpec embedder = Whole(
       "multimodal_embedder",
-      [this, tokens](const Builder& b) { BuildMultimodalEmbedder(b, context_.config, tokens, context_.GetDialect()); },
-      "projected", key::kVisionProjected);
+      [this, tokens](const BlockBuilder& b) { BuildMultimodalEmbedder(b, context_.config, tokens); }, "projected",
+      key::kVisionProjected);
   embedder.whole_graph = false;
   embedder.keys = {{"hidden", key::kVisionLast}, {"projected", key::kVisionProjected}};
   embedder.inputs = {{"hidden", Stored(key::kVisionLast)}};
@@ -125,13 +117,13 @@ std::vector<UnitSpec> VisionUnits::Parts() const {
 
 UnitSpec VisionUnits::Fusion() const {
   const bool prefill_decode = context_.calibration.GetRecipe().export_options.prefill_decode;
-  const bool apart = context_.GetDialect().duplicate_points;
+  const bool apart = context_.GetDialect().fusion_points;
   return {.name = prefill_decode ? "multimodal_fusion_prefill" : "multimodal_fusion",
           .build =
               [this] {
-                return BuildGraph([&](const Builder& b) {
+                return context_.Build([&](const BlockBuilder& b) {
                   BuildFusion(b, context_.config.text, context_.max_seq_len, places_[0],
-                              static_cast<int64_t>(places_.size()), context_.GetDialect());
+                              static_cast<int64_t>(places_.size()));
                 });
               },
           .keys = {{"text", apart ? key::kTextEmbeddings : key::Hidden(0)},
@@ -145,9 +137,9 @@ UnitSpec VisionUnits::Fusion() const {
 }
 
 UnitSpec VisionUnits::Full() const {
-  UnitSpec spec = OfPicture("gemma4_model_full", [this](const Builder& b) {
+  UnitSpec spec = OfPicture("gemma4_model_full", [this](const BlockBuilder& b) {
     const ImageSlot slot{positions_, places_[0]};
-    BuildGemma4Full(b, context_.config, context_.max_seq_len, &slot, context_.GetDialect());
+    BuildGemma4Full(b, context_.config, context_.max_seq_len, &slot);
   });
   spec.whole_graph = true;
   // Not the stages' values: this graph's mask keeps all positions, also those behind the sample's end.

@@ -20,7 +20,7 @@ class VisionUnits {
   std::vector<UnitSpec> Split() const;
   UnitSpec Prefill() const;
   std::vector<UnitSpec> Parts() const;
-  // text and picture features -> fused sequence; ids and pixels -> last hidden state (dialect default).
+  // text and picture features -> fused sequence; ids and pixels -> last hidden state (dialects without fusion_points).
   UnitSpec Fusion() const;
   UnitSpec Full() const;
   // What a host gives the split units: "mask", "cos", "sin".
@@ -28,10 +28,9 @@ class VisionUnits {
 
  private:
   // Its inputs and outputs are values of the picture.
-  UnitSpec OfPicture(std::string name, std::function<void(const Builder&)> build) const;
-  // Whole graphs in the reference's dialect may differ from the stages one after the other, here in what becomes of
-  // padding (VisionUse).
-  UnitSpec Whole(std::string name, std::function<void(const Builder&)> build, const char* output,
+  UnitSpec OfPicture(std::string name, std::function<void(const BlockBuilder&)> build) const;
+  // A graph of several stages: its output is theirs, unless it has points that they lack (whole_graph_points).
+  UnitSpec Whole(std::string name, std::function<void(const BlockBuilder&)> build, const char* output,
                  std::string stages_key) const;
   UnitValue Pixels() const {
     return Given([this] { return PixelValues(pixels_); });

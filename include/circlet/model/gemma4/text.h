@@ -7,9 +7,8 @@
 
 #include <optional>
 
-#include "circlet/graph/builder.h"
+#include "circlet/model/gemma4/block_builder.h"
 #include "circlet/model/gemma4/config.h"
-#include "circlet/quant/dialect.h"
 
 namespace circlet {
 
@@ -29,20 +28,17 @@ std::string HeadInputPoint(const TextConfig& config, const Dialect& dialect);
 
 // ids [1,S] int64 -> embed_tokens[ids] * sqrt(D), output "hidden" [1,S,D]. `rows` is the table's height: the
 // vocabulary, or the number of distinct ids when only those rows are at hand.
-void BuildTokenEmbedding(const Builder& b, const TextConfig& config, int64_t length, int64_t rows,
-                         const Dialect& dialect);
+void BuildTokenEmbedding(const BlockBuilder& b, const TextConfig& config, int64_t length, int64_t rows);
 
-// hidden [1,S,D], image features written over the placeholders -> "merged", behind the reference's mm_fusion point, and
-// "hidden", on the grid that the first layer and the PLE projection read.
-void BuildMergedEmbedding(const Builder& b, const TextConfig& config, int64_t length, bool has_image,
-                          const Dialect& dialect);
+// hidden [1,S,D], image features written over the placeholders -> "merged", with fusion_points behind model.mm_fusion,
+// and "hidden", on the grid that the first layer and the PLE projection read.
+void BuildMergedEmbedding(const BlockBuilder& b, const TextConfig& config, int64_t length, bool has_image);
 
 // ids [1,S] -> embed_tokens_per_layer[ids] * sqrt(p), output "per_layer_inputs" [1,S,L,p].
-void BuildPleEmbedding(const Builder& b, const TextConfig& config, int64_t length, int64_t rows,
-                       const Dialect& dialect);
+void BuildPleEmbedding(const BlockBuilder& b, const TextConfig& config, int64_t length, int64_t rows);
 
 // inputs_embeds [1,S,D], per_layer_token_inputs [1,S,L,p] -> combined per-layer inputs [1,S,L,p].
-void BuildPleProjection(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect);
+void BuildPleProjection(const BlockBuilder& b, const TextConfig& config, int64_t length);
 
 enum class Phase { kPrefill, kDecode };
 
@@ -57,26 +53,25 @@ struct DecoderLayerOptions {
 // decode of layers with own K/V: past_key, past_value [1,KV,T-1,h]; per_layer_input [1,S,p] (if p > 0); KV-shared
 // layers: shared_key, shared_value [1,KV,T,h]. Outputs: hidden; new_key, new_value [1,KV,S,h] of layers with own K/V.
 // `slots` = T; decode has S = 1.
-void BuildDecoderLayer(const Builder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
-                       const Dialect& dialect, const DecoderLayerOptions& options = {});
+void BuildDecoderLayer(const BlockBuilder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
+                       const DecoderLayerOptions& options = {});
 
 // Blocks of one layer by themselves; what comes out of the layer's norm goes in, on that norm's grid.
 // hidden [1,S,D] -> hidden [1,S,D].
-void BuildTextMlp(const Builder& b, const TextConfig& config, int layer, int64_t length, const Dialect& dialect);
+void BuildTextMlp(const BlockBuilder& b, const TextConfig& config, int layer, int64_t length);
 // Inputs and outputs of BuildDecoderLayer without per_layer_input.
-void BuildTextAttention(const Builder& b, const TextConfig& config, int layer, Phase phase, int64_t slots,
-                        const Dialect& dialect);
+void BuildTextAttention(const BlockBuilder& b, const TextConfig& config, int layer, Phase phase, int64_t slots);
 
 // Fused embeddings -> last_hidden_state, the whole stack in one graph. Inputs: inputs_embeds [1,S,D]; per_layer_inputs
 // [1,S,L,p]; mask.TYPE [1,1,S,S], then cos.TYPE, sin.TYPE [1,S,h], types in alphabetical order.
-void BuildTextModel(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect);
+void BuildTextModel(const BlockBuilder& b, const TextConfig& config, int64_t length);
 
 // hidden [1,S,D] -> "logits" [1,S,V] of the final norm, soft-capped, and the norm itself, "last_hidden_state".
-void BuildHead(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect);
+void BuildHead(const BlockBuilder& b, const TextConfig& config, int64_t length);
 // Its two halves. hidden -> last_hidden_state; last_hidden_state -> logits [1,S,rows] of as many rows of the vocabulary,
 // which is too large to stand in memory whole.
-void BuildFinalNorm(const Builder& b, const TextConfig& config, int64_t length, const Dialect& dialect);
-void BuildLogits(const Builder& b, const TextConfig& config, int64_t length, int64_t rows, const Dialect& dialect);
+void BuildFinalNorm(const BlockBuilder& b, const TextConfig& config, int64_t length);
+void BuildLogits(const BlockBuilder& b, const TextConfig& config, int64_t length, int64_t rows);
 inline constexpr char kHeadWeight[] = "lm_head.weight";
 
 }  // namespace circlet

@@ -15,10 +15,9 @@
 #include <vector>
 
 #include "circlet/exec/executor.h"
-#include "circlet/graph/builder.h"
+#include "circlet/model/gemma4/block_builder.h"
 #include "circlet/model/gemma4/config.h"
 #include "circlet/model/gemma4/tables.h"
-#include "circlet/quant/dialect.h"
 
 namespace circlet {
 
@@ -40,6 +39,9 @@ PatchLayout LayoutOf(const VisionConfig& config, std::span<const int64_t> positi
 // [1,V,P]: 1/k^2 where patch p falls into slot v = x / k + (grid_width / k) * (y / k); zero columns for padding.
 Tensor PoolMatrix(const VisionConfig& config, std::span<const int64_t> positions);
 
+// [1,P,1]: 1 at real patches, 0 at padding.
+Tensor PatchMask(const VisionConfig& config, std::span<const int64_t> positions);
+
 // Full names of points that more than one graph mentions.
 std::string VisionMaskPoint();                                         // of [1,1,P,P]
 std::string VisionRopePoint(bool cosine);                              // of [1,P,hd]
@@ -52,9 +54,9 @@ std::string ProjectedPoint();                                                   
 // Parameters that the graphs read in another form than the checkpoint stores them (quantization.md 6.8): pixels stay in
 // [0,1], so 2 (x - 0.5) W^T = x (2 W)^T - sum_k W.
 //   ...patch_embedder.input_proj.weight     2 W [Dv, 3 ps^2]
-//   ...patch_embedder.input_proj.bias       -sum_k W [Dv]; read in dialect tico only
-//   ...patch_embedder.position_embeddings   [1,P,Dv]: table[0][x] + table[1][y], 0 at padding; in dialect default with
-//                                           the bias added to every row
+//   ...patch_embedder.input_proj.bias       -sum_k W [Dv]; read with patch_bias_operand only
+//   ...patch_embedder.position_embeddings   [1,P,Dv]: table[0][x] + table[1][y], 0 at padding; without
+//                                           patch_bias_operand the bias added to every row
 // All other names pass to `stored`. Cheap to copy; `stored` must stay valid.
 class VisionWeights {
  public:
@@ -63,7 +65,7 @@ class VisionWeights {
   // The folded projection; nothing that depends on a picture. Usable as a step's stored parameters.
   WeightSource Folded() const;
   // The same and the position embeddings of one picture. With `table_grid` the table's values are rounded to it first
-  // (dialect tico, fake-quantized reading; the point "...position_embedding_table").
+  // (position_table_grid, fake-quantized reading; the point "...position_embedding_table").
   WeightSource For(std::span<const int64_t> positions, const QParams* table_grid = nullptr) const;
   Tensor PositionEmbeddings(std::span<const int64_t> positions, const QParams* table_grid = nullptr) const;
 
@@ -75,70 +77,64 @@ class VisionWeights {
   std::shared_ptr<const State> state_;
 };
 
-// The tables that graphs of a dialect take, [1,P,hd]. In dialect default the first half of each axis' sines is negated,
-// so that no graph negates values: on an asymmetric grid, whose ends differ, a negated value may not fit.
+// The tables that graphs of a dialect take, [1,P,hd]. Without negated_rope_values the first half of each axis' sines is
+// negated, so that no graph negates values: on an asymmetric grid, whose ends differ, a negated value may not fit.
 RopeTables VisionRopeTables(const VisionConfig& config, std::span<const int64_t> positions, const Dialect& dialect);
 
-// mask [1,1,P,P], cos, sin [1,P,hd] -> the same on their points. In dialect default the mask's grid always holds both
-// of its values, also when no picture is padded.
-void BuildVisionTables(const Builder& b, const VisionConfig& config, int64_t patches, const Dialect& dialect);
+// mask [1,1,P,P], cos, sin [1,P,hd] -> the same on their points. Without observed_mask_range the mask's grid always
+// holds both of its values, also when no picture is padded.
+void BuildVisionTables(const BlockBuilder& b, const VisionConfig& config, int64_t patches);
 
 // pixel_values [1,P,3 ps^2] in [0,1] -> hidden [1,P,Dv].
-void BuildPatchEmbedder(const Builder& b, const VisionConfig& config, int64_t patches, const Dialect& dialect);
+void BuildPatchEmbedder(const BlockBuilder& b, const VisionConfig& config, int64_t patches);
 
 // hidden [1,P,Dv], mask [1,1,P,P], cos, sin [1,P,hd] -> hidden [1,P,Dv].
-void BuildVisionLayer(const Builder& b, const VisionConfig& config, int layer, int64_t patches, const Dialect& dialect);
+void BuildVisionLayer(const BlockBuilder& b, const VisionConfig& config, int layer, int64_t patches);
 
 // The attention of a layer by itself, behind the layer's norm and on its grid; shapes as for the layer.
-void BuildVisionAttention(const Builder& b, const VisionConfig& config, int layer, int64_t patches,
-                          const Dialect& dialect);
+void BuildVisionAttention(const BlockBuilder& b, const VisionConfig& config, int layer, int64_t patches);
 
-// Whether a graph is run on samples or written to a file. The two differ in one place: the reference keeps padding rows
-// out of the pooler's range, by a product with a constant, which its file does without.
-enum class VisionUse { kRun, kExport };
+struct VisionPoolerOptions {
+  // Takes an input "patch_mask" [1,P,1] that multiplies hidden, 1 at real patches and 0 at padding. It keeps padding
+  // out of pool_in's range and changes nothing else: their columns of the pool matrix are zero.
+  bool patch_mask = false;
+};
 
 // hidden [1,P,Dv] -> pooled [1,V,Dv]: mean over k x k patches times sqrt(Dv); unused slots are 0.
-void BuildVisionPooler(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions, VisionUse use,
-                       const Dialect& dialect);
+void BuildVisionPooler(const BlockBuilder& b, const VisionConfig& config, std::span<const int64_t> positions,
+                       const VisionPoolerOptions& options = {});
 
 // pooled [1,V,Dv] -> last_hidden_state [tokens,Dv]: the filled slots, standardized where the model does that.
-void BuildVisionTokens(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions,
-                       const Dialect& dialect);
+void BuildVisionTokens(const BlockBuilder& b, const VisionConfig& config, std::span<const int64_t> positions);
 
 // hidden [tokens,Dv] -> projected [tokens,D]: norm without gain, projection.
-void BuildMultimodalEmbedder(const Builder& b, const Gemma4Config& config, int64_t tokens, const Dialect& dialect);
+void BuildMultimodalEmbedder(const BlockBuilder& b, const Gemma4Config& config, int64_t tokens);
 
 // pooled [1,V,Dv] -> projected [tokens,D] and last_hidden_state [tokens,Dv].
-void BuildVisionPost(const Builder& b, const Gemma4Config& config, std::span<const int64_t> positions,
-                     const Dialect& dialect);
+void BuildVisionPost(const BlockBuilder& b, const Gemma4Config& config, std::span<const int64_t> positions);
 
 // Whole parts with tables and mask as constants.
 // hidden [1,P,Dv] (patch embeddings) -> hidden [1,P,Dv].
-void BuildVisionEncoder(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions,
-                        const Dialect& dialect);
+void BuildVisionEncoder(const BlockBuilder& b, const VisionConfig& config, std::span<const int64_t> positions);
 // pixel_values [1,P,3 ps^2] -> last_hidden_state [tokens,Dv].
-void BuildVisionModel(const Builder& b, const VisionConfig& config, std::span<const int64_t> positions, VisionUse use,
-                      const Dialect& dialect);
+void BuildVisionModel(const BlockBuilder& b, const VisionConfig& config, std::span<const int64_t> positions);
 // pixel_values [1,P,3 ps^2] -> projected [tokens,D].
-void BuildVisionPrefill(const Builder& b, const Gemma4Config& config, std::span<const int64_t> positions, VisionUse use,
-                        const Dialect& dialect);
+void BuildVisionPrefill(const BlockBuilder& b, const Gemma4Config& config, std::span<const int64_t> positions);
 
-// text [1,S,D], visual [V,D] -> fused [1,S,D]: the visual rows at start .. start+V-1 (quantization.md 7.4). In dialect
-// default all of it lies on the grid of the merged embeddings; the reference computes it in float. Throws Error when
+// text [1,S,D], visual [V,D] -> fused [1,S,D]: the visual rows at start .. start+V-1 (quantization.md 7.4). All
+// of it lies on the grid of the merged embeddings, with fusion_points on grids of its own. Throws Error when
 // the span leaves [0,S].
-void BuildFusion(const Builder& b, const TextConfig& config, int64_t length, int64_t start, int64_t tokens,
-                 const Dialect& dialect);
+void BuildFusion(const BlockBuilder& b, const TextConfig& config, int64_t length, int64_t start, int64_t tokens);
 
-// The whole model in one graph, dialect default only: ids [1,S] and, with `image`, pixel_values [1,P,3 ps^2] ->
-// last_hidden_state [1,S,D]. Masks and RoPE tables are constants, keys of all positions are valid. `positions` and
-// `start` are of the one image; its placeholders stand at start .. start+tokens-1, and the caller puts the pad id
+// The whole model in one graph, for dialects without fusion_points: ids [1,S] and, with `image`, pixel_values [1,P,3
+// ps^2] -> last_hidden_state [1,S,D]. Masks and RoPE tables are constants, keys of all positions are valid. `positions`
+// and `start` are of the one image; its placeholders stand at start .. start+tokens-1, and the caller puts the pad id
 // there.
 struct ImageSlot {
   std::vector<int64_t> positions;
   int64_t start = 0;
 };
-void BuildGemma4Full(const Builder& b, const Gemma4Config& config, int64_t length, const ImageSlot* image,
-                     const Dialect& dialect);
+void BuildGemma4Full(const BlockBuilder& b, const Gemma4Config& config, int64_t length, const ImageSlot* image);
 
 // Every point that runs with pictures have besides those of text, in order of computation (Recipe::CheckAllUsed).
 std::vector<Point> VisionPoints(const Gemma4Config& config, const Dialect& dialect);
