@@ -395,6 +395,47 @@ TEST_F(EnvironmentTest, HelpIsGivenInAllItsUsualForms) {
   ExpectRefused(RunProgram({"help", "quantise"}), AllOf(HasSubstr("quantise"), HasSubstr("nearest: \"quantize\"")));
 }
 
+TEST_F(EnvironmentTest, HelpIsInGroupsAndFitsTheTerminal) {
+  for (const int columns : {50, 80}) {
+    const ProgramResult help = RunProgram({"quantize", "--help"}, fmt::format("export COLUMNS={}; ", columns));
+    EXPECT_THAT(help.out, AllOf(HasSubstr("\nData:\n"), HasSubstr("\nRecipe:\n"), HasSubstr("\nMeasuring:\n"),
+                                HasSubstr("\nOutput:\n"), HasSubstr("\nLong runs:\n"), HasSubstr("--data FILE"),
+                                HasSubstr("--recipe NAME|FILE"), HasSubstr("(default auto)"), Not(HasSubstr("TEXT"))));
+    std::istringstream lines(help.out.substr(0, help.out.find("Example:")));
+    for (std::string line; std::getline(lines, line);) EXPECT_LE(line.size(), columns) << line;
+  }
+}
+
+// Of what a command has, the man page and the completion lack nothing.
+TEST_F(EnvironmentTest, TheManPageAndTheCompletionHaveEveryOption) {
+  std::string man = RunProgram({"man"}).out, completion = RunProgram({"completion"}).out;
+  for (size_t at = man.find("\\-"); at != man.npos; at = man.find("\\-", at)) man.erase(at, 1);
+  int options = 0;
+  for (const char* verb : {"quantize", "evaluate", "verify", "show", "run", "smoke", "trace", "example"}) {
+    const std::string help = RunProgram({verb, "--help"}).out;
+    for (size_t at = help.find("\n  --"); at != help.npos; at = help.find("\n  --", at + 1), ++options) {
+      const std::string option = help.substr(at + 3, help.find_first_of(", \n", at + 3) - at - 3);
+      if (option != "--threads") EXPECT_THAT(man, HasSubstr("\\fB" + option)) << verb;
+      EXPECT_THAT(completion, HasSubstr(option)) << verb;
+    }
+  }
+  EXPECT_GT(options, 60);
+}
+
+TEST_F(EnvironmentTest, TheCompletionOffersCommandsOptionsAndChoices) {
+  const auto offered = [](const std::string& words, int at) {
+    const std::string line =
+        fmt::format("source <({} completion); COMP_WORDS=({}); COMP_CWORD={}; _circlet; echo \"${{COMPREPLY[*]}}\"",
+                    kCircletBinary, words, at);
+    return RunProgram({"-c", line}, "", "/bin/bash").out;
+  };
+  EXPECT_EQ(offered("circlet quan", 1), "quantize\n");
+  EXPECT_EQ(offered("circlet quantize --eval-t", 2), "--eval-text\n");
+  EXPECT_EQ(offered("circlet quantize --compute \"\"", 3), "float32 bf16\n");
+  EXPECT_EQ(offered("circlet verify --resu", 2), "\n") << "an option of another command";
+  EXPECT_EQ(offered("circlet quantize --data mo", 3), "\n") << "bash completes file names";
+}
+
 TEST_F(EnvironmentTest, TheVersionSaysWhatDecidesBytes) {
   EXPECT_THAT(RunProgram({"--version"}).out,
               testing::MatchesRegex("circlet [0-9.]+ \\([A-Z0-9_ ]+, MPI (yes|no)\\)\n"));

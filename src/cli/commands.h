@@ -13,6 +13,7 @@ void AddMakeCheckpoint(CLI::App& app, std::function<int()>& command);
 void AddShow(CLI::App& app, std::function<int()>& command);
 void AddRun(CLI::App& app, std::function<int()>& command);
 void AddExample(CLI::App& app, std::function<int()>& command);
-void AddInspect(CLI::App& app, std::function<int()>& command);
+void AddInspect(CLI::App& app, std::function<int()>& command);       // smoke, trace and their common spelling
+void AddMadeOfParser(CLI::App& app, std::function<int()>& command);  // man and completion
 
 }  // namespace circlet

@@ -19,8 +19,10 @@ void AddExample(CLI::App& app, std::function<int()>& command) {
   CLI::App* example = app.add_subcommand("example", "A tiny random model from calibration to a Circle file");
   example->footer("Example:\n  circlet example gemma4_model");
   example->add_option("NAME", options->name, fmt::format("{}", fmt::join(ExampleNames(), ", ")))->required();
-  example->add_option("--output-dir", options->output_dir, "Where the file goes")->capture_default_str();
-  example->add_option("--seed", options->seed, "Of parameters and samples")
+  example->add_option("--output-dir", options->output_dir, "Where the file goes")
+      ->type_name("DIR")
+      ->capture_default_str();
+  example->add_option("--seed", options->seed, "Seed of parameters and samples")
       ->check(WholeNumber(0, std::numeric_limits<int64_t>::max()))
       ->capture_default_str();
   example->callback([options, &command] {

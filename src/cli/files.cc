@@ -21,8 +21,9 @@ void AddVerify(CLI::App& app, std::function<int()>& command) {
   CLI::App* verify = app.add_subcommand("verify", "Run every exported file and compare it with the simulation");
   verify->footer("Example:\n  circlet verify out/");
   verify->add_option("DIR", options->verify.directory, "Output directory of quantize")->required();
-  verify->add_option("--samples", options->verify.codes, "Other inputs and codes, keys as in verify.safetensors");
-  verify->add_option("--json", options->json, "Also write the verdict as JSON");
+  verify->add_option("--samples", options->verify.codes, "Other inputs and codes, keys as in verify.safetensors")
+      ->type_name("FILE");
+  verify->add_option("--json", options->json, "Also write the verdict as JSON")->type_name("FILE");
   verify->add_flag("--quiet", options->quiet, "No progress");
   verify->callback([options, &command] {
     command = [options] {
@@ -61,10 +62,11 @@ void AddRun(CLI::App& app, std::function<int()>& command) {
       "--outputs result.safetensors");
   run->add_option("FILE", options->run.file, "Circle file")->required();
   run->add_option("--inputs", options->run.inputs, "By tensor name or in.0, in.1, ...; codes or float values")
+      ->type_name("FILE")
       ->required();
-  run->add_option("--unit", options->run.unit,
-                  "Take UNIT.in.0, UNIT.in.1, ... of the inputs, as in verify.safetensors");
-  run->add_option("--outputs", options->outputs, "out.0, out.1, ... as float32")->required();
+  run->add_option("--unit", options->run.unit, "Take UNIT.in.0, UNIT.in.1, ... of the inputs, as in verify.safetensors")
+      ->type_name("UNIT");
+  run->add_option("--outputs", options->outputs, "out.0, out.1, ... as float32")->type_name("FILE")->required();
   run->add_flag("--codes", options->run.codes, "Outputs as codes of their tensors' types");
   run->callback([options, &command] {
     command = [options] {

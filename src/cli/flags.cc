@@ -38,7 +38,7 @@ CLI::Validator InRange(Type least, Type most, const char* kind) {
                    ? std::string()
                    : fmt::format("\"{}\" is no {} from {} to {}", text, kind, least, most);
       },
-      fmt::format("{}..{}", least, most));
+      "N");
 }
 
 }  // namespace

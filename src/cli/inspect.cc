@@ -178,30 +178,35 @@ int RunMode(const InspectOptions& options) {
 }
 
 void AddCaseOptions(CLI::App& verb, InspectOptions& options) {
-  verb.add_option("--case", options.case_name, "Part of the model with random parameters; smoke takes all, too");
+  verb.add_option("--case", options.case_name, "Part of the model with random parameters; smoke takes all, too")
+      ->type_name("NAME");
   verb.add_flag("--list-cases", options.list_cases, "Names, recipes and profiles of the cases");
-  verb.add_option("--config", options.config, "YAML with debug.wrapper_smoke (recipes/wrapper_smoke.yaml)");
+  verb.add_option("--config", options.config, "YAML with debug.wrapper_smoke (recipes/wrapper_smoke.yaml)")
+      ->type_name("FILE");
   verb.add_option("--profile", options.profile, "Size of a case: tiny, e2b_dims, e2b_static_runtime")
       ->check(OneOf({"tiny", "e2b_dims", kStaticProfile}));
-  verb.add_option("--recipe", options.recipe, "Built-in name or YAML file; default: the case's own");
-  verb.add_option("--set", options.set, "KEY=VALUE in the recipe, or debug.wrapper_smoke.KEY=VALUE (repeatable)");
+  verb.add_option("--recipe", options.recipe, "Built-in name or YAML file; default: the case's own")
+      ->type_name("NAME|FILE");
+  verb.add_option("--set", options.set, "KEY=VALUE in the recipe, or debug.wrapper_smoke.KEY=VALUE (repeatable)")
+      ->type_name("KEY=VALUE");
   verb.add_option("--calibration-iters", options.calibration_iters, "Calibration samples of each kind; default 3")
       ->check(WholeNumber(0, 1 << 20));
 }
 
 void AddSmokeOptions(CLI::App& verb, InspectOptions& options) {
-  verb.add_option("--compare", options.compare, "Recipes side by side: w8a16,w4a16");
+  verb.add_option("--compare", options.compare, "Recipes side by side: w8a16,w4a16")->type_name("NAME,NAME");
   verb.add_option("--export", options.export_kind, "none or circle")->check(OneOf({"none", "circle"}));
-  verb.add_option("--output-dir", options.output_dir, "Where files go; default out/wrapper_smoke");
-  verb.add_option("--report-json", options.report_json, "Also write the results as JSON");
+  verb.add_option("--output-dir", options.output_dir, "Where files go; default out/wrapper_smoke")->type_name("DIR");
+  verb.add_option("--report-json", options.report_json, "Also write the results as JSON")->type_name("FILE");
   verb.add_flag("--no-plot", options.no_plot, "No scatter plot");
   verb.add_flag("--strict", options.strict, "Warnings fail too");
 }
 
 void AddTraceOptions(CLI::App& verb, const std::string& model, InspectOptions& options) {
   verb.add_option(model, options.model, "Checkpoint directory, instead of a case");
-  verb.add_option("--samples,--data", options.samples, "Its samples, JSON lines or safetensors; the last is measured");
-  verb.add_option("--explain", options.explain, "Histogram of one point");
+  verb.add_option("--samples,--data", options.samples, "Its samples, JSON lines or safetensors; the last is measured")
+      ->type_name("FILE");
+  verb.add_option("--explain", options.explain, "Histogram of one point")->type_name("POINT");
   verb.add_option("--rows", options.rows, "Points listed")->check(WholeNumber(1, 1 << 30))->capture_default_str();
 }
 

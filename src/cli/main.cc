@@ -15,6 +15,7 @@
 #include "circlet/io/names.h"
 #include "cli/commands.h"
 #include "cli/flags.h"
+#include "cli/help.h"
 #include "cli/process.h"
 #include "ops/integer_product.h"
 
@@ -96,9 +97,10 @@ std::string TextOf(const std::system_error& error) {
 // Exit codes: 0 done, 1 a result below the wanted bound, 2 an error that the user can mend, 3 a bug.
 int main(int argc, char** argv) {
   circlet::PrepareProcess(argv);
-  CLI::App app{"circlet: from a Gemma 4 checkpoint to calibrated, verified Circle files", "circlet"};
+  CLI::App app{"From a Gemma 4 checkpoint to calibrated, verified Circle files", "circlet"};
   app.set_version_flag("--version", VersionText);
   app.require_subcommand(1);
+  app.formatter(std::make_shared<circlet::HelpFormatter>());
   std::function<int()> command;
   circlet::AddQuantize(app, command);
   circlet::AddEvaluate(app, command);
@@ -108,12 +110,16 @@ int main(int argc, char** argv) {
   circlet::AddRun(app, command);
   circlet::AddExample(app, command);
   circlet::AddInspect(app, command);
+  circlet::AddMadeOfParser(app, command);
   int threads = 0;
   const auto add_threads = [&threads](CLI::App& place) {
     place.add_option("--threads", threads, "Threads to use (default: all cores); results do not depend on it")
-        ->check(circlet::WholeNumber(1, 1024));
+        ->check(circlet::WholeNumber(1, 1024))
+        ->group(circlet::kGeneralGroup);
+    place.get_help_ptr()->group(circlet::kGeneralGroup)->description("This text");
   };
   add_threads(app);
+  app.get_version_ptr()->group(circlet::kGeneralGroup)->description("Version, instruction set, MPI");
   for (CLI::App* verb : app.get_subcommands({})) add_threads(*verb);
 
   circlet::Communicator* world = nullptr;

@@ -22,6 +22,7 @@ void AddMakeCheckpoint(CLI::App& app, std::function<int()>& command) {
   make->footer("Example:\n  circlet make-checkpoint --preset e2b-short --seed 1 random-e2b-short");
   make->add_option("DIR", options->directory, "New directory")->required();
   make->add_option("--preset", options->preset, fmt::format("{}", fmt::join(CheckpointPresets(), ", ")))
+      ->type_name("NAME")
       ->capture_default_str();
   make->add_option("--seed", options->seed, "The same seed gives the same bytes")
       ->check(WholeNumber(0, std::numeric_limits<int64_t>::max()))

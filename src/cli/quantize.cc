@@ -19,20 +19,28 @@ namespace {
 // What quantize and evaluate share: the data, the recipe, and what is measured.
 void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.add_option("MODEL_DIR", options.model, "Checkpoint directory (config.json, safetensors, tokenizer.json)");
-  command.add_option("--data", options.data,
-                     "Calibration samples: JSON lines, an array of them, or gzip of either; - is standard input");
-  command.add_option("--samples", options.samples,
-                     "Calibration (calib.N.*) and evaluation (eval.N.*) samples, safetensors");
-  command.add_option("--random-samples", options.random_samples,
-                     "NxLENGTH samples of random ids, to try the machinery");
+  command.option_defaults()->group("Data");
+  command
+      .add_option("--data", options.data,
+                  "Calibration samples: JSON lines, an array of them, or gzip of either; - is standard input")
+      ->type_name("FILE");
+  command
+      .add_option("--samples", options.samples,
+                  "Calibration (calib.N.*) and evaluation (eval.N.*) samples, safetensors")
+      ->type_name("FILE");
+  command
+      .add_option("--random-samples", options.random_samples, "NxLENGTH samples of random ids, to try the machinery")
+      ->type_name("NxLENGTH");
   command.add_option("--random-images", options.random_images, "As many of them with a picture each beside those")
       ->check(WholeNumber(0, 256));
+  command.option_defaults()->group("Recipe");
   command.add_option("--recipe", options.recipe, "default, w8a16, w4a16, w8a8, mixed8, smoke-u8, or a YAML file")
-      ->capture_default_str();
-  command.add_option("--set", options.set, "KEY=VALUE in the recipe (repeatable)");
-  command.add_option("--dialect", options.dialect, "default, or tico: the reference's points and rounding")
-      ->capture_default_str();
-  command.add_option("--qparams", options.qparams, "Frozen grids instead of calibration");
+      ->type_name("NAME|FILE");
+  command.add_option("--set", options.set, "KEY=VALUE in the recipe (repeatable)")->type_name("KEY=VALUE");
+  command.add_option("--dialect", options.dialect, "default, or tico: points and rounding of TICO 0.3.0")
+      ->type_name("{default,tico}");
+  command.add_option("--qparams", options.qparams, "Frozen grids instead of calibration")->type_name("FILE");
+  command.option_defaults()->group("Data");
   command.add_option("--max-seq-len", options.max_seq_len, "Positions of the exported units, and longest sample")
       ->check(WholeNumber(2, int64_t{1} << 20));
   CLI::Option* truncate = command.add_flag_callback(
@@ -43,17 +51,22 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
           "--chunk", [&options] { options.long_samples = LongSamples::kChunk; },
           "Split longer calibration samples into parts of --max-seq-len tokens")
       ->excludes(truncate);
-  command.add_option("--eval-text", options.eval_text, "Text for perplexity, float against quantized");
+  command.add_flag("--text-only", options.text_only, "Leave samples with pictures out");
+  command.option_defaults()->group("Measuring");
+  command.add_option("--eval-text", options.eval_text, "Text for perplexity, float against quantized")
+      ->type_name("FILE");
   command.add_option("--eval-windows", options.eval_windows, "Only the first N windows of it")
       ->check(WholeNumber(1, std::numeric_limits<int>::max()));
-  command.add_option("--eval-captions", options.eval_captions, "Pictures with questions and captions, JSON lines");
-  command.add_flag("--text-only", options.text_only, "Leave samples with pictures out");
+  command.add_option("--eval-captions", options.eval_captions, "Pictures with questions and captions, JSON lines")
+      ->type_name("FILE");
   command
       .add_option("--compute", options.compute,
                   "Precision of the matrix products that calibrate and measure: float32, or bf16 on a processor with "
                   "AVX-512 BF16")
-      ->transform(Choice<Compute>({{"float32", Compute::kFloat32}, {"bf16", Compute::kBf16}}));
+      ->transform(Choice<Compute>({{"float32", Compute::kFloat32}, {"bf16", Compute::kBf16}}))
+      ->default_str("float32");
   command.add_flag("--timings", options.timings, "Also measure the run's matrix products alone");
+  command.option_defaults()->group("Long runs");
   command
       .add_option(
           "--memory-limit", options.memory_limit,
@@ -88,7 +101,8 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
       "Example:\n  circlet quantize examples/tiny-gemma4 --data examples/tiny-gemma4/eval/calib.jsonl --recipe w8a16 "
       "--output out/");
   AddCommon(*quantize, *options);
-  quantize->add_option("--output,-o", options->output, "New directory for the result");
+  quantize->option_defaults()->group("Output");
+  quantize->add_option("--output,-o", options->output, "New directory for the result")->type_name("DIR");
   quantize->add_flag("--force", options->force, "Replace what an earlier run wrote to the output directory");
   quantize->add_flag("--save-stages", options->save_stages, "Keep every stage's values of the evaluation samples");
   quantize
@@ -96,10 +110,14 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
                    "deployment, all (whole-graph files too), or auto: all for checkpoints up to 1 GiB")
       ->transform(Choice<QuantizeOptions::Units>({{"auto", QuantizeOptions::Units::kAuto},
                                                   {"deployment", QuantizeOptions::Units::kDeployment},
-                                                  {"all", QuantizeOptions::Units::kAll}}));
-  quantize->add_option("--vision-profile", options->vision_profile,
-                       "Layout of the vision units: e2b_66x36_264, e2b_57x42_266, or a JSON file; default: the most "
-                       "frequent of the samples");
+                                                  {"all", QuantizeOptions::Units::kAll}}))
+      ->default_str("auto");
+  quantize
+      ->add_option("--vision-profile", options->vision_profile,
+                   "Layout of the vision units: e2b_66x36_264, e2b_57x42_266, or a JSON file; default: the most "
+                   "frequent of the samples")
+      ->type_name("NAME|FILE");
+  quantize->option_defaults()->group("Long runs");
   quantize->add_flag("--resume", options->resume, "Go on with an unfinished run in the output directory");
   quantize
       ->add_option("--save-every", options->save_every, "Seconds between saved states of the run; 0: after every stage")
@@ -110,6 +128,7 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
   };
   auto switches = std::make_shared<Switches>();
   quantize->add_flag("--dry-run", switches->dry_run, "Only say what the run would need: stages, time, memory, disk");
+  quantize->option_defaults()->group("Output");
   quantize->add_flag("--quiet", switches->quiet, "No progress");
   quantize->callback([options, switches, &command] {
     command = [options, switches] {
@@ -139,7 +158,8 @@ void AddEvaluate(CLI::App& app, std::function<int()>& command) {
       "Example:\n  circlet evaluate examples/tiny-gemma4 --data examples/tiny-gemma4/eval/calib.jsonl --recipe w4a16 "
       "--eval-text examples/tiny-gemma4/eval/heldout.txt --eval-captions examples/tiny-gemma4/eval/captions.jsonl");
   AddCommon(*evaluate, options->quantize);
-  evaluate->add_option("--json", options->json, "Also write the report as JSON");
+  evaluate->option_defaults()->group("Output");
+  evaluate->add_option("--json", options->json, "Also write the report as JSON")->type_name("FILE");
   evaluate->add_flag("--quiet", options->quiet, "No progress");
   evaluate->callback([options, &command] {
     command = [options] {
