@@ -24,6 +24,11 @@ using ::testing::Matcher;
 using ::testing::Not;
 using ::testing::StartsWith;
 
+std::vector<std::string> With(std::vector<std::string> arguments, const std::string& from, const std::string& to) {
+  std::ranges::replace(arguments, from, to);
+  return arguments;
+}
+
 class CliTest : public GoldenModelTest {
  protected:
   // With other data than the samples.
@@ -256,6 +261,16 @@ TEST_F(CliTest, AModelThatIsNoDirectoryIsRefused) {
   ExpectRefused(Quantize(), AllOf(HasSubstr(model_), HasSubstr("is no directory")));
 }
 
+TEST_F(CliTest, WhatTheUserGaveIsNamedAsItWasGiven) {
+  ExpectRefused({"quantize", "/no/such", "--data", samples_, "--output", out_},
+                HasSubstr("/no/such: does not exist; give a checkpoint directory"));
+  ExpectRefused(Quantize({"--memory-limit", "1MB"}), HasSubstr("--memory-limit 1 MB: the largest stage alone"));
+  ExpectRefused(QuantizeText({"--data", kTiny + "/eval/calib.jsonl", "--eval-text", "nosuch.txt"}),
+                StartsWith("circlet: nosuch.txt: cannot be opened"));
+  ExpectRefused(With(Quantize(), out_, "/proc/x"), StartsWith("circlet: /proc/x: /proc: cannot be written: "));
+  ExpectRefused({"show", model_ + "/config.json"}, HasSubstr("not CIR0; is it a .circle file?"));
+}
+
 TEST_F(CliTest, ADirectoryWithoutConfigIsRefused) {
   fs::remove(model_ + "/config.json");
   ExpectRefused(Quantize(), AllOf(HasSubstr(model_ + "/config.json"), HasSubstr("No such file")));
@@ -410,11 +425,6 @@ TEST_F(CliTest, AnEvaluationTextWithoutTextIsRefused) {
 
 // ---- The recipe -----------------------------------------------------------------------------------------------------
 
-std::vector<std::string> With(std::vector<std::string> arguments, const std::string& from, const std::string& to) {
-  std::ranges::replace(arguments, from, to);
-  return arguments;
-}
-
 TEST_F(CliTest, AnUnknownRecipeNamesTheNearest) {
   ExpectRefused(With(Quantize(), "w8a16", "w8a61"),
                 AllOf(HasSubstr("unknown recipe \"w8a61\""), HasSubstr("nearest: \"w8a16\""), HasSubstr("known are")));
@@ -428,6 +438,21 @@ TEST_F(CliTest, AnUnknownDialectNamesTheKnownOnes) {
 TEST_F(CliTest, AnUnknownRecipeKeyNamesTheNearest) {
   ExpectRefused(Quantize({"--set", "pipeline.0.activations=uint8"}),
                 AllOf(HasSubstr("activations"), HasSubstr("nearest: \"activation\"")));
+}
+
+TEST_F(CliTest, AnUnknownSectionListsTheKnownOnes) {
+  ExpectRefused(Quantize({"--set", "a.b=3"}),
+                AllOf(HasSubstr("a: is no known key; known: "), HasSubstr("calibration"), HasSubstr("pipeline")));
+}
+
+TEST_F(CliTest, AnEmptyRecipeIsRefusedAndOneWithoutAStageSaysWhatItDoes) {
+  const fs::path recipe = directory_.Path() / "recipe.yaml";
+  WriteFile(recipe, "# nothing\n");
+  ExpectRefused(With(Quantize(), "w8a16", recipe), HasSubstr("recipe.yaml: is empty; a recipe has at least"));
+  WriteFile(recipe, "pipeline: []\n");
+  const ProgramResult result = RunProgram(With(Quantize(), "w8a16", recipe));
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("recipe.yaml: its pipeline has no ptq stage; every point is int16\n"));
 }
 
 TEST_F(CliTest, AnAssignmentWithoutAValueIsRefused) {

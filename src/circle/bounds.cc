@@ -22,7 +22,7 @@ struct Place {
 };
 
 void Require(bool inside, const Place& place) {
-  if (!inside) Fail("{}: reaches outside the file or is misaligned", place.Text());
+  if (!inside) Fail("{}: reaches outside the file, or does not begin at a multiple of its size", place.Text());
 }
 
 void Walk(Verifier& verifier, const Table& table, const TableSchema& schema, const Place& place);

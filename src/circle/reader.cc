@@ -76,8 +76,8 @@ class Reader {
     if (identifier != kIdentifier) {
       const bool printable = std::ranges::all_of(identifier, [](char c) { return c >= ' ' && c <= '~'; });
       Fail("no Circle file: bytes 4 to 7 are {}, not CIR0; {}",
-           printable ? fmt::format("\"{}\"", identifier) : fmt::format("{:02x}", fmt::join(Bytes(identifier), " ")),
-           kRemedy);
+           printable ? fmt::format("'{}'", identifier) : fmt::format("{:02x}", fmt::join(Bytes(identifier), " ")),
+           printable ? "is it a .circle file?" : kRemedy);
     }
     const flatbuffers::uoffset_t offset = verifier_.VerifyOffset(0);
     if (offset == 0) Fail("the offset of the root table leaves the file of {} bytes; {}", size_, kRemedy);

@@ -50,8 +50,7 @@ struct TableSchema {
   std::span<const FieldSchema> fields;  // by id; the fields that circlet reads or refuses
 };
 
-// ---- Tables of the file
-// ----------------------------------------------------------------------------------------------
+// ---- Tables of the file -------------------------------------------------------------------------------------
 
 namespace model_field {
 enum : int { kVersion = 0, kOperatorCodes = 1, kSubgraphs = 2, kDescription = 3, kBuffers = 4 };
@@ -96,8 +95,7 @@ enum : int { kScale = 2, kZeroPoint = 3, kDetailsType = 4, kQuantizedDimension =
 
 const TableSchema& ModelTable();
 
-// ---- Element types
-// -----------------------------------------------------------------------------------------------------
+// ---- Element types ------------------------------------------------------------------------------------------
 
 // "INT16" for 7, "GGML_Q4_0" for -2; "TYPE_99" for values outside the schema.
 std::string TensorTypeName(int8_t type);
@@ -111,8 +109,7 @@ bool HoldsCodes(DType type);
 // What the format cannot hold of a grid; none = it can.
 std::optional<std::string> FaultOf(const QParams& grid);
 
-// ---- Operators
-// ---------------------------------------------------------------------------------------------------------
+// ---- Operators ----------------------------------------------------------------------------------------------
 
 struct OperatorSchema {
   int32_t code;  // BuiltinOperator

@@ -166,7 +166,8 @@ struct Executor::Plan {
       const Tensor given = weights(value.name);
       tensors[id] = Bound(id, given);
       if (!Fits(id, given))
-        Fail("{}: is {}, expected {}", value.name, given.Type().ToString(), value.type.ToString());
+        Fail("{}: is {}, expected {}; the weights are another model's", value.name, given.Type().ToString(),
+             value.type.ToString());
     }
   }
 

@@ -1,5 +1,7 @@
 #include "circlet/io/json.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -381,7 +383,9 @@ void JsonObject::RejectUnknownKeys() const {
   const std::vector<std::string> unknown = UnknownKeys();
   if (unknown.empty()) return;
   const std::vector<std::string> known(asked_.begin(), asked_.end());
-  FailAt(unknown.front(), fmt::format("is no known key{}", NearestHint(unknown.front(), known)));
+  std::string hint = NearestHint(unknown.front(), known);
+  if (hint.empty() && !known.empty()) hint = fmt::format("; known: {}", fmt::join(known, ", "));
+  FailAt(unknown.front(), fmt::format("is no known key{}", hint));
 }
 
 std::string JsonObject::Where(std::string_view key) const {

@@ -40,7 +40,7 @@ OutputLock::OutputLock(const fs::path& output) {
 // False: its owner took the file away between open and lock.
 bool OutputLock::TryTake() {
   file_ = open(path_.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666);
-  if (file_ < 0) FailErrno(path_, "written");
+  if (file_ < 0) FailErrno(errno == ENOENT ? path_.parent_path() : path_, "written");
   const auto give_up = [this](const std::string& what) {
     close(file_);
     Fail("{}", what);

@@ -57,9 +57,8 @@ void PairAlongRows(const float* x, int64_t x_stride, int64_t rows, int64_t k, fl
 // The pairs [first, last) of rows of x [k,n]: pairs [Pairs(k),n].
 void PairRows(const float* x, int64_t k, int64_t n, int64_t first, int64_t last, float* pairs);
 
-
 // The same in bytes (needs MultipliesBytes()): four neighbours along k, unsigned ones in a and signed ones in b, stand
-// where one float32 stands otherwise, zeros behind the last; c holds int32 sums. Their order cannot be seen.
+// where one float32 stands otherwise, zeros behind the last; c holds int32 sums, exact in any order.
 inline int64_t Quads(int64_t k) { return (k + 3) / 4; }
 void MultiplyQuads(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
                    int64_t c_stride);

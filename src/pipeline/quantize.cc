@@ -48,6 +48,13 @@ class Clock {
   std::map<std::string, double>& seconds_;
 };
 
+// A size as people give it: "10 MB" where that is exact.
+std::string AskedBytes(int64_t bytes) {
+  for (const auto& [unit, name] : {std::pair(int64_t{1'000'000'000}, "GB"), std::pair(int64_t{1'000'000}, "MB")})
+    if (bytes % unit == 0) return fmt::format("{} {}", bytes / unit, name);
+  return HumanBytes(bytes);
+}
+
 // For activations of a run that writes nothing.
 std::filesystem::path TemporaryDirectory() {
   std::error_code error;
@@ -201,7 +208,7 @@ std::string Run::DryRun() const {
   text += fmt::format("time: products of {:.1f} TFLOP at {:.0f} GFLOP/s take {:.0f} s, a run up to 1.5 times that\n",
                       flops / 1e12, rate / 1e9, flops / rate);
   text += fmt::format("memory: {} for the largest stage, {} of activations, limit {}: {}\n", HumanBytes(memory),
-                      HumanBytes(activations), HumanBytes(settings_.options.memory_limit),
+                      HumanBytes(activations), AskedBytes(settings_.options.memory_limit),
                       ActivationBudget() < 0             ? "too little, raise --memory-limit"
                       : activations > ActivationBudget() ? "what does not fit goes to files"
                                                          : "enough");
@@ -292,7 +299,7 @@ QuantizeResult Run::Compute() {
     Fail(
         "--memory-limit {}: the largest stage alone takes {} with a tenth to spare; give at least that, or shorter "
         "samples",
-        HumanBytes(options.memory_limit), HumanBytes(NeededMemory() / 9 * 10));
+        AskedBytes(options.memory_limit), HumanBytes(NeededMemory() / 9 * 10));
   if (options.resume && options.save_stages)
     Fail("--save-stages: values of finished stages are not saved; leave out --resume");
   if (options.save_stages) captured_.emplace();
@@ -407,6 +414,8 @@ void Run::FillResult() {
   result_.spilled_bytes = store_.SpilledBytes();
   result_.activation_bytes = store_.PeakBytes();
   job_.Describe(result_);
+  if (!settings_.recipe.quantizes)
+    result_.notes.push_back(fmt::format("{}: its pipeline has no ptq stage; every point is int16", result_.recipe));
 }
 
 QuantizeOptions WithRecipe(QuantizeOptions options, const Recipe& recipe) {

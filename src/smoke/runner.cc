@@ -149,7 +149,7 @@ class Runner {
                        kWidestBound, peir));
   }
 
-  // The file of the last part, which has every input.
+  // The last part alone becomes a file: its graph takes every input of the case.
   void Export(SmokeSession& session) {
     const SmokePart& part = session.Parts().back();
     const Graph& graph = part.exported ? *part.exported : part.graph;

@@ -21,7 +21,7 @@ class GridSource {
   virtual const QParams* Find(const Point& point) const = 0;
   // A parameter in the storage form of its grid (4-bit packed).
   virtual circlet::Tensor WeightCodes(const std::string& name, const QParams& grid) const = 0;
-  // The same for a parameter whose codes shall not stand in memory; null: ask for WeightCodes.
+  // The same in pieces, for a parameter too large to hold. Null: it is small enough, call WeightCodes.
   virtual std::shared_ptr<const LazyConstant> LazyWeightCodes(const std::string& name, const QParams& grid) const = 0;
   // A parameter without a grid of its own, as float32 (layer scalars, clip bounds).
   virtual circlet::Tensor WeightFloat(const std::string& name) const = 0;

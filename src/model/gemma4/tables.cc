@@ -23,7 +23,7 @@ std::vector<float> Powers(float base, int dim, int count) {
 void FillRow(int64_t position, std::span<const float> frequencies, float first_sign, float* cos, float* sin) {
   const size_t half = frequencies.size();
   for (size_t j = 0; j < half; ++j) {
-    // The angle is a float32 product, its cosine is not the place to lose more.
+    // The angle in float32, as the reference multiplies; cosine and sine in float64, so that they are rounded once.
     const double angle = static_cast<float>(position) * frequencies[j];
     cos[j] = cos[j + half] = static_cast<float>(std::cos(angle));
     sin[j + half] = static_cast<float>(std::sin(angle));

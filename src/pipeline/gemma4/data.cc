@@ -136,8 +136,9 @@ void ReadCaptions(const fs::path& path, const SampleOptions& rules, const Proces
 void ReadWindows(const fs::path& path, std::optional<int64_t> most, const Gemma4Config& config,
                  LazyProcessor& processor, RunData& data) {
   constexpr int64_t kWindow = 255;
+  const std::string text = ReadFile(path);
   data.windows = Within(path.string(), [&] {
-    return PerplexityWindows(ReadFile(path), processor.Get().tokenizer, kWindow, config.text.bos_token_id);
+    return PerplexityWindows(text, processor.Get().tokenizer, kWindow, config.text.bos_token_id);
   });
   if (most && *most < static_cast<int64_t>(data.windows.size())) data.windows.resize(*most);
 }

@@ -18,7 +18,8 @@ namespace {
 
 ModelWeights OpenWeights(const QuantizeOptions& options) {
   if (!std::filesystem::is_directory(options.model))
-    Fail("{}: is no directory; give a checkpoint directory with config.json and safetensors", options.model.string());
+    Fail("{}: {}; give a checkpoint directory with config.json and safetensors", options.model.string(),
+         std::filesystem::exists(options.model) ? "is no directory" : "does not exist");
   return ModelWeights::Open(ReadConfig(options.model), options.model, options.text_only);
 }
 

@@ -19,7 +19,8 @@ Tensor RowsOf(const Tensor& table, std::span<const int64_t> ids) {
   Tensor rows(TensorType{table.GetDType(), {static_cast<int64_t>(ids.size()), table.GetShape()[1]}});
   for (size_t i = 0; i < ids.size(); ++i) {
     if (ids[i] < 0 || ids[i] >= table.GetShape()[0])
-      Fail("token id {} at position {} is outside the table of {} rows", ids[i], i, table.GetShape()[0]);
+      Fail("token id {} at position {} is outside the table of {} rows; check the tokenizer", ids[i], i,
+           table.GetShape()[0]);
     std::memcpy(rows.Raw() + static_cast<int64_t>(i) * row_bytes, table.Raw() + ids[i] * row_bytes, row_bytes);
   }
   return rows;

@@ -34,7 +34,7 @@ void BuildTokenEmbedding(const BlockBuilder& b, const TextConfig& config, int64_
 // and "hidden", on the grid that the first layer and the PLE projection read.
 void BuildMergedEmbedding(const BlockBuilder& b, const TextConfig& config, int64_t length, bool has_image);
 
-// ids [1,S] -> embed_tokens_per_layer[ids] * sqrt(p), output "per_layer_inputs" [1,S,L,p].
+// ids [1,S] -> embed_tokens_per_layer[ids] * sqrt(p), output "per_layer_token_inputs" [1,S,L,p].
 void BuildPleEmbedding(const BlockBuilder& b, const TextConfig& config, int64_t length, int64_t rows);
 
 // inputs_embeds [1,S,D], per_layer_token_inputs [1,S,L,p] -> combined per-layer inputs [1,S,L,p].
