@@ -22,7 +22,7 @@ Graph BuildMlp() {
   Graph graph;
   const Builder b = Builder(graph).At("mlp");
   const auto linear = [](const Builder& at, ValueId x, int64_t out) {
-    const ValueId weight = at.Weight("weight", {out, at.ShapeOf(x)[-1]}, /*axis=*/0);
+    const ValueId weight = at.Weight("weight", {out, at.ShapeOf(x)[-1]}, WeightKind::kLinear);
     return at.Point("act_out", at.Add(FullyConnected{}, {x, weight}));
   };
   const ValueId x = b.Point("x", b.Input("x", {1, 8, 32}));

@@ -166,7 +166,8 @@ TEST(ExecutorTest, InBf16LinearsRoundTheirOperandsAndNothingElse) {
   const float odd = 1.0f + std::ldexp(1.0f, -9);
   Graph graph;
   const Builder b(graph);
-  const ValueId x = b.Input("x", {1, 2}), shared = b.Weight("shared", {1, 2}), own = b.Weight("own", {1, 2});
+  const ValueId x = b.Input("x", {1, 2}), shared = b.Weight("shared", {1, 2}, WeightKind::kNone),
+                own = b.Weight("own", {1, 2}, WeightKind::kNone);
   b.Output("own", b.Add(FullyConnected{}, {x, own}));
   b.Output("shared", b.Add(FullyConnected{}, {x, shared}));
   b.Output("sum", b.Add(Add{}, {x, shared}));
@@ -211,7 +212,7 @@ std::vector<float> ProductOf(PointReading* reading, const std::function<ValueId(
   Graph graph;
   const Builder b(graph);
   const ValueId x = build(b, b.Input("x", {4, 300}));
-  b.Output("y", b.Add(FullyConnected{}, {x, b.Weight("w", {10, 300})}));
+  b.Output("y", b.Add(FullyConnected{}, {x, b.Weight("w", {10, 300}, WeightKind::kNone)}));
   std::mt19937 random(3);
   const Tensor values(TensorType{DType::kF32, {4, 300}}), codes(TensorType{DType::kI8, {10, 300}});
   for (float& v : values.F32()) v = static_cast<float>(static_cast<int16_t>(random())) * 0.01f;
@@ -264,11 +265,12 @@ TEST(ExecutorTest, ProductsAreSummedInIntegersWhereBothSidesLieOnGrids) {
 TEST(ExecutorTest, CodesAreFloatsForThoseWhoWantFloats) {
   Graph graph;
   const Builder b(graph);
-  const ValueId x = b.Input("x", {2, 3}), w = b.Weight("w", {2, 3}), ids = graph.AddInput("ids", {DType::kI64, {2}});
+  const ValueId x = b.Input("x", {2, 3}), w = b.Weight("w", {2, 3}, WeightKind::kNone),
+                ids = graph.AddInput("ids", {DType::kI64, {2}});
   b.Output("product", b.Add(FullyConnected{}, {x, w}));
   b.Output("sum", b.Add(Add{}, {x, w}));
-  b.Output("rows", b.Add(Gather{}, {b.Weight("table", {2, 3}), ids}));
-  b.Output("flat", b.Reshape(b.Weight("view", {2, 3}), {6}));
+  b.Output("rows", b.Add(Gather{}, {b.Weight("table", {2, 3}, WeightKind::kNone), ids}));
+  b.Output("flat", b.Reshape(b.Weight("view", {2, 3}, WeightKind::kNone), {6}));
   const std::vector<uint8_t> bytes{1, 2, 3, 4, 5, 6};
   const std::vector<int64_t> rows{1, 0};
   const QParams grid{.dtype = DType::kU8, .axis = 0, .scale = {1, 10}, .zero_point = {1, 0}};

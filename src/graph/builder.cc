@@ -13,13 +13,22 @@ ValueId Builder::Input(std::string name, Shape shape, DType dtype) const {
 
 void Builder::Output(std::string name, ValueId value) const { graph_->AddOutput(std::move(name), value); }
 
-ValueId Builder::Weight(std::string_view name, Shape shape, int axis) const {
+ValueId Builder::Weight(std::string_view name, Shape shape, WeightKind kind) const {
   const std::string full = Path(name);
-  return graph_->AddWeight(full, std::move(shape), {.name = full, .role = PointRole::kWeight}, axis);
+  return graph_->AddWeight(full, std::move(shape), {.name = full, .role = PointRole::kWeight, .kind = kind},
+                           ChannelAxis(kind));
 }
 
-ValueId Builder::Point(std::string_view name, ValueId value, PointUse use, PointRole role) const {
-  return graph_->AddPoint({.name = Path(name), .role = role, .use = use}, value);
+ValueId Builder::ConstantWeight(std::string_view name, Tensor values, WeightKind kind) const {
+  return graph_->AddPoint({.name = Path(name), .role = PointRole::kWeight, .kind = kind}, Constant(std::move(values)));
+}
+
+ValueId Builder::FloatWeight(std::string_view name, Shape shape, WeightKind kind) const {
+  return graph_->AddWeight(Path(name), std::move(shape), {.kind = kind}, -1);
+}
+
+ValueId Builder::Point(std::string_view name, ValueId value, PointUse use, WeightKind kind) const {
+  return graph_->AddPoint({.name = Path(name), .use = use, .kind = kind}, value);
 }
 
 ValueId Builder::Boundary(const std::string& full_name, ValueId value) const {

@@ -22,7 +22,7 @@ TEST(GraphTest, DumpShowsOneNodeALineWithTypesAndPoints) {
   Graph graph;
   const Builder b = Builder(graph).At("mlp");
   const ValueId x = b.Input("x", {1, 4, 16});
-  b.Output("y", b.Point("act_out", b.Add(FullyConnected{}, {x, b.Weight("weight", {8, 16}, 0)})));
+  b.Output("y", b.Point("act_out", b.Add(FullyConnected{}, {x, b.Weight("weight", {8, 16}, WeightKind::kLinear)})));
   EXPECT_EQ(Dump(graph),
             "%0 = input float32[1,4,16] \"x\"\n"
             "%1 = weight float32[8,16] \"mlp.weight\"\n"
@@ -34,8 +34,8 @@ TEST(GraphTest, DumpShowsOneNodeALineWithTypesAndPoints) {
 TEST(GraphTest, AWeightMentionedTwiceIsOneValue) {
   Graph graph;
   const Builder b(graph);
-  EXPECT_EQ(b.Weight("w", {4}), b.Weight("w", {4}));
-  EXPECT_THROW(b.Weight("w", {5}), Bug);
+  EXPECT_EQ(b.Weight("w", {4}, WeightKind::kNorm), b.Weight("w", {4}, WeightKind::kNorm));
+  EXPECT_THROW(b.Weight("w", {5}, WeightKind::kNorm), Bug);
 }
 
 TEST(GraphTest, AShapeThatDoesNotFitIsAnErrorWithTheRule) {
@@ -43,7 +43,7 @@ TEST(GraphTest, AShapeThatDoesNotFitIsAnErrorWithTheRule) {
   const Builder b(graph);
   const ValueId x = b.Input("x", {1, 4, 16});
   try {
-    b.Add(FullyConnected{}, {x, b.Weight("w", {8, 15}, 0)});
+    b.Add(FullyConnected{}, {x, b.Weight("w", {8, 15}, WeightKind::kLinear)});
     FAIL() << "no error";
   } catch (const Error& error) {
     EXPECT_THAT(error.what(), testing::AllOf(testing::HasSubstr("fully_connected"), testing::HasSubstr("[1,4,16]"),

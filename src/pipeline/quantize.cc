@@ -120,9 +120,7 @@ namespace {
 
 // What is checked before anything is computed.
 void CheckPoints(const RunSettings& settings, ModelJob& job) {
-  std::vector<std::string> names;
-  for (const Point& point : job.Points()) names.push_back(point.name);
-  settings.recipe.CheckAllUsed(names);
+  settings.recipe.CheckAllUsed(job.Points());
   if (settings.Writes()) CheckExportable(job.GetCalibration(), job.Points());
   if (settings.world.Size() == 1) return;
   CheckShareable(job.GetCalibration(), job.Points());

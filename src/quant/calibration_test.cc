@@ -31,8 +31,8 @@ Tensor Table(int64_t rows, int64_t width) {
 Graph GatherGraph(const Shape& table) {
   Graph graph;
   const ValueId ids = graph.AddInput("ids", {DType::kI64, {1, 2}});
-  const ValueId weight =
-      graph.AddWeight("table.weight", table, {.name = "table.weight", .role = PointRole::kWeight}, 0);
+  const ValueId weight = graph.AddWeight(
+      "table.weight", table, {.name = "table.weight", .role = PointRole::kWeight, .kind = WeightKind::kEmbedding}, 0);
   const ValueId rows = graph.Add(Gather{}, {weight, ids}).front();
   graph.AddOutput("rows", graph.AddPoint({.name = "table.act_out"}, rows));
   return graph;

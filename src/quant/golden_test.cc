@@ -12,6 +12,7 @@
 #include "circlet/quant/affine.h"
 #include "circlet/quant/params.h"
 #include "circlet/quant/recipe.h"
+#include "weight_kinds.h"
 
 namespace circlet {
 namespace {
@@ -63,8 +64,7 @@ TEST_P(GoldenQParamsTest, TheRecipeGivesEveryPointItsRecordedSpecification) {
   const ParameterStore store = ParseParameters(GoldenText(GetParam().Path()), "golden");
   const Recipe recipe = Recipe::Load(GetParam().recipe);
   for (const std::string& name : store.Names()) {
-    const PointRole role = name.ends_with(".weight") ? PointRole::kWeight : PointRole::kActivation;
-    EXPECT_EQ(recipe.SpecFor(Point{.name = name, .role = role}, kTico), store.Find(name)->spec) << name;
+    EXPECT_EQ(recipe.SpecFor(PointNamed(name), kTico), store.Find(name)->spec) << name;
   }
 }
 
@@ -97,8 +97,9 @@ TEST(DialectTest, SignedWeightsAreSymmetricPerRowInTheDefaultDialect) {
   const Recipe recipe = Recipe::Load("default");
   int rows = 0;
   for (const std::string& name : store.Names()) {
-    if (WrapperDefaultOf(name) != WrapperDefault::kPerRow) continue;
-    const PointSpec spec = recipe.SpecFor(name, PointRole::kWeight, WrapperDefault::kPerRow, kDefault);
+    const Point point = PointNamed(name);
+    if (point.role != PointRole::kWeight || ChannelAxis(point.kind) != 0) continue;
+    const PointSpec spec = recipe.SpecFor(point, kDefault);
     EXPECT_EQ(Name(spec.scheme), "per_channel_symm") << name;
     EXPECT_EQ(spec.axis, 0) << name;
     ++rows;

@@ -30,44 +30,44 @@ std::optional<QuantSpec> Over(const std::optional<QuantSpec>& below, const Quant
 }
 
 // What the reference's builder writes as an override for a parameter (quantization.md 4.5).
-std::optional<QuantSpec> BuilderOverride(const BuilderSpecs& specs, std::string_view point) {
+std::optional<QuantSpec> BuilderOverride(const BuilderSpecs& specs, WeightKind kind) {
   const QuantSpec& linear = specs.linear_weight ? *specs.linear_weight : specs.weight;
-  switch (WeightKindOf(point)) {
-    case WeightKind::kNone:
-      return std::nullopt;
+  switch (kind) {
     case WeightKind::kLinear:
       return linear;
-    case WeightKind::kPatchEmbed:
+    case WeightKind::kPatchProjection:
       return specs.vision_patch_embed_weight.value_or(linear);
-    case WeightKind::kLmHead:
+    case WeightKind::kHead:
       return specs.lm_head_weight.value_or(linear);
     case WeightKind::kEmbedding:
       return specs.embedding_weight;
     case WeightKind::kNorm:
       return specs.norm_weight;
+    default:
+      return std::nullopt;
   }
-  return std::nullopt;
 }
 
 // The names by which a recipe may call the points, for the nearest one; those of full names only when asked so.
-std::vector<std::string> SpellingsOf(std::span<const std::string> points, std::string_view path) {
-  std::vector<std::string> spellings(points.begin(), points.end());
+std::vector<std::string> SpellingsOf(std::span<const Point> points, std::string_view path) {
+  std::vector<std::string> spellings;
+  for (const Point& point : points) spellings.push_back(point.name);
   if (path.starts_with("model.")) return spellings;
-  for (const std::string& point : points)
+  for (const Point& point : points)
     for (const std::string_view prefix : {"model.language_model.", "model."})
-      if (point.starts_with(prefix)) spellings.push_back(point.substr(prefix.size()));
+      if (point.name.starts_with(prefix)) spellings.push_back(point.name.substr(prefix.size()));
   return spellings;
 }
 
 // Names of points directly within the module `path`; empty when it is none.
-std::set<std::string> LeavesOf(std::span<const std::string> points, std::string_view path) {
+std::set<std::string> LeavesOf(std::span<const Point> points, std::string_view path) {
   std::set<std::string> leaves;
-  for (const std::string& point : points)
-    if (PathNames(path, point.substr(0, point.rfind('.')))) leaves.emplace(LeafOf(point));
+  for (const Point& point : points)
+    if (PathNames(path, point.name.substr(0, point.name.rfind('.')))) leaves.emplace(LeafOf(point.name));
   return leaves;
 }
 
-std::string UnusedText(const Override& override, std::span<const std::string> points) {
+std::string UnusedText(const Override& override, std::span<const Point> points) {
   const std::set<std::string> leaves = LeavesOf(points, override.path);
   if (!leaves.empty())
     return fmt::format("{}: \"{}\" is a module, no point; name one of its points: {}", override.where, override.path,
@@ -79,10 +79,10 @@ std::string UnusedText(const Override& override, std::span<const std::string> po
 }
 
 // The first thing that a policy asks for and that no layer has.
-std::string UnusedText(const OverridePolicy& policy, std::span<const std::string> points) {
+std::string UnusedText(const OverridePolicy& policy, std::span<const Point> points) {
   std::set<std::string> modules, leaves;
-  for (const std::string& point : points) {
-    if (const auto at = LayerPointOf(point)) {
+  for (const Point& point : points) {
+    if (const auto at = LayerPointOf(point.name)) {
       modules.emplace(at->module);
       if (std::ranges::find(policy.modules, at->module) != policy.modules.end()) leaves.emplace(at->leaf);
     }
@@ -108,8 +108,8 @@ std::string UnusedText(const OverridePolicy& policy, std::span<const std::string
 
 }  // namespace
 
-bool OverridePolicy::Matches(std::string_view point) const {
-  const auto at = LayerPointOf(point);
+bool OverridePolicy::Matches(const Point& point) const {
+  const auto at = LayerPointOf(point.name);
   if (!at) return false;
   if (component != Component::kAll && at->vision != (component == Component::kVision)) return false;
   if (layers && std::ranges::find(*layers, at->layer) == layers->end()) return false;
@@ -117,7 +117,7 @@ bool OverridePolicy::Matches(std::string_view point) const {
     return false;
   if (std::ranges::find(observers, at->leaf) == observers.end()) return false;
   if (!modules.empty()) return std::ranges::find(modules, at->module) != modules.end();
-  return IsLinear(WeightKindOf(fmt::format("{}.weight", at->module)));
+  return IsLinear(point.kind);
 }
 
 int OverridePolicy::Specificity() const {
@@ -152,40 +152,37 @@ Recipe Recipe::Parse(std::string_view text, const std::string& file, std::span<c
   return recipe;
 }
 
-PointSpec Recipe::SpecFor(const std::string& point, PointRole role, WrapperDefault wrapper,
-                          const Dialect& dialect) const {
-  std::optional<QuantSpec> override = BuilderOverride(specs, point);
+PointSpec Recipe::SpecFor(const Point& point, const Dialect& dialect) const {
+  const bool weight = point.role == PointRole::kWeight;
+  const WeightKind kind = weight ? point.kind : WeightKind::kNone;
+  std::optional<QuantSpec> override = BuilderOverride(specs, kind);
   for (const OverridePolicy& policy : policies)
     if (policy.Matches(point)) override = Over(override, policy.spec);
   std::vector<const Override*> named;
   for (const Override& candidate : overrides)
-    if (PathNames(candidate.path, point)) named.push_back(&candidate);
+    if (PathNames(candidate.path, point.name)) named.push_back(&candidate);
   // The fuller name says more.
   std::ranges::stable_sort(named, {}, [](const Override* candidate) { return candidate->path.size(); });
   for (const Override* candidate : named) override = Over(override, candidate->spec);
-  return ResolveSpec(point, override ? &*override : nullptr, wrapper,
-                     role == PointRole::kWeight ? specs.weight : specs.activation, dialect);
+  return ResolveSpec(point.name, override ? &*override : nullptr, WrapperDefaultOf(kind),
+                     weight ? specs.weight : specs.activation, dialect);
 }
 
-PointSpec Recipe::SpecFor(const Point& point, const Dialect& dialect) const {
-  return SpecFor(point.name, point.role, WrapperDefaultOf(point.name), dialect);
-}
-
-std::vector<std::string> Recipe::UnusedOverrides(std::span<const std::string> points) const {
+std::vector<std::string> Recipe::UnusedOverrides(std::span<const Point> points) const {
   std::vector<std::string> texts;
   for (const Override& override : overrides)
-    if (std::ranges::none_of(points, [&](const std::string& point) { return PathNames(override.path, point); }))
+    if (std::ranges::none_of(points, [&](const Point& point) { return PathNames(override.path, point.name); }))
       texts.push_back(UnusedText(override, points));
   for (const OverridePolicy& policy : policies) {
     if (policy.allow_empty) continue;
-    if (std::ranges::none_of(points, [&](const std::string& point) { return policy.Matches(point); })) {
+    if (std::ranges::none_of(points, [&](const Point& point) { return policy.Matches(point); })) {
       texts.push_back(UnusedText(policy, points));
       continue;
     }
     for (const int64_t layer : policy.layers.value_or(std::vector<int64_t>{})) {
       OverridePolicy single = policy;
       single.layers = std::vector<int64_t>{layer};
-      if (std::ranges::none_of(points, [&](const std::string& point) { return single.Matches(point); }))
+      if (std::ranges::none_of(points, [&](const Point& point) { return single.Matches(point); }))
         texts.push_back(fmt::format("{}: policy \"{}\" matches no point in layer {}; take the layer out of its list",
                                     policy.where, policy.name, layer));
     }
@@ -193,15 +190,14 @@ std::vector<std::string> Recipe::UnusedOverrides(std::span<const std::string> po
   return texts;
 }
 
-void Recipe::CheckAllUsed(std::span<const std::string> points) const {
+void Recipe::CheckAllUsed(std::span<const Point> points) const {
   const std::vector<std::string> texts = UnusedOverrides(points);
   if (!texts.empty()) throw Error(fmt::format("{}", fmt::join(texts, "\n")));
 }
 
-WrapperDefault WrapperDefaultOf(std::string_view point) {
-  if (LeafOf(point) == "position_embedding_table") return WrapperDefault::kFixedInt16;
-  const WeightKind kind = WeightKindOf(point);
-  return IsLinear(kind) || kind == WeightKind::kEmbedding ? WrapperDefault::kPerRow : WrapperDefault::kNone;
+WrapperDefault WrapperDefaultOf(WeightKind kind) {
+  if (kind == WeightKind::kPositionTable) return WrapperDefault::kFixedInt16;
+  return ChannelAxis(kind) == 0 ? WrapperDefault::kPerRow : WrapperDefault::kNone;
 }
 
 }  // namespace circlet

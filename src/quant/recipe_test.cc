@@ -9,6 +9,7 @@
 #include "paths.h"
 #include "quant/targets.h"
 #include "temp_directory.h"
+#include "weight_kinds.h"
 
 namespace circlet {
 namespace {
@@ -41,16 +42,19 @@ const std::vector<std::string> kPoints{
     "model.vision_tower.patch_embedder.position_embedding_table",
 };
 
+std::vector<Point> Points() {
+  std::vector<Point> points;
+  for (const std::string& name : kPoints) points.push_back(PointNamed(name));
+  return points;
+}
+
 Recipe WithStage(const std::string& stage) { return Recipe::Parse("pipeline:\n  - name: ptq\n" + stage, "quant.yaml"); }
 
 std::string LoadError(const std::string& text) {
   return ErrorText([&] { Recipe::Parse(text, "quant.yaml"); });
 }
 
-PointSpec SpecOf(const Recipe& recipe, const std::string& point) {
-  const PointRole role = LeafOf(point) == "weight" ? PointRole::kWeight : PointRole::kActivation;
-  return recipe.SpecFor(Point{.name = point, .role = role}, kTico);
-}
+PointSpec SpecOf(const Recipe& recipe, const std::string& point) { return recipe.SpecFor(PointNamed(point), kTico); }
 
 std::string TypeOf(const Recipe& recipe, const std::string& point) {
   return std::string(Name(SpecOf(recipe, point).dtype));
@@ -265,8 +269,8 @@ TEST(RecipeOverrideTest, PathsMayBeDottedNestedAndShortened) {
                                                       "model.language_model.layers.1.self_attn.softmax",
                                                       "model.vision_tower.encoder.layers.0.self_attn.softmax"));
   EXPECT_EQ(SpecOf(recipe, "model.language_model.layers.0.mlp.down_proj.act_in").ObserverName(), "EMAObserver");
-  EXPECT_THAT(recipe.UnusedOverrides(kPoints), IsEmpty());
-  recipe.CheckAllUsed(kPoints);
+  EXPECT_THAT(recipe.UnusedOverrides(Points()), IsEmpty());
+  recipe.CheckAllUsed(Points());
 }
 
 TEST(RecipeOverrideTest, TheFullerPathWins) {
@@ -294,7 +298,7 @@ TEST(RecipeOverrideTest, PathsThatNameNoPointSayWhereAndWhatIsNearest) {
       layers.0.mlp.down_proj: uint8
 )");
   EXPECT_THAT(
-      recipe.UnusedOverrides(kPoints),
+      recipe.UnusedOverrides(Points()),
       ElementsAre(
           "quant.yaml:4: no point \"layers.0.self_atn.softmax\"; nearest: \"layers.0.self_attn.softmax\"; qparams.json "
           "of a run has all, `circlet trace MODEL_DIR --samples FILE` lists those of activations",
@@ -302,7 +306,7 @@ TEST(RecipeOverrideTest, PathsThatNameNoPointSayWhereAndWhatIsNearest) {
           "\"model.language_model.layers.0.act_in\"; qparams.json of a run has all, `circlet trace MODEL_DIR --samples "
           "FILE` lists those of activations",
           "quant.yaml:6: \"layers.0.mlp.down_proj\" is a module, no point; name one of its points: act_in, weight"));
-  EXPECT_THAT(ErrorText([&] { recipe.CheckAllUsed(kPoints); }), HasSubstr("self_atn.softmax\"; nearest"));
+  EXPECT_THAT(ErrorText([&] { recipe.CheckAllUsed(Points()); }), HasSubstr("self_atn.softmax\"; nearest"));
 }
 
 TEST(RecipeOverrideTest, DuplicateAndEmptyPathsAreErrors) {
@@ -357,18 +361,18 @@ TEST(RecipePolicyTest, TheMoreSpecificWinsThenTheLaterThenRawOverrides) {
   EXPECT_EQ(TypeOf(recipe, "model.language_model.layers.0.mlp.down_proj.act_in"), "uint4");
   EXPECT_EQ(TypeOf(recipe, "model.language_model.layers.1.mlp.down_proj.act_out"), "int4");
   EXPECT_EQ(TypeOf(recipe, "model.language_model.layers.0.self_attn.softmax"), "int16");
-  EXPECT_THAT(recipe.UnusedOverrides(kPoints), IsEmpty());
+  EXPECT_THAT(recipe.UnusedOverrides(Points()), IsEmpty());
 }
 
 TEST(RecipePolicyTest, APolicyThatMatchesNothingIsReportedUnlessItMayBeEmpty) {
-  EXPECT_THAT(WithPolicy("{module: self_atn, observers: [softmax]}").UnusedOverrides(kPoints),
+  EXPECT_THAT(WithPolicy("{module: self_atn, observers: [softmax]}").UnusedOverrides(Points()),
               ElementsAre("quant.yaml:4: policy \"p\" matches no point; no layer has a module \"self_atn\"; nearest: "
                           "\"self_attn\"; mend its target, or set allow_empty"));
-  EXPECT_THAT(WithPolicy("{module: self_attn, observers: [sofmax]}").UnusedOverrides(kPoints),
+  EXPECT_THAT(WithPolicy("{module: self_attn, observers: [sofmax]}").UnusedOverrides(Points()),
               ElementsAre(HasSubstr("the module has no point \"sofmax\"; nearest: \"softmax\"")));
-  EXPECT_THAT(WithPolicy("{layers: [1, 7], module: self_attn, observers: [softmax]}").UnusedOverrides(kPoints),
+  EXPECT_THAT(WithPolicy("{layers: [1, 7], module: self_attn, observers: [softmax]}").UnusedOverrides(Points()),
               ElementsAre("quant.yaml:4: policy \"p\" matches no point in layer 7; take the layer out of its list"));
-  EXPECT_THAT(WithPolicy("{module: self_atn, observers: [softmax]}", ", allow_empty: true").UnusedOverrides(kPoints),
+  EXPECT_THAT(WithPolicy("{module: self_atn, observers: [softmax]}", ", allow_empty: true").UnusedOverrides(Points()),
               IsEmpty());
 }
 
@@ -394,13 +398,21 @@ TEST(RecipePolicyTest, BadTargetsNameTheKey) {
       HasSubstr("two policies are called \"p\"; rename one"));
 }
 
-TEST(TargetsTest, NamesTellWhichSpecificationAWeightFollows) {
-  EXPECT_EQ(WeightKindOf("model.vision_tower.encoder.layers.0.mlp.up_proj.linear.weight"), WeightKind::kLinear);
-  EXPECT_EQ(WeightKindOf("model.language_model.per_layer_projection_norm.weight"), WeightKind::kNorm);
-  EXPECT_EQ(WeightKindOf("model.language_model.per_layer_projection"), WeightKind::kNone);
-  EXPECT_EQ(WeightKindOf("lm_head.weight"), WeightKind::kLmHead);
-  EXPECT_EQ(WeightKindOf("lm_head.act_in"), WeightKind::kNone);
-  EXPECT_EQ(WrapperDefaultOf("model.language_model.norm.weight"), WrapperDefault::kNone);
+TEST(RecipeTest, KindsTellWhatAWeightIsRoundedTo) {
+  EXPECT_EQ(WrapperDefaultOf(WeightKind::kNorm), WrapperDefault::kNone);
+  EXPECT_EQ(WrapperDefaultOf(WeightKind::kHead), WrapperDefault::kPerRow);
+  EXPECT_EQ(WrapperDefaultOf(WeightKind::kEmbedding), WrapperDefault::kPerRow);
+  EXPECT_EQ(WrapperDefaultOf(WeightKind::kPositionTable), WrapperDefault::kFixedInt16);
+  const Recipe recipe = WithStage("    activation: int16\n    weight: uint8\n    lm_head_weight: uint4\n");
+  const auto dtype = [&](PointRole role, WeightKind kind) {
+    return recipe.SpecFor({.name = "a.weight", .role = role, .kind = kind}, kDefault).dtype;
+  };
+  EXPECT_EQ(dtype(PointRole::kWeight, WeightKind::kHead), DType::kU4);
+  EXPECT_EQ(dtype(PointRole::kWeight, WeightKind::kLinear), DType::kU8);
+  EXPECT_EQ(dtype(PointRole::kActivation, WeightKind::kHead), DType::kI16) << "beside the weight, not the weight";
+}
+
+TEST(TargetsTest, NamesTellTheLayer) {
   EXPECT_FALSE(LayerPointOf("model.language_model.norm.weight"));
   EXPECT_FALSE(LayerPointOf("layers.x.act_in"));
   EXPECT_EQ(LayerPointOf("layers.12.act_in")->layer, 12);

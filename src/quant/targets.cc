@@ -1,23 +1,9 @@
 #include "quant/targets.h"
 
-#include <algorithm>
-#include <array>
 #include <charconv>
 
 namespace circlet {
 namespace {
-
-constexpr std::array<std::string_view, 11> kLinears{"q_proj",
-                                                    "k_proj",
-                                                    "v_proj",
-                                                    "o_proj",
-                                                    "gate_proj",
-                                                    "up_proj",
-                                                    "down_proj",
-                                                    "per_layer_input_gate",
-                                                    "per_layer_projection",
-                                                    "per_layer_model_projection",
-                                                    "embedding_projection"};
 
 bool Consume(std::string_view& text, std::string_view prefix) {
   if (!text.starts_with(prefix)) return false;
@@ -34,16 +20,6 @@ std::string_view ModuleOf(std::string_view point) {
   std::string_view module = dot == point.npos ? std::string_view() : point.substr(0, dot);
   if (module.ends_with(".linear")) module.remove_suffix(std::string_view(".linear").size());
   return module;
-}
-
-WeightKind WeightKindOf(std::string_view point) {
-  if (LeafOf(point) != "weight") return WeightKind::kNone;
-  const std::string_view module = LeafOf(ModuleOf(point));
-  if (module == "lm_head") return WeightKind::kLmHead;
-  if (module == "input_proj") return WeightKind::kPatchEmbed;
-  if (module == "embed_tokens" || module == "embed_tokens_per_layer") return WeightKind::kEmbedding;
-  if (module.ends_with("norm")) return WeightKind::kNorm;
-  return std::ranges::find(kLinears, module) != kLinears.end() ? WeightKind::kLinear : WeightKind::kNone;
 }
 
 std::optional<LayerPoint> LayerPointOf(std::string_view point) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// What a point's name says about it: the parameter kinds and the layer coordinates that recipes speak of
+// What a point's name says about it: the layer coordinates that recipes speak of
 // (quantization.md 4.5, 4.8).
 
 #include <cstdint>
@@ -8,13 +8,6 @@
 #include <string_view>
 
 namespace circlet {
-
-// Which argument of the reference's builder a parameter follows; kNone: not a parameter that the builder mentions.
-enum class WeightKind : uint8_t { kNone, kLinear, kPatchEmbed, kLmHead, kEmbedding, kNorm };
-WeightKind WeightKindOf(std::string_view point);
-inline bool IsLinear(WeightKind kind) {
-  return kind == WeightKind::kLinear || kind == WeightKind::kPatchEmbed || kind == WeightKind::kLmHead;
-}
 
 // The last part: "act_in", "weight".
 std::string_view LeafOf(std::string_view point);

@@ -43,16 +43,24 @@ Tensor Filled(const Shape& shape, float value) {
 Tensor DrawWeight(const Parameter& parameter, WeightLaw law, uint64_t seed) {
   const std::string& name = parameter.name;
   const Shape& shape = parameter.shape;
-  const auto ends = [&](std::string_view end) { return name.ends_with(end); };
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  if (ends("_max")) return Filled(shape, kInfinity);
-  if (ends("_min")) return Filled(shape, -kInfinity);
-  if (ends("std_bias")) return Filled(shape, 0.0f);
-  if (ends("norm.weight") || ends("layer_scalar") || ends("std_scale") || ends("position_embedding_table"))
-    return Filled(shape, 1.0f);
-  const bool table = name.find("embed_tokens") != std::string::npos;
+  switch (parameter.kind) {
+    case WeightKind::kUpperBound:
+      return Filled(shape, kInfinity);
+    case WeightKind::kLowerBound:
+      return Filled(shape, -kInfinity);
+    case WeightKind::kBias:
+      return Filled(shape, 0.0f);
+    case WeightKind::kNorm:
+    case WeightKind::kScale:
+    case WeightKind::kLayerScalar:
+    case WeightKind::kPositionTable:
+      return Filled(shape, 1.0f);
+    default:
+      break;
+  }
   if (law == WeightLaw::kModel) return RandomNormal(shape, seed, name, 0.02f);
-  if (table) return RandomNormal(shape, seed, name);
+  if (parameter.kind == WeightKind::kEmbedding) return RandomNormal(shape, seed, name);
   const float bound = 1.0f / std::sqrt(static_cast<float>(shape[-1]));
   return RandomUniform(shape, seed, name, -bound, bound);
 }

@@ -68,7 +68,7 @@ class Runner {
     if (run_.calibration_iters > 0) size.samples = run_.calibration_iters;
     std::vector<SmokePart> parts = case_.build(size);
     SmokeSession session(recipe, std::move(parts));
-    const std::vector<std::string> points = session.PointNames();
+    const std::vector<Point> points = session.Points();
     result_.points = static_cast<int64_t>(points.size());
     for (const std::string& unused : recipe.UnusedOverrides(points)) Warn(unused);
     return session;

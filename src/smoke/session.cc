@@ -72,13 +72,13 @@ SmokeValues SmokeSession::RunRounded(const SmokePart& part, const SmokeValues& i
   return Executor(part.graph, reading != nullptr ? reading : &rounding).Run(inputs, weights);
 }
 
-std::vector<std::string> SmokeSession::PointNames() const {
-  std::vector<std::string> names;
+std::vector<Point> SmokeSession::Points() const {
+  std::vector<Point> points;
   std::set<std::string> known;
   for (const SmokePart& part : parts_)
     for (const Point& point : PointsOf(part.graph))
-      if (!point.name.empty() && known.insert(point.name).second) names.push_back(point.name);
-  return names;
+      if (!point.name.empty() && known.insert(point.name).second) points.push_back(point);
+  return points;
 }
 
 }  // namespace circlet

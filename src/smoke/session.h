@@ -28,7 +28,7 @@ class SmokeSession {
   const std::vector<SmokePart>& Parts() const { return parts_; }
   Calibration& GetCalibration() { return calibration_; }
   // Every point of every part, once.
-  std::vector<std::string> PointNames() const;
+  std::vector<Point> Points() const;
 
  private:
   std::vector<SmokePart> parts_;

@@ -163,7 +163,8 @@ std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe
                               const std::string& explain) {
   SmokeSession session(recipe, std::move(parts));
   if (!explain.empty()) {
-    const std::vector<std::string> names = session.PointNames();
+    std::vector<std::string> names;
+    for (const Point& point : session.Points()) names.push_back(point.name);
     if (std::ranges::find(names, explain) == names.end())
       Fail("no point \"{}\"{}; `--rows {}` lists all", explain, NearestHint(explain, names), names.size());
   }

@@ -22,13 +22,17 @@ class Builder {
   ValueId Input(std::string name, Shape shape, DType dtype = DType::kF32) const;
   void Output(std::string name, ValueId value) const;
 
-  // The parameter "SCOPE.name" with a grid of the same name (weight role). axis: the channel axis of per-channel grids.
-  ValueId Weight(std::string_view name, Shape shape, int axis = -1) const;
+  // The parameter "SCOPE.name" with a grid of the same name (weight role).
+  ValueId Weight(std::string_view name, Shape shape, WeightKind kind) const;
+  // The same with values that are no parameter of the checkpoint: a norm's gain of 1.
+  ValueId ConstantWeight(std::string_view name, Tensor values, WeightKind kind) const;
+  // A parameter without a grid of its own.
+  ValueId FloatWeight(std::string_view name, Shape shape, WeightKind kind) const;
   ValueId Constant(Tensor tensor) const { return graph_->AddConstant(std::move(tensor)); }
 
-  // The quantization point "SCOPE.name" behind `value`.
+  // The quantization point "SCOPE.name" behind `value`; kind: of the weight whose block it belongs to.
   ValueId Point(std::string_view name, ValueId value, PointUse use = PointUse::kNormal,
-                PointRole role = PointRole::kActivation) const;
+                WeightKind kind = WeightKind::kNone) const;
   // A graph input's point under its producer's full name: rounded and exported, not observed again.
   ValueId Boundary(const std::string& full_name, ValueId value) const;
 

@@ -44,6 +44,30 @@ enum class PointUse : uint8_t {
   kExportOnly,      // observed and exported, not rounded
 };
 
+// What a parameter is. It is said where the parameter is born, and is what recipes, random values and rounding methods
+// go by.
+enum class WeightKind : uint8_t {
+  kNone,             // no parameter
+  kLinear,           // [out,in] of a product
+  kPatchProjection,  // the same, of a picture's patches
+  kHead,             // the same, to the vocabulary
+  kConvolution,
+  kEmbedding,      // a table, looked up by row
+  kPositionTable,  // positions along both axes of a picture
+  kNorm,           // the gain of a norm
+  kScale,          // other factors of channels
+  kBias,
+  kLayerScalar,  // the factor of a layer's output
+  kLowerBound,   // of a clamp
+  kUpperBound,
+};
+// The operand of a product: a row for each output.
+constexpr bool IsLinear(WeightKind kind) {
+  return kind == WeightKind::kLinear || kind == WeightKind::kPatchProjection || kind == WeightKind::kHead;
+}
+// The axis along which a parameter of the kind may have a grid for each index; -1: it has one.
+constexpr int ChannelAxis(WeightKind kind) { return IsLinear(kind) || kind == WeightKind::kEmbedding ? 0 : -1; }
+
 struct Point {
   std::string name;  // full: "model.language_model.layers.3.self_attn.q_rot"
   PointRole role = PointRole::kActivation;
@@ -51,6 +75,8 @@ struct Point {
   // The grid reaches this far below the smallest observed value. Masked keys, -120 lower, saturate there instead of
   // stretching the grid of the kept ones (docs/dialects.md).
   float headroom_below = 0;
+  // Of the parameter, or of the one whose block the point belongs to: a linear's act_in and act_out are kLinear.
+  WeightKind kind = WeightKind::kNone;
   bool operator==(const Point&) const = default;
 };
 

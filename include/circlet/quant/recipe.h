@@ -114,7 +114,7 @@ struct OverridePolicy {
   QuantSpec spec;
   std::string where;
 
-  bool Matches(std::string_view point) const;
+  bool Matches(const Point& point) const;
   int Specificity() const;  // higher wins; equal: the later one
 };
 
@@ -154,23 +154,21 @@ class Recipe {
   bool print_overrides = false;
 
   // The specification of a point: builder default, then policies, then overrides (quantization.md 4.4, 4.5, 4.8).
-  PointSpec SpecFor(const std::string& point, PointRole role, WrapperDefault wrapper, const Dialect& dialect) const;
-  // The same with the wrapper's default told from the name: weights of linears and tables per row, the vision position
-  // table int16, nothing for others.
   PointSpec SpecFor(const Point& point, const Dialect& dialect) const;
 
   // What every override and every policy without allow_empty that matches none of `points` is told:
   // "quant.yaml:14: no point "a.b"; nearest: "a.c"".
-  std::vector<std::string> UnusedOverrides(std::span<const std::string> points) const;
+  std::vector<std::string> UnusedOverrides(std::span<const Point> points) const;
   // Throws Error with those texts, one a line. To be called before calibration.
-  void CheckAllUsed(std::span<const std::string> points) const;
+  void CheckAllUsed(std::span<const Point> points) const;
 
  private:
   std::string name_;
   std::string effective_yaml_;
 };
 
-// Told from the last parts of a point's name: "q_proj.weight" is a linear's, "embed_tokens.weight" a table's.
-WrapperDefault WrapperDefaultOf(std::string_view point);
+// What a parameter of the kind is rounded to where the recipe says nothing: linears and tables per row, a position
+// table to int16.
+WrapperDefault WrapperDefaultOf(WeightKind kind);
 
 }  // namespace circlet

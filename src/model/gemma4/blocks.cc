@@ -10,35 +10,40 @@ namespace {
 constexpr float kMaskHeadroom = 40.0f;
 
 ValueId Clamp(const BlockBuilder& b, ValueId x, const std::string& side) {
-  const auto bound = [&](const char* end) { return b.graph().AddWeight(b.Path(side + end), {}, {}, -1); };
-  return b.Add(Maximum{}, {b.Add(Minimum{}, {x, bound("_max")}), bound("_min")});
+  const ValueId upper = b.FloatWeight(side + "_max", {}, WeightKind::kUpperBound);
+  const ValueId capped = b.Add(Minimum{}, {x, upper});
+  return b.Add(Maximum{}, {capped, b.FloatWeight(side + "_min", {}, WeightKind::kLowerBound)});
 }
 
 }  // namespace
 
-ValueId Linear(const BlockBuilder& b, ValueId x, int64_t out) {
-  x = b.RequantizingPoint("act_in", x);
-  const ValueId weight = b.Weight("weight", {out, b.ShapeOf(x)[-1]}, /*axis=*/0);
-  return b.Point("act_out", b.Add(FullyConnected{}, {x, weight}));
+ValueId Linear(const BlockBuilder& b, ValueId x, int64_t out) { return LinearOf(WeightKind::kLinear, b, x, out); }
+
+ValueId LinearOf(WeightKind kind, const BlockBuilder& b, ValueId x, int64_t out) {
+  x = b.RequantizingPoint("act_in", x, kind);
+  const ValueId weight = b.Weight("weight", {out, b.ShapeOf(x)[-1]}, kind);
+  return b.Point("act_out", b.Add(FullyConnected{}, {x, weight}), PointUse::kNormal, kind);
 }
 
 ValueId Norm(const BlockBuilder& b, ValueId x, float eps, bool gain) {
   x = b.RequantizingPoint("act_in", x);
   const int64_t width = b.ShapeOf(x)[-1];
   const std::vector<float> ones(gain ? 0 : width, 1.0f);
-  const ValueId gamma =
-      gain ? b.Weight("weight", {width})
-           : b.Point("weight", b.Constant(Tensor::Of<float>({width}, ones)), PointUse::kNormal, PointRole::kWeight);
+  const ValueId gamma = gain ? b.Weight("weight", {width}, WeightKind::kNorm)
+                             : b.ConstantWeight("weight", Tensor::Of<float>({width}, ones), WeightKind::kNorm);
   return b.Point("act_out", b.Add(RmsNorm{eps}, {x, gamma}));
 }
 
 ValueId ClippedLinear(const BlockBuilder& b, ValueId x, int64_t out) {
   const BlockBuilder linear = b.At("linear");
-  x = linear.Point("act_in", Clamp(b, x, "input"));
-  const ValueId weight = linear.Weight("weight", {out, b.ShapeOf(x)[-1]}, /*axis=*/0);
+  const auto point = [&](const char* name, ValueId value) {
+    return linear.Point(name, value, PointUse::kNormal, WeightKind::kLinear);
+  };
+  x = point("act_in", Clamp(b, x, "input"));
+  const ValueId weight = linear.Weight("weight", {out, b.ShapeOf(x)[-1]}, WeightKind::kLinear);
   const ValueId y = b.Add(FullyConnected{}, {x, weight});
-  if (b.GetDialect().clamp_after_point) return Clamp(b, linear.Point("act_out", y), "output");
-  return linear.Point("act_out", Clamp(b, y, "output"));
+  if (b.GetDialect().clamp_after_point) return Clamp(b, point("act_out", y), "output");
+  return point("act_out", Clamp(b, y, "output"));
 }
 
 ValueId UnclippedLinear(const BlockBuilder& b, ValueId x, int64_t out) { return Linear(b.At("linear"), x, out); }

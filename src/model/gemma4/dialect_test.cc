@@ -11,11 +11,15 @@
 #include "circlet/model/gemma4/config.h"
 #include "circlet/model/gemma4/text.h"
 #include "circlet/model/gemma4/vision.h"
+#include "circlet/model/gemma4/weights.h"
 #include "golden.h"
 #include "paths.h"
+#include "weight_kinds.h"
 
 namespace circlet {
 namespace {
+
+constexpr char kModel[] = "golden/tiny_e2b/model";
 
 using Switches = std::map<std::string, bool Dialect::*>;
 const Switches kSwitches{
@@ -62,8 +66,7 @@ std::string TextOf(const Graph& graph) {
 
 // Every graph of a model with pictures, per-layer inputs and clipped linears, by the name of the function without
 // "Build".
-std::map<std::string, std::string> GraphsOf(const Dialect& dialect) {
-  const Gemma4Config config = ReadConfig(TestData("golden/tiny_e2b/model"));
+std::map<std::string, std::vector<Graph>> GraphsOf(const Gemma4Config& config, const Dialect& dialect) {
   const TextConfig& text = config.text;
   const VisionConfig& vision = *config.vision;
   constexpr int64_t kLength = 8;
@@ -74,11 +77,9 @@ std::map<std::string, std::string> GraphsOf(const Dialect& dialect) {
   const int64_t patches = 2 * k * k;
   const ImageSlot slot{positions, 2};
 
-  std::map<std::string, std::string> graphs;
+  std::map<std::string, std::vector<Graph>> graphs;
   const auto add = [&](const std::string& name, const std::function<void(const BlockBuilder&)>& build) {
-    Graph graph;
-    build(BlockBuilder(graph, dialect));
-    graphs[name] += TextOf(graph);
+    build(BlockBuilder(graphs[name].emplace_back(), dialect));
   };
   add("TokenEmbedding", [&](const auto& b) { BuildTokenEmbedding(b, text, kLength, text.vocab_size); });
   add("MergedEmbedding", [&](const auto& b) { BuildMergedEmbedding(b, text, kLength, true); });
@@ -124,16 +125,58 @@ TEST(DialectTest, ThePageListsEverySwitchWithItsTwoValues) {
   for (const auto& [name, member] : kSwitches) EXPECT_NE(kDefault.*member, kTico.*member) << name;
 }
 
+std::map<std::string, std::string> TextsOf(const Dialect& dialect) {
+  std::map<std::string, std::string> texts;
+  for (const auto& [name, graphs] : GraphsOf(ReadConfig(TestData(kModel)), dialect))
+    for (const Graph& graph : graphs) texts[name] += TextOf(graph);
+  return texts;
+}
+
 TEST(DialectTest, ASwitchChangesTheGraphsThatThePageNamesAndNoOther) {
-  const std::map<std::string, std::string> before = GraphsOf(kDefault);
+  const std::map<std::string, std::string> before = TextsOf(kDefault);
   for (const auto& [name, row] : RowsOfThePage()) {
     Dialect dialect = kDefault;
     dialect.*kSwitches.at(name) = !(kDefault.*kSwitches.at(name));
     std::set<std::string> changed;
-    for (const auto& [graph, text] : GraphsOf(dialect))
+    for (const auto& [graph, text] : TextsOf(dialect))
       if (text != before.at(graph)) changed.insert(graph);
     EXPECT_EQ(changed, row.graphs) << name;
   }
+}
+
+// The list of parameters and the graphs both say what a weight is.
+TEST(WeightKindTest, GraphsSayOfAParameterWhatTheListOfParametersSays) {
+  const Gemma4Config config = ReadConfig(TestData(kModel));
+  std::map<std::string, WeightKind> listed, left;
+  for (const Parameter& parameter : Parameters(config)) listed[parameter.name] = parameter.kind;
+  left = listed;
+  for (const Dialect& dialect : {kDefault, kTico})
+    for (const auto& [name, graphs] : GraphsOf(config, dialect))
+      for (const Graph& graph : graphs)
+        for (const Value& value : graph.Values()) {
+          if (value.kind != ValueKind::kWeight) continue;
+          left.erase(value.name);
+          EXPECT_NE(value.weight_point.kind, WeightKind::kNone) << value.name;
+          if (listed.contains(value.name)) EXPECT_EQ(value.weight_point.kind, listed.at(value.name)) << value.name;
+        }
+  EXPECT_THAT(left, testing::IsEmpty());
+}
+
+// Recorded names are told by PointNamed; it must not tell another story than the graphs.
+TEST(WeightKindTest, PointsHaveTheKindsThatRecordedNamesStandFor) {
+  std::set<WeightKind> met;
+  for (const Dialect& dialect : {kDefault, kTico})
+    for (const auto& [name, graphs] : GraphsOf(ReadConfig(TestData(kModel)), dialect))
+      for (const Graph& graph : graphs)
+        for (const Point& point : PointsOf(graph)) {
+          if (point.use == PointUse::kBoundary) continue;  // repeats the producer's name
+          EXPECT_EQ(point.kind, PointNamed(point.name).kind) << point.name;
+          EXPECT_EQ(point.role, PointNamed(point.name).role) << point.name;
+          met.insert(point.kind);
+        }
+  EXPECT_THAT(met, testing::UnorderedElementsAre(WeightKind::kNone, WeightKind::kLinear, WeightKind::kPatchProjection,
+                                                 WeightKind::kHead, WeightKind::kEmbedding, WeightKind::kPositionTable,
+                                                 WeightKind::kNorm));
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ class Stream {
 
  private:
   void WriteTensor(SafetensorsWriter& writer, const Parameter& tensor) {
-    const RandomTensor random(tensor.name, tensor.shape, seed_);
+    const RandomTensor random(tensor, seed_);
     const int64_t columns = random.Columns();
     const int64_t block = std::max<int64_t>(1, kBlockBytes / (2 * columns));
     for (int64_t first = 0; first < random.Rows(); first += block) {

@@ -31,8 +31,8 @@ std::map<std::string, std::string> HashesOf(const CheckpointSummary& summary) {
 }
 
 // A whole random tensor as floats [rows, columns].
-std::vector<float> Draw(std::string_view name, const Shape& shape, uint64_t seed = 1) {
-  const RandomTensor random(name, shape, seed);
+std::vector<float> Draw(const Parameter& parameter, uint64_t seed = 1) {
+  const RandomTensor random(parameter, seed);
   Tensor tensor(TensorType{DType::kBF16, {random.Rows(), random.Columns()}});
   uint16_t* const values = reinterpret_cast<uint16_t*>(tensor.Raw());
   for (int64_t row = 0; row < random.Rows(); ++row) random.FillRow(row, values + row * random.Columns());
@@ -184,7 +184,7 @@ TEST(PresetTest, ShardsAreCutBeforeTheLimitAndALargeTableStandsAlone) {
 }
 
 TEST(RandomTensorTest, LinearsAreNormalWithOneOverInAsVariance) {
-  const std::vector<float> values = Draw("model.language_model.layers.0.mlp.gate_proj.weight", {256, 1024});
+  const std::vector<float> values = Draw({"gate_proj.weight", {256, 1024}, WeightKind::kLinear, Flow::kGate});
   EXPECT_NEAR(Spread(values) * 32, 1.0, 0.01);
   // Of a normal distribution 4.55 % lie beyond two spreads and 0.27 % beyond three.
   const auto beyond = [&](double spreads) {
@@ -197,8 +197,8 @@ TEST(RandomTensorTest, LinearsAreNormalWithOneOverInAsVariance) {
 
 TEST(RandomTensorTest, AFewRowsAndOneColumnStandOut) {
   constexpr int64_t kRows = 512, kColumns = 1024;
-  const auto expect = [&](const char* name, double row_factor, int rows) {
-    const std::vector<float> values = Draw(name, {kRows, kColumns});
+  const auto expect = [&](const char* name, Flow flow, double row_factor, int rows) {
+    const std::vector<float> values = Draw({name, {kRows, kColumns}, WeightKind::kLinear, flow});
     int found_rows = 0;
     for (int64_t row = 0; row < kRows; ++row) {
       const double spread = 32 * Spread(std::span(values).subspan(row * kColumns, kColumns));
@@ -219,40 +219,40 @@ TEST(RandomTensorTest, AFewRowsAndOneColumnStandOut) {
     }
     EXPECT_EQ(found_columns, 1) << name;
   };
-  expect("model.language_model.layers.0.mlp.up_proj.weight", 8.0, 3);
-  expect("model.language_model.layers.0.mlp.down_proj.weight", 2.5, 3);
-  expect("model.vision_tower.encoder.layers.0.mlp.down_proj.linear.weight", 2.5, 3);
-  expect("model.language_model.layers.0.mlp.gate_proj.weight", 1.0, 0);
+  expect("model.language_model.layers.0.mlp.up_proj.weight", Flow::kInner, 8.0, 3);
+  expect("model.language_model.layers.0.mlp.down_proj.weight", Flow::kResidual, 2.5, 3);
+  expect("model.vision_tower.encoder.layers.0.mlp.down_proj.linear.weight", Flow::kResidual, 2.5, 3);
+  expect("model.language_model.layers.0.mlp.gate_proj.weight", Flow::kGate, 1.0, 0);
 }
 
 TEST(RandomTensorTest, EachKindOfParameterHasItsRange) {
-  const auto expect_within = [](const char* name, const Shape& shape, float min, float max) {
-    for (const float value : Draw(name, shape)) {
-      EXPECT_GE(value, min * (min < 0 ? 1.01f : 0.99f)) << name;
-      EXPECT_LE(value, max * (max < 0 ? 0.99f : 1.01f)) << name;
+  const auto expect_within = [](const Parameter& parameter, float min, float max) {
+    for (const float value : Draw(parameter)) {
+      EXPECT_GE(value, min * (min < 0 ? 1.01f : 0.99f)) << parameter.name;
+      EXPECT_LE(value, max * (max < 0 ? 0.99f : 1.01f)) << parameter.name;
     }
   };
-  expect_within("model.language_model.layers.0.input_layernorm.weight", {999}, 0.75f, 1.25f);
-  expect_within("model.language_model.norm.weight", {999}, 1.875f, 3.125f);
-  expect_within("model.language_model.layers.0.self_attn.q_norm.weight", {256}, 0.20625f, 0.34375f);
-  expect_within("model.language_model.layers.0.layer_scalar", {1}, 0.55f, 1.25f);
-  expect_within("model.vision_tower.encoder.layers.0.mlp.up_proj.input_min", {}, -4.0f, -2.0f);
-  expect_within("model.vision_tower.encoder.layers.0.mlp.up_proj.output_max", {}, 2.0f, 4.0f);
-  expect_within("model.audio_tower.layers.0.norm_post_attn.weight", {64}, 0.75f, 1.25f);
+  expect_within({"input_layernorm.weight", {999}, WeightKind::kNorm}, 0.75f, 1.25f);
+  expect_within({"norm.weight", {999}, WeightKind::kNorm, Flow::kHead}, 1.875f, 3.125f);
+  expect_within({"q_norm.weight", {256}, WeightKind::kNorm, Flow::kScores}, 0.20625f, 0.34375f);
+  expect_within({"layer_scalar", {1}, WeightKind::kLayerScalar}, 0.55f, 1.25f);
+  expect_within({"input_min", {}, WeightKind::kLowerBound}, -4.0f, -2.0f);
+  expect_within({"output_max", {}, WeightKind::kUpperBound}, 2.0f, 4.0f);
+  expect_within({"std_bias", {64}, WeightKind::kBias}, -0.25f, 0.25f);
 }
 
 TEST(RandomTensorTest, ValuesAreRoundedToNearest) {
   // Cutting bits off would lower the mean of values around 1 by half a step, 0.003.
   double sum = 0;
-  for (const float value : Draw("a_norm.weight", {200000})) sum += value;
+  for (const float value : Draw({"a_norm.weight", {200000}, WeightKind::kNorm})) sum += value;
   EXPECT_NEAR(sum / 200000, 1.0, 0.0015);
 }
 
 TEST(RandomTensorTest, NamesAndSeedsGiveDifferentNumbers) {
-  const std::vector<float> values = Draw("a.weight", {8, 6});
-  EXPECT_EQ(values, Draw("a.weight", {8, 6}));
-  EXPECT_NE(values, Draw("b.weight", {8, 6}));
-  EXPECT_NE(values, Draw("a.weight", {8, 6}, 2));
+  const std::vector<float> values = Draw({"a.weight", {8, 6}});
+  EXPECT_EQ(values, Draw({"a.weight", {8, 6}}));
+  EXPECT_NE(values, Draw({"b.weight", {8, 6}}));
+  EXPECT_NE(values, Draw({"a.weight", {8, 6}}, 2));
 }
 
 }  // namespace

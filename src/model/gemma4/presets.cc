@@ -305,41 +305,46 @@ void AddAudio(const json& audio, int text_hidden, std::vector<Parameter>& list) 
   const int64_t channels1 = audio.at("subsampling_conv_channels")[1];
   const int64_t out_dims = audio.at("output_proj_dims");
   std::string prefix = "model.audio_tower.";
-  const auto add = [&](std::string_view name, Shape shape) {
-    list.push_back({fmt::format("{}{}", prefix, name), shape});
+  const auto add = [&](std::string_view name, Shape shape, WeightKind kind) {
+    list.push_back({fmt::format("{}{}", prefix, name), shape, kind});
   };
   const auto add_clipped = [&](const std::string& name, int64_t out, int64_t in) {
-    add(name + ".linear.weight", {out, in});
-    for (const char* bound : {".input_min", ".input_max", ".output_min", ".output_max"}) add(name + bound, {});
+    add(name + ".linear.weight", {out, in}, WeightKind::kLinear);
+    for (const char* side : {".input", ".output"}) {
+      add(fmt::format("{}{}_min", name, side), {}, WeightKind::kLowerBound);
+      add(fmt::format("{}{}_max", name, side), {}, WeightKind::kUpperBound);
+    }
   };
-  add("subsample_conv_projection.layer0.conv.weight", {channels0, 1, 3, 3});
-  add("subsample_conv_projection.layer0.norm.weight", {channels0});
-  add("subsample_conv_projection.layer1.conv.weight", {channels1, channels0, 3, 3});
-  add("subsample_conv_projection.layer1.norm.weight", {channels1});
-  add("subsample_conv_projection.input_proj_linear.weight", {hidden, channels0 / 4 * channels1});
-  add("output_proj.weight", {out_dims, hidden});
-  add("output_proj.bias", {out_dims});
+  add("subsample_conv_projection.layer0.conv.weight", {channels0, 1, 3, 3}, WeightKind::kConvolution);
+  add("subsample_conv_projection.layer0.norm.weight", {channels0}, WeightKind::kNorm);
+  add("subsample_conv_projection.layer1.conv.weight", {channels1, channels0, 3, 3}, WeightKind::kConvolution);
+  add("subsample_conv_projection.layer1.norm.weight", {channels1}, WeightKind::kNorm);
+  add("subsample_conv_projection.input_proj_linear.weight", {hidden, channels0 / 4 * channels1}, WeightKind::kLinear);
+  add("output_proj.weight", {out_dims, hidden}, WeightKind::kLinear);
+  add("output_proj.bias", {out_dims}, WeightKind::kBias);
   const int num_layers = audio.at("num_hidden_layers");
   for (int i = 0; i < num_layers; ++i) {
     prefix = fmt::format("model.audio_tower.layers.{}.", i);
     for (const std::string block : {"feed_forward1", "feed_forward2"}) {
       add_clipped(block + ".ffw_layer_1", 4 * hidden, hidden);
       add_clipped(block + ".ffw_layer_2", hidden, 4 * hidden);
-      add(block + ".pre_layer_norm.weight", {hidden});
-      add(block + ".post_layer_norm.weight", {hidden});
+      add(block + ".pre_layer_norm.weight", {hidden}, WeightKind::kNorm);
+      add(block + ".post_layer_norm.weight", {hidden}, WeightKind::kNorm);
     }
     for (const char* name : {"q_proj", "k_proj", "v_proj", "post"})
       add_clipped(fmt::format("self_attn.{}", name), hidden, hidden);
-    add("self_attn.relative_k_proj.weight", {hidden, hidden});
-    add("self_attn.per_dim_scale", {hidden / heads});
+    add("self_attn.relative_k_proj.weight", {hidden, hidden}, WeightKind::kLinear);
+    // Of a softplus, so around 0.
+    add("self_attn.per_dim_scale", {hidden / heads}, WeightKind::kBias);
     add_clipped("lconv1d.linear_start", 2 * hidden, hidden);
     add_clipped("lconv1d.linear_end", hidden, hidden);
-    add("lconv1d.depthwise_conv1d.weight", {hidden, 1, audio.at("conv_kernel_size").get<int64_t>()});
+    add("lconv1d.depthwise_conv1d.weight", {hidden, 1, audio.at("conv_kernel_size").get<int64_t>()},
+        WeightKind::kConvolution);
     for (const char* name :
          {"lconv1d.pre_layer_norm", "lconv1d.conv_norm", "norm_pre_attn", "norm_post_attn", "norm_out"})
-      add(fmt::format("{}.weight", name), {hidden});
+      add(fmt::format("{}.weight", name), {hidden}, WeightKind::kNorm);
   }
-  list.push_back({"model.embed_audio.embedding_projection.weight", {text_hidden, out_dims}});
+  list.push_back({"model.embed_audio.embedding_projection.weight", {text_hidden, out_dims}, WeightKind::kLinear});
 }
 
 }  // namespace

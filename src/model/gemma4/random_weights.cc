@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kLanes = 4;  // 16-bit draws of one 64-bit hash
 constexpr int kDraws = 1 << 16;
-constexpr std::string_view kPositionTable = "position_embedding_table";
 
 uint16_t ToBF16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
@@ -54,20 +53,19 @@ const DrawTable& UniformDraws() {
 
 }  // namespace
 
-RandomTensor::RandomTensor(std::string_view name, const Shape& shape, uint64_t seed)
-    : key_(Mix(Fnv1a64(name) ^ Mix(seed))) {
+RandomTensor::RandomTensor(const Parameter& parameter, uint64_t seed) : key_(Mix(Fnv1a64(parameter.name) ^ Mix(seed))) {
+  const Shape& shape = parameter.shape;
   const int64_t elements = shape.Elements();
-  if (name.ends_with(kPositionTable)) {
+  if (parameter.kind == WeightKind::kPositionTable) {
     columns_ = shape[-1];  // [axis, position, hidden]: positions are rows too
   } else if (shape.Rank() > 0) {
     columns_ = shape.Rank() == 1 ? elements : elements / std::max<int64_t>(shape[0], 1);
   }
   rows_ = elements / std::max<int64_t>(columns_, 1);
-  Choose(name);
+  Choose(parameter.kind, parameter.flow);
 }
 
-void RandomTensor::Choose(std::string_view name) {
-  const auto ends = [&](std::string_view end) { return name.ends_with(end); };
+void RandomTensor::Choose(WeightKind kind, Flow flow) {
   const auto uniform = [&](float center, float spread) {
     normal_ = false;
     center_ = center;
@@ -80,35 +78,38 @@ void RandomTensor::Choose(std::string_view name) {
     return picked;
   };
 
-  if (ends("input_max") || ends("output_max")) return uniform(3.0f, 1.0f);
-  if (ends("input_min") || ends("output_min")) return uniform(-3.0f, 1.0f);
-  if (ends(".layer_scalar")) return uniform(0.9f, 0.35f);
-  if (ends("q_norm.weight") || ends("k_norm.weight")) {
-    const float base = 1.1f * std::pow(static_cast<float>(columns_), -0.25f);
-    return uniform(base, 0.25f * base);
+  switch (kind) {
+    case WeightKind::kUpperBound:
+      return uniform(3.0f, 1.0f);
+    case WeightKind::kLowerBound:
+      return uniform(-3.0f, 1.0f);
+    case WeightKind::kLayerScalar:
+      return uniform(0.9f, 0.35f);
+    case WeightKind::kBias:
+      return uniform(0.0f, 0.25f);
+    case WeightKind::kNorm:
+    case WeightKind::kScale: {
+      const float scores = 1.1f * std::pow(static_cast<float>(columns_), -0.25f);
+      const float center = flow == Flow::kScores ? scores : flow == Flow::kHead ? 2.5f : 1.0f;
+      return uniform(center, 0.25f * center);
+    }
+    case WeightKind::kPositionTable:
+      spread_ = 0.25f;
+      return;
+    default:
+      break;
   }
-  if (ends("language_model.norm.weight")) return uniform(2.5f, 0.625f);
-  const std::string_view module = name.substr(0, name.rfind('.'));
-  const bool norm = module.substr(module.rfind('.') + 1).find("norm") != std::string_view::npos;
-  if (norm || ends("std_scale")) return uniform(1.0f, 0.25f);
-  if (ends("std_bias") || ends(".bias") || ends("per_dim_scale")) return uniform(0.0f, 0.25f);
-
   spread_ = 1.0f / std::sqrt(static_cast<float>(columns_));
-  if (ends("embed_tokens.weight") || ends("embed_tokens_per_layer.weight")) {
+  if (kind == WeightKind::kEmbedding) {
     outlier_columns_ = pick(2, columns_);
     column_factor_ = 4.0f;
     return;
   }
-  if (ends(kPositionTable)) {
-    spread_ = 0.25f;  // smaller than the patch's own embedding
-    return;
-  }
   outlier_columns_ = pick(1, columns_);
   column_factor_ = 2.0f;
-  if (name.find("gate") != std::string_view::npos) return;
+  if (flow == Flow::kGate) return;
   outlier_rows_ = pick(rows_ < 256 ? 1 : 3, rows_);
-  row_factor_ =
-      ends("down_proj.weight") || ends("down_proj.linear.weight") || ends("per_layer_projection.weight") ? 2.5f : 8.0f;
+  row_factor_ = flow == Flow::kResidual ? 2.5f : 8.0f;
 }
 
 float RandomTensor::RowFactor(int64_t row) const {

@@ -119,7 +119,7 @@ LayerResults Layer(const BlockBuilder& b, const TextConfig& config, int index, c
     h = residual("per_layer_residual_out", h, norm("post_per_layer_input_norm", projected));
   }
   // The scalar is a tensor of the checkpoint but rounds like an activation (quantization.md 4.2).
-  const ValueId raw_scalar = b.graph().AddWeight(b.Path("layer_scalar"), {1}, {}, -1);
+  const ValueId raw_scalar = b.FloatWeight("layer_scalar", {1}, WeightKind::kLayerScalar);
   const ValueId scalar = b.Point("layer_scalar", raw_scalar);
   const ValueId out = b.Point("layer_scalar_out", b.Add(Mul{}, {h, scalar}));
   return {out, attention.out, mlp, attention.fresh, attention.present};
@@ -127,7 +127,7 @@ LayerResults Layer(const BlockBuilder& b, const TextConfig& config, int index, c
 
 // Rows of a table times sqrt(width) (quantization.md 6.4), up to the point that the caller puts behind the product.
 ValueId ScaledRows(const BlockBuilder& b, ValueId ids, int64_t rows, int64_t row_width, float scale) {
-  ValueId row = b.Add(Gather{}, {b.Weight("weight", {rows, row_width}, /*axis=*/0), ids});
+  ValueId row = b.Add(Gather{}, {b.Weight("weight", {rows, row_width}, WeightKind::kEmbedding), ids});
   // Every row of the table has a grid of its own; the file says where they meet the common one (quantization.md B14).
   if (!b.GetDialect().gather_requantizes) row = b.Add(Requantize{}, {row});
   row = b.Point("embedding", row);
@@ -199,7 +199,7 @@ ValueId TextStack(const BlockBuilder& b, const TextConfig& config, ValueId hidde
 }
 
 ValueId Logits(const BlockBuilder& b, const TextConfig& config, ValueId normed, int64_t rows) {
-  ValueId logits = Linear(b.At("lm_head"), normed, rows);
+  ValueId logits = LinearOf(WeightKind::kHead, b.At("lm_head"), normed, rows);
   if (!config.final_logit_softcapping) return b.RequantizingPoint("logits", logits);
   const float cap = *config.final_logit_softcapping;
   logits = b.Point("logit_softcapping_div", Scale(b, logits, 1.0f / cap, "logit_softcapping_div_scale"));

@@ -37,11 +37,11 @@ ValueId SelfAttention(const BlockBuilder& b, const VisionConfig& config, ValueId
 
 // x - bias, times scale, each a parameter of the tower.
 ValueId Standardized(const BlockBuilder& tower, ValueId x, const VisionConfig& config) {
-  const auto parameter = [&](const char* name) {
-    return tower.Point(name, tower.graph().AddWeight(tower.Path(name), {config.hidden_size}, {}, -1));
+  const auto parameter = [&](const char* name, WeightKind kind) {
+    return tower.Point(name, tower.FloatWeight(name, {config.hidden_size}, kind));
   };
-  const ValueId centered = tower.Point("minus_bias", tower.Add(Sub{}, {x, parameter("std_bias")}));
-  return tower.Point("last_hidden_state", tower.Add(Mul{}, {centered, parameter("std_scale")}));
+  const ValueId centered = tower.Point("minus_bias", tower.Add(Sub{}, {x, parameter("std_bias", WeightKind::kBias)}));
+  return tower.Point("last_hidden_state", tower.Add(Mul{}, {centered, parameter("std_scale", WeightKind::kScale)}));
 }
 
 ValueId Rank2(const BlockBuilder& b, ValueId x) {
@@ -60,17 +60,19 @@ ValueId PatchEmbeddings(const BlockBuilder& b, const VisionConfig& config, Value
   ValueId x = embedder.Point("act_in", pixels);
   const BlockBuilder projection = embedder.At("input_proj");
   x = projection.RequantizingPoint("act_in", x);
-  std::vector<ValueId> operands{x, projection.Weight("weight", {config.hidden_size, config.PatchValues()}, /*axis=*/0)};
+  std::vector<ValueId> operands{
+      x, projection.Weight("weight", {config.hidden_size, config.PatchValues()}, WeightKind::kPatchProjection)};
   if (b.GetDialect().patch_bias_operand)
-    operands.push_back(b.graph().AddWeight(projection.Path("bias"), {config.hidden_size}, {}, -1));
+    operands.push_back(projection.FloatWeight("bias", {config.hidden_size}, WeightKind::kBias));
   // Only the table's range is needed here: its rows come in as position_embeddings.
   if (b.GetDialect().position_table_grid)
-    embedder.Weight("position_embedding_table", {2, config.position_embedding_size, config.hidden_size});
+    embedder.Weight("position_embedding_table", {2, config.position_embedding_size, config.hidden_size},
+                    WeightKind::kPositionTable);
   ValueId hidden = projection.Point("act_out", b.Add(FullyConnected{}, std::move(operands)));
   hidden = embedder.RequantizingPoint("hidden_states", hidden);
   const ValueId positions = embedder.Point(
       "position_embeddings",
-      b.graph().AddWeight(VisionWeights::PositionEmbeddingsName(), {1, patches, config.hidden_size}, {}, -1));
+      embedder.FloatWeight("position_embeddings", {1, patches, config.hidden_size}, WeightKind::kPositionTable));
   hidden = embedder.Point("output", b.Add(Add{}, {hidden, positions}));
   return Tower(b).At("encoder").RequantizingPoint("act_in", hidden);
 }

@@ -23,8 +23,8 @@ constexpr size_t kListedProblems = 12;
 
 class ParameterList {
  public:
-  void Add(std::string_view prefix, std::string_view name, Shape shape) {
-    list_.push_back({fmt::format("{}{}", prefix, name), std::move(shape)});
+  void Add(std::string_view prefix, std::string_view name, Shape shape, WeightKind kind, Flow flow = Flow::kInner) {
+    list_.push_back({fmt::format("{}{}", prefix, name), std::move(shape), kind, flow});
   }
   std::vector<Parameter> Take() { return std::move(list_); }
 
@@ -38,74 +38,77 @@ void AddTextLayer(const TextConfig& text, int index, ParameterList& list) {
   const int64_t q_width = int64_t{text.num_heads} * layer.head_dim;
   const int64_t kv_width = int64_t{layer.kv_heads} * layer.head_dim;
   const std::string prefix = fmt::format("{}layers.{}.", kText, index);
-  list.Add(prefix, "input_layernorm.weight", {hidden});
-  list.Add(prefix, "self_attn.q_proj.weight", {q_width, hidden});
-  list.Add(prefix, "self_attn.q_norm.weight", {layer.head_dim});
+  list.Add(prefix, "input_layernorm.weight", {hidden}, WeightKind::kNorm);
+  list.Add(prefix, "self_attn.q_proj.weight", {q_width, hidden}, WeightKind::kLinear);
+  list.Add(prefix, "self_attn.q_norm.weight", {layer.head_dim}, WeightKind::kNorm, Flow::kScores);
   if (!layer.kv_shared) {
-    list.Add(prefix, "self_attn.k_proj.weight", {kv_width, hidden});
-    list.Add(prefix, "self_attn.k_norm.weight", {layer.head_dim});
-    if (!layer.k_eq_v) list.Add(prefix, "self_attn.v_proj.weight", {kv_width, hidden});
+    list.Add(prefix, "self_attn.k_proj.weight", {kv_width, hidden}, WeightKind::kLinear);
+    list.Add(prefix, "self_attn.k_norm.weight", {layer.head_dim}, WeightKind::kNorm, Flow::kScores);
+    if (!layer.k_eq_v) list.Add(prefix, "self_attn.v_proj.weight", {kv_width, hidden}, WeightKind::kLinear);
   }
-  list.Add(prefix, "self_attn.o_proj.weight", {hidden, q_width});
-  list.Add(prefix, "post_attention_layernorm.weight", {hidden});
-  list.Add(prefix, "pre_feedforward_layernorm.weight", {hidden});
-  list.Add(prefix, "mlp.gate_proj.weight", {layer.intermediate, hidden});
-  list.Add(prefix, "mlp.up_proj.weight", {layer.intermediate, hidden});
-  list.Add(prefix, "mlp.down_proj.weight", {hidden, layer.intermediate});
-  list.Add(prefix, "post_feedforward_layernorm.weight", {hidden});
+  list.Add(prefix, "self_attn.o_proj.weight", {hidden, q_width}, WeightKind::kLinear);
+  list.Add(prefix, "post_attention_layernorm.weight", {hidden}, WeightKind::kNorm);
+  list.Add(prefix, "pre_feedforward_layernorm.weight", {hidden}, WeightKind::kNorm);
+  list.Add(prefix, "mlp.gate_proj.weight", {layer.intermediate, hidden}, WeightKind::kLinear, Flow::kGate);
+  list.Add(prefix, "mlp.up_proj.weight", {layer.intermediate, hidden}, WeightKind::kLinear);
+  list.Add(prefix, "mlp.down_proj.weight", {hidden, layer.intermediate}, WeightKind::kLinear, Flow::kResidual);
+  list.Add(prefix, "post_feedforward_layernorm.weight", {hidden}, WeightKind::kNorm);
   if (text.HasPle()) {
-    list.Add(prefix, "per_layer_input_gate.weight", {text.ple_dim, hidden});
-    list.Add(prefix, "per_layer_projection.weight", {hidden, text.ple_dim});
-    list.Add(prefix, "post_per_layer_input_norm.weight", {hidden});
+    list.Add(prefix, "per_layer_input_gate.weight", {text.ple_dim, hidden}, WeightKind::kLinear, Flow::kGate);
+    list.Add(prefix, "per_layer_projection.weight", {hidden, text.ple_dim}, WeightKind::kLinear, Flow::kResidual);
+    list.Add(prefix, "post_per_layer_input_norm.weight", {hidden}, WeightKind::kNorm);
   }
-  list.Add(prefix, "layer_scalar", {1});
+  list.Add(prefix, "layer_scalar", {1}, WeightKind::kLayerScalar);
 }
 
 void AddText(const TextConfig& text, ParameterList& list) {
-  list.Add(kText, "embed_tokens.weight", {text.vocab_size, text.hidden_size});
+  list.Add(kText, "embed_tokens.weight", {text.vocab_size, text.hidden_size}, WeightKind::kEmbedding);
   if (text.HasPle()) {
     const int64_t ple_width = int64_t{text.NumLayers()} * text.ple_dim;
-    list.Add(kText, "embed_tokens_per_layer.weight", {text.ple_vocab_size, ple_width});
-    list.Add(kText, "per_layer_model_projection.weight", {ple_width, text.hidden_size});
-    list.Add(kText, "per_layer_projection_norm.weight", {text.ple_dim});
+    list.Add(kText, "embed_tokens_per_layer.weight", {text.ple_vocab_size, ple_width}, WeightKind::kEmbedding);
+    list.Add(kText, "per_layer_model_projection.weight", {ple_width, text.hidden_size}, WeightKind::kLinear);
+    list.Add(kText, "per_layer_projection_norm.weight", {text.ple_dim}, WeightKind::kNorm);
   }
   for (int i = 0; i < text.NumLayers(); ++i) AddTextLayer(text, i, list);
-  list.Add(kText, "norm.weight", {text.hidden_size});
+  list.Add(kText, "norm.weight", {text.hidden_size}, WeightKind::kNorm, Flow::kHead);
 }
 
 void AddClippableLinear(const VisionConfig& vision, std::string_view prefix, std::string_view name, int64_t out,
-                        int64_t in, ParameterList& list) {
-  list.Add(prefix, fmt::format("{}.linear.weight", name), {out, in});
+                        int64_t in, ParameterList& list, Flow flow = Flow::kInner) {
+  list.Add(prefix, fmt::format("{}.linear.weight", name), {out, in}, WeightKind::kLinear, flow);
   if (!vision.use_clipped_linears) return;
-  for (const char* bound : {"input_min", "input_max", "output_min", "output_max"})
-    list.Add(prefix, fmt::format("{}.{}", name, bound), {});
+  for (const char* side : {"input", "output"}) {
+    list.Add(prefix, fmt::format("{}.{}_min", name, side), {}, WeightKind::kLowerBound);
+    list.Add(prefix, fmt::format("{}.{}_max", name, side), {}, WeightKind::kUpperBound);
+  }
 }
 
 void AddVision(const VisionConfig& vision, ParameterList& list) {
   const int64_t hidden = vision.hidden_size;
   const int64_t q_width = int64_t{vision.num_heads} * vision.head_dim;
   const int64_t kv_width = int64_t{vision.kv_heads} * vision.head_dim;
-  list.Add(kVision, "patch_embedder.input_proj.weight", {hidden, vision.PatchValues()});
-  list.Add(kVision, "patch_embedder.position_embedding_table", {2, vision.position_embedding_size, hidden});
+  list.Add(kVision, "patch_embedder.input_proj.weight", {hidden, vision.PatchValues()}, WeightKind::kPatchProjection);
+  list.Add(kVision, "patch_embedder.position_embedding_table", {2, vision.position_embedding_size, hidden},
+           WeightKind::kPositionTable);
   for (int i = 0; i < vision.num_layers; ++i) {
     const std::string prefix = fmt::format("{}encoder.layers.{}.", kVision, i);
-    list.Add(prefix, "input_layernorm.weight", {hidden});
+    list.Add(prefix, "input_layernorm.weight", {hidden}, WeightKind::kNorm);
     AddClippableLinear(vision, prefix, "self_attn.q_proj", q_width, hidden, list);
     AddClippableLinear(vision, prefix, "self_attn.k_proj", kv_width, hidden, list);
     AddClippableLinear(vision, prefix, "self_attn.v_proj", kv_width, hidden, list);
-    list.Add(prefix, "self_attn.q_norm.weight", {vision.head_dim});
-    list.Add(prefix, "self_attn.k_norm.weight", {vision.head_dim});
+    list.Add(prefix, "self_attn.q_norm.weight", {vision.head_dim}, WeightKind::kNorm, Flow::kScores);
+    list.Add(prefix, "self_attn.k_norm.weight", {vision.head_dim}, WeightKind::kNorm, Flow::kScores);
     AddClippableLinear(vision, prefix, "self_attn.o_proj", hidden, q_width, list);
-    list.Add(prefix, "post_attention_layernorm.weight", {hidden});
-    list.Add(prefix, "pre_feedforward_layernorm.weight", {hidden});
-    AddClippableLinear(vision, prefix, "mlp.gate_proj", vision.intermediate_size, hidden, list);
+    list.Add(prefix, "post_attention_layernorm.weight", {hidden}, WeightKind::kNorm);
+    list.Add(prefix, "pre_feedforward_layernorm.weight", {hidden}, WeightKind::kNorm);
+    AddClippableLinear(vision, prefix, "mlp.gate_proj", vision.intermediate_size, hidden, list, Flow::kGate);
     AddClippableLinear(vision, prefix, "mlp.up_proj", vision.intermediate_size, hidden, list);
-    AddClippableLinear(vision, prefix, "mlp.down_proj", hidden, vision.intermediate_size, list);
-    list.Add(prefix, "post_feedforward_layernorm.weight", {hidden});
+    AddClippableLinear(vision, prefix, "mlp.down_proj", hidden, vision.intermediate_size, list, Flow::kResidual);
+    list.Add(prefix, "post_feedforward_layernorm.weight", {hidden}, WeightKind::kNorm);
   }
   if (vision.standardize) {
-    list.Add(kVision, "std_bias", {hidden});
-    list.Add(kVision, "std_scale", {hidden});
+    list.Add(kVision, "std_bias", {hidden}, WeightKind::kBias);
+    list.Add(kVision, "std_scale", {hidden}, WeightKind::kScale);
   }
 }
 
@@ -260,9 +263,10 @@ std::vector<Parameter> Parameters(const Gemma4Config& config) {
   if (config.vision) {
     AddVision(*config.vision, list);
     list.Add("", "model.embed_vision.embedding_projection.weight",
-             {config.text.hidden_size, config.vision->hidden_size});
+             {config.text.hidden_size, config.vision->hidden_size}, WeightKind::kLinear);
   }
-  if (!config.tie_word_embeddings) list.Add("", kHead, {config.text.vocab_size, config.text.hidden_size});
+  if (!config.tie_word_embeddings)
+    list.Add("", kHead, {config.text.vocab_size, config.text.hidden_size}, WeightKind::kHead);
   return list.Take();
 }
 

@@ -155,8 +155,8 @@ int64_t Gemma4Job::OutputBytes() const {
   const TextConfig& text = config_.text;
   int64_t bits = 0;
   for (const Parameter& parameter : Parameters(config_)) {
-    const PointSpec spec =
-        recipe.SpecFor(Point{.name = parameter.name, .role = PointRole::kWeight}, context_.GetDialect());
+    const PointSpec spec = recipe.SpecFor(
+        Point{.name = parameter.name, .role = PointRole::kWeight, .kind = parameter.kind}, context_.GetDialect());
     const int64_t own = parameter.shape.Elements() * (spec.kind == QuantKind::kAffine ? BitWidth(spec.dtype) : 32);
     const auto named = [&](const char* part) { return parameter.name.find(part) != std::string::npos; };
     const bool in_layer = named("language_model.layers.");

@@ -16,8 +16,8 @@ class BlockBuilder : public Builder {
 
   // A point on a value that its producer's point has rounded: where the dialect has requantizing_points; otherwise
   // the value as it is.
-  ValueId RequantizingPoint(std::string_view name, ValueId value) const {
-    return dialect_.requantizing_points ? Point(name, value) : value;
+  ValueId RequantizingPoint(std::string_view name, ValueId value, WeightKind kind = WeightKind::kNone) const {
+    return dialect_.requantizing_points ? Point(name, value, PointUse::kNormal, kind) : value;
   }
 
  private:

@@ -9,6 +9,8 @@ namespace circlet {
 
 // y = x W^T. x [.., in]; weight "weight" [out,in]; points act_in (requantizing), act_out.
 ValueId Linear(const BlockBuilder& b, ValueId x, int64_t out);
+// The same with a weight of another kind of linear.
+ValueId LinearOf(WeightKind kind, const BlockBuilder& b, ValueId x, int64_t out);
 
 // RMSNorm over the last axis; without `gain` gamma is 1 (v_norm). Points act_in (requantizing), weight, act_out.
 ValueId Norm(const BlockBuilder& b, ValueId x, float eps, bool gain);

@@ -12,12 +12,24 @@
 
 #include "circlet/io/safetensors.h"
 #include "circlet/model/gemma4/config.h"
+#include "circlet/ops/op.h"
 
 namespace circlet {
+
+// Where the result of a linear or norm goes; random values are chosen by it.
+enum class Flow : uint8_t {
+  kInner,
+  kGate,      // into an activation function
+  kResidual,  // into the residual stream
+  kScores,    // into the scores of attention
+  kHead,      // into the head
+};
 
 struct Parameter {
   std::string name;  // canonical
   Shape shape;
+  WeightKind kind = WeightKind::kLinear;
+  Flow flow = Flow::kInner;
   bool operator==(const Parameter&) const = default;
 };
 
