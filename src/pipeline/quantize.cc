@@ -394,6 +394,7 @@ void Run::FillResult() {
   std::erase_if(result_.stages, [](const StageError& error) { return error.accumulated.count == 0; });
   result_.stages.push_back(head_->error);
   result_.output = head_->error.accumulated;
+  result_.output_by_position = head_->error.accumulated_by_position;
   result_.output_name = "logits";
   result_.output_shape.assign(head_->shape.Sizes().begin(), head_->shape.Sizes().end());
   result_.scatter = std::move(head_->scatter);

@@ -23,6 +23,14 @@ nlohmann::json ToJson(const ErrorMetrics& metrics) {
           {"nonfinite", metrics.nonfinite_quantized + metrics.nonfinite_reference}};
 }
 
+nlohmann::json ToJson(const ErrorMetrics& metrics, const PositionSummary& by_position) {
+  nlohmann::json json = ToJson(metrics);
+  json["positions"] = by_position.positions;
+  json["position_error_median"] = Number(by_position.median);
+  json["position_error_p99"] = Number(by_position.percentile_99);
+  return json;
+}
+
 nlohmann::json ToJson(const Agreement& agreement) {
   return {{"tokens", agreement.tokens},
           {"kl", Number(agreement.divergence.value)},
@@ -94,14 +102,19 @@ std::string ReportText(const QuantizeResult& result) {
   if (!reference.empty()) text += "\n" + ScatterPlot(reference, quantized) + "\n";
 
   std::vector<StageError> stages = result.stages;
-  std::stable_sort(stages.begin(), stages.end(), [](const StageError& a, const StageError& b) {
-    return a.accumulated.Peir() > b.accumulated.Peir();
-  });
-  TextTable table({"stage", "PEIR % alone", "PEIR % so far", "mean |diff|", "max |diff|"});
+  std::ranges::stable_sort(
+      stages, [](double a, double b) { return a > b || (std::isnan(b) && !std::isnan(a)); },
+      [](const StageError& stage) { return stage.accumulated_by_position.median; });
+  TextTable table({"stage", "error % alone", "error % so far", "99th %", "PEIR %", "mean |diff|", "max |diff|"});
+  const auto percent = [](double ratio) { return fmt::format("{:.4f}", 100 * ratio); };
   for (const StageError& stage : stages)
-    table.Row({stage.stage, fmt::format("{:.4f}", 100 * stage.alone.Peir()), fmt::format("{:.4f}", 100 * stage.accumulated.Peir()),
+    table.Row({stage.stage, percent(stage.alone_by_position.median), percent(stage.accumulated_by_position.median),
+               percent(stage.accumulated_by_position.percentile_99), percent(stage.accumulated.Peir()),
                fmt::format("{:.6f}", stage.accumulated.MeanAbs()), fmt::format("{:.6f}", stage.accumulated.MaxAbs())});
   text += table.ToString();
+  text +=
+      "error: norm of a position's differences over that of its float values; median and 99th percentile of "
+      "positions\n";
   if (result.agreement) text += fmt::format("\n{}\n", AgreementText(*result.agreement));
   if (result.perplexity) text += PerplexityText(*result.perplexity);
   if (const auto& captions = result.captions)
@@ -157,11 +170,13 @@ std::string ReportJson(const QuantizeResult& result) {
                        {{"name", result.output_name},
                         {"shape", result.output_shape},
                         {"on_calibration_data", result.output_on_calibration_data},
-                        {"error", ToJson(result.output)}}}};
+                        {"error", ToJson(result.output, result.output_by_position)}}}};
   if (result.grids) json["grids"] = ToJson(*result.grids);
   json["stages"] = nlohmann::json::array();
   for (const StageError& stage : result.stages)
-    json["stages"].push_back({{"stage", stage.stage}, {"alone", ToJson(stage.alone)}, {"accumulated", ToJson(stage.accumulated)}});
+    json["stages"].push_back({{"stage", stage.stage},
+                              {"alone", ToJson(stage.alone, stage.alone_by_position)},
+                              {"accumulated", ToJson(stage.accumulated, stage.accumulated_by_position)}});
   if (result.perplexity) json["perplexity"] = ToJson(*result.perplexity);
   if (result.agreement) json["agreement"] = ToJson(*result.agreement);
   if (result.captions)

@@ -36,13 +36,17 @@ void RestoreBits(const nlohmann::json& json, std::optional<Figures>& figures) {
 }
 
 nlohmann::json SaveError(const StageError& error) {
-  return {{"stage", error.stage}, {"alone", SaveBits(error.alone)}, {"accumulated", SaveBits(error.accumulated)}};
+  return {{"stage", error.stage},
+          {"alone", {SaveBits(error.alone), SaveBits(error.alone_by_position)}},
+          {"accumulated", {SaveBits(error.accumulated), SaveBits(error.accumulated_by_position)}}};
 }
 
 StageError RestoreError(const nlohmann::json& json) {
   StageError error{.stage = json.at("stage")};
-  RestoreBits(json.at("alone"), error.alone);
-  RestoreBits(json.at("accumulated"), error.accumulated);
+  RestoreBits(json.at("alone").at(0), error.alone);
+  RestoreBits(json.at("alone").at(1), error.alone_by_position);
+  RestoreBits(json.at("accumulated").at(0), error.accumulated);
+  RestoreBits(json.at("accumulated").at(1), error.accumulated_by_position);
   return error;
 }
 

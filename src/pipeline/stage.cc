@@ -75,6 +75,23 @@ Tensor Joined(std::span<const Tensor> layers) {
   return joined;
 }
 
+std::pair<ErrorMetrics, PositionSummary> ShareErrors(std::span<const PositionErrors> mine, const ItemSet& items,
+                                                     Communicator& world) {
+  std::vector<ErrorMetrics> totals;
+  std::vector<float> relative;
+  for (const PositionErrors& errors : mine) {
+    totals.push_back(errors.total);
+    relative.insert(relative.end(), errors.relative.begin(), errors.relative.end());
+  }
+  const auto all = AllGather<ErrorMetrics>(world, totals);
+  ErrorMetrics total;
+  for (size_t i = 0; i < items.Size(); ++i) total.Merge(all[items[i].rank][i]);
+  std::vector<float> gathered;
+  for (const auto& of_rank : AllGather<float>(world, relative))
+    gathered.insert(gathered.end(), of_rank.begin(), of_rank.end());
+  return {total, Summarize(std::move(gathered))};
+}
+
 void ShareObservers(Calibration& calibration, Communicator& world) {
   if (world.Size() == 1) return;
   nlohmann::json mine = nlohmann::json::object();
@@ -90,27 +107,18 @@ void ShareObservers(Calibration& calibration, Communicator& world) {
 
 namespace {
 
-// Each process has the figures of its items in `mine`, by position in `items`; the figures of all in all processes.
-std::vector<ErrorMetrics> ShareMetrics(std::vector<ErrorMetrics> mine, const ItemSet& items, Communicator& world) {
-  const auto all = AllGather<ErrorMetrics>(world, mine);
-  for (size_t i = 0; i < items.Size(); ++i) mine[i] = all[items[i].rank][i];
-  return mine;
-}
-
-// The errors at positions that are no padding, of [1,S,..] tensors; of tensors of another form all count.
-void AddReal(const Item& item, const Tensor& expected, const Tensor& found, ErrorMetrics& metrics) {
+// The errors at positions that are no padding, of [1,S,..] tensors; of tensors of another form each row of the last
+// axis is a position.
+void AddReal(const Item& item, const Tensor& expected, const Tensor& found, PositionErrors& errors) {
   const Shape& shape = found.GetShape();
-  if (shape.Rank() < 3 || shape[1] != item.length) return metrics.Add(expected, found);
+  if (expected.GetShape() != shape)
+    Fail("the float output has shape {}, the quantized one {}", expected.GetShape().ToString(), shape.ToString());
+  if (shape.Rank() < 3 || shape[1] != item.length)
+    return errors.Add(expected.F32(), found.F32(), shape.Rank() > 0 ? shape[-1] : 1);
   const int64_t width = found.Elements() / item.length;
   for (const auto& [begin, end] : item.real)
-    metrics.Add(expected.F32().subspan(begin * width, (end - begin) * width),
-                found.F32().subspan(begin * width, (end - begin) * width));
-}
-
-ErrorMetrics Total(const std::vector<ErrorMetrics>& of_items) {
-  ErrorMetrics total;
-  for (const ErrorMetrics& metrics : of_items) total.Merge(metrics);
-  return total;
+    errors.Add(expected.F32().subspan(begin * width, (end - begin) * width),
+               found.F32().subspan(begin * width, (end - begin) * width), width);
 }
 
 }  // namespace
@@ -260,7 +268,7 @@ StageError StageRunner::Round(const Step& step) {
     if (c_.IsMine(c_.items[i]) && c_.PassageOf(c_.items[i]).rounded) mine.push_back(i);
   const auto longest = std::ranges::max_element(mine, {}, [&](size_t i) { return c_.items[i].length; });
   const bool side_by_side = longest != mine.end() && SideBySide(step.build(c_.items[*longest]));
-  std::vector<ErrorMetrics> alone(c_.items.Size()), accumulated(c_.items.Size());
+  std::vector<PositionErrors> alone(c_.items.Size()), accumulated(c_.items.Size());
   const Step::Sink& main = step.outputs.front();
   const bool compares = step.measured && !main.keys.empty();
   const WeightSource weights = Shared(c_.rounded);
@@ -276,11 +284,11 @@ StageError StageRunner::Round(const Step& step) {
       c_.advance();
     });
   };
-  const auto compare = [&](const Item& item, const std::map<std::string, Tensor>& results, ErrorMetrics& metrics) {
+  const auto compare = [&](const Item& item, const std::map<std::string, Tensor>& results, PositionErrors& errors) {
     const Tensor& found = results.at(main.output);
     std::vector<Tensor> expected;
     for (const std::string& key : main.keys) expected.push_back(c_.store.Get(item.id, Chain::kFloat, key));
-    AddReal(item, main.by_layer ? Joined(expected) : expected[0], found, metrics);
+    AddReal(item, main.by_layer ? Joined(expected) : expected[0], found, errors);
   };
   std::vector<size_t> lone;
   std::ranges::copy_if(mine, std::back_inserter(lone), [&](size_t i) { return c_.PassageOf(c_.items[i]).alone; });
@@ -295,9 +303,10 @@ StageError StageRunner::Round(const Step& step) {
     if (compares && c_.PassageOf(item).measured) compare(item, results, accumulated[i]);
     Keep(step, item, Chain::kQuant, results);
   });
-  return {.stage = step.name,
-          .alone = Total(ShareMetrics(std::move(alone), c_.items, c_.world)),
-          .accumulated = Total(ShareMetrics(std::move(accumulated), c_.items, c_.world))};
+  StageError error{.stage = step.name};
+  std::tie(error.alone, error.alone_by_position) = ShareErrors(alone, c_.items, c_.world);
+  std::tie(error.accumulated, error.accumulated_by_position) = ShareErrors(accumulated, c_.items, c_.world);
+  return error;
 }
 
 void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors) {

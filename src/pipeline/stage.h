@@ -102,6 +102,10 @@ bool SideBySide(const Graph& graph);
 // Whether what a graph's points gather depends on the order of the samples.
 bool OrderMatters(const Calibration& calibration, const Graph& graph);
 
+// Each process has the errors of its items in `mine`, by position in `items`: those of all items, in all processes.
+std::pair<ErrorMetrics, PositionSummary> ShareErrors(std::span<const PositionErrors> mine, const ItemSet& items,
+                                                     Communicator& world);
+
 // All processes take in what the others observed.
 void ShareObservers(Calibration& calibration, Communicator& world);
 

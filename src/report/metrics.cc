@@ -17,7 +17,7 @@ constexpr size_t kLanes = 8;  // independent sums, so that the additions need no
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Lanes {
-  double sum_abs[kLanes] = {}, sum_squares[kLanes] = {};
+  double sum_abs[kLanes] = {}, sum_squares[kLanes] = {}, reference_squares[kLanes] = {};
   float largest[kLanes] = {}, low[kLanes], high[kLanes];
   int strange[kLanes] = {};  // differences that are not finite
 
@@ -31,6 +31,7 @@ struct Lanes {
     strange[lane] += difference < kInfinity ? 0 : 1;
     sum_abs[lane] += difference;
     sum_squares[lane] += static_cast<double>(difference) * difference;
+    reference_squares[lane] += static_cast<double>(f) * f;
     largest[lane] = std::max(largest[lane], difference);
     low[lane] = std::min(low[lane], f);
     high[lane] = std::max(high[lane], f);
@@ -38,6 +39,7 @@ struct Lanes {
   void PutInto(ErrorMetrics& block) const {
     block.sum_abs = std::accumulate(std::begin(sum_abs), std::end(sum_abs), 0.0);
     block.sum_squares = std::accumulate(std::begin(sum_squares), std::end(sum_squares), 0.0);
+    block.reference_squares = std::accumulate(std::begin(reference_squares), std::end(reference_squares), 0.0);
     block.max_abs = std::ranges::max(largest);
     block.reference_min = std::ranges::min(low);
     block.reference_max = std::ranges::max(high);
@@ -99,6 +101,7 @@ void ErrorMetrics::Merge(const ErrorMetrics& other) {
   nonfinite_quantized += other.nonfinite_quantized;
   sum_abs += other.sum_abs;
   sum_squares += other.sum_squares;
+  reference_squares += other.reference_squares;
   max_abs = std::max(max_abs, other.max_abs);
   reference_min = std::min(reference_min, other.reference_min);
   reference_max = std::max(reference_max, other.reference_max);
@@ -108,9 +111,41 @@ double ErrorMetrics::MeanAbs() const { return Finite() && count > 0 ? sum_abs / 
 double ErrorMetrics::MaxAbs() const { return Finite() && count > 0 ? max_abs : kNan; }
 double ErrorMetrics::Mse() const { return Finite() && count > 0 ? sum_squares / static_cast<double>(count) : kNan; }
 
+double ErrorMetrics::Relative() const {
+  if (!Finite() || count == 0) return kNan;
+  if (sum_squares == 0) return 0;
+  return std::sqrt(sum_squares / reference_squares);
+}
+
 double ErrorMetrics::Peir() const {
   const double interval = reference_max - reference_min;
   return MaxAbs() / (interval == 0 ? 1.0 : interval);
+}
+
+PositionSummary Summarize(std::vector<float> relative) {
+  const auto count = static_cast<int64_t>(relative.size());
+  if (count == 0) return {.median = kNan, .percentile_99 = kNan};
+  const auto ranked = [&](int64_t percent) {
+    const auto at = relative.begin() + (count * percent + 99) / 100 - 1;
+    std::ranges::nth_element(relative, at);
+    return static_cast<double>(*at);
+  };
+  return {.positions = count, .median = ranked(50), .percentile_99 = ranked(99)};
+}
+
+void PositionErrors::Add(const ErrorMetrics& position) {
+  total.Merge(position);
+  relative.push_back(position.Finite() ? static_cast<float>(position.Relative()) : kInfinity);
+}
+
+void PositionErrors::Add(std::span<const float> reference, std::span<const float> quantized, int64_t width) {
+  const auto count = static_cast<int64_t>(reference.size()) / width;
+  std::vector<ErrorMetrics> rows(count);
+  ParallelFor(count, std::max<int64_t>(1, kBlock / width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      rows[row].Add(reference.subspan(row * width, width), quantized.subspan(row * width, width));
+  });
+  for (const ErrorMetrics& row : rows) Add(row);
 }
 
 }  // namespace circlet

@@ -116,5 +116,36 @@ TEST(ErrorMetricsTest, GivesTheFiguresOfTheReference) {
   EXPECT_GT(compared, 20);
 }
 
+TEST(PositionErrorsTest, EachPositionIsHeldAgainstItsOwnValues) {
+  // The first position is massive and hardly off, the second is small and half wrong.
+  const std::vector<float> reference{1e5f, 0, 3, 4}, quantized{1e5f, 10, 3, 6.5f};
+  PositionErrors errors;
+  errors.Add(reference, quantized, 2);
+  ASSERT_EQ(errors.relative.size(), 2u);
+  EXPECT_FLOAT_EQ(errors.relative[0], 1e-4f);
+  EXPECT_FLOAT_EQ(errors.relative[1], 0.5f);
+  EXPECT_LT(errors.total.Relative(), 2e-4) << "one value decides over the whole tensor";
+  EXPECT_EQ(errors.total.count, 4);
+  EXPECT_DOUBLE_EQ(errors.total.Peir(), 10.0 / 1e5);
+}
+
+TEST(PositionErrorsTest, RowsOfZerosAndNaNsDoNotLookGood) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  PositionErrors errors;
+  errors.Add(std::vector<float>{0, 0, 0, 0, 1, 1}, std::vector<float>{0, 0, 0, 1, 1, kNaN}, 2);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  EXPECT_EQ(errors.relative, (std::vector<float>{0, kInfinity, kInfinity}));
+  EXPECT_EQ(Summarize(errors.relative).median, kInfinity);
+}
+
+TEST(PositionErrorsTest, RanksAreNearestOnes) {
+  std::vector<float> relative(200);
+  for (size_t i = 0; i < relative.size(); ++i) relative[i] = static_cast<float>((i * 77) % 200 + 1);
+  EXPECT_EQ(Summarize(relative), (PositionSummary{.positions = 200, .median = 100, .percentile_99 = 198}));
+  EXPECT_EQ(Summarize({3, 1, 2}), (PositionSummary{.positions = 3, .median = 2, .percentile_99 = 3}));
+  EXPECT_EQ(Summarize({7}), (PositionSummary{.positions = 1, .median = 7, .percentile_99 = 7}));
+  EXPECT_TRUE(std::isnan(Summarize({}).median));
+}
+
 }  // namespace
 }  // namespace circlet

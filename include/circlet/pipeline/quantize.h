@@ -65,6 +65,7 @@ struct StageError {
   std::string stage;
   ErrorMetrics alone;        // float inputs into the fake-quantized stage
   ErrorMetrics accumulated;  // fake-quantized from the first stage on
+  PositionSummary alone_by_position, accumulated_by_position;
 };
 
 struct UnitFile {
@@ -134,6 +135,7 @@ struct QuantizeResult {
   std::string dated;                  // "chat_template.jinja:3": the prompts hold the date, written there
   std::vector<StageError> stages;     // in order of computation
   ErrorMetrics output;                // of the last stage's output
+  PositionSummary output_by_position;
   bool output_on_calibration_data = false;
   std::string output_name;            // "logits"
   std::vector<int64_t> output_shape;
@@ -168,7 +170,8 @@ QuantizeResult Quantize(const QuantizeOptions& options);
 // computes nothing and writes nothing. Throws what Quantize throws before its first stage.
 std::string DryRun(const QuantizeOptions& options);
 
-// The report as text: summary box, scatter plot, stage table (largest accumulated PEIR on top), perplexity, files.
+// The report as text: summary box, scatter plot, stage table (largest median error so far on top), agreement,
+// perplexity, files.
 std::string ReportText(const QuantizeResult& result);
 // The same as JSON, "schema_version" 1 (docs/report.md).
 std::string ReportJson(const QuantizeResult& result);

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <vector>
 
 #include "circlet/base/tensor.h"
 
@@ -17,6 +18,7 @@ struct ErrorMetrics {
   int64_t nonfinite_quantized = 0;  // NaN or infinity in q
   double sum_abs = 0;               // of |q-f| over the pairs with two finite members; likewise below
   double sum_squares = 0;
+  double reference_squares = 0;  // of f
   double max_abs = 0;
   double reference_min = std::numeric_limits<double>::infinity();
   double reference_max = -std::numeric_limits<double>::infinity();
@@ -32,9 +34,32 @@ struct ErrorMetrics {
   double MeanAbs() const;
   double MaxAbs() const;
   double Mse() const;
+  // Norm of q - f over that of f; of equal values 0, of others that are 0 in f infinite.
+  double Relative() const;
   double Peir() const;  // max|f-q| / (max f - min f), an interval of 0 counts as 1; a ratio, not percent
 
   bool operator==(const ErrorMetrics&) const = default;
+};
+
+// Errors of single positions, each relative to its own float values, so that a few massive values of one position do
+// not hide what the others lose. Median and 99th percentile are values that occur (nearest rank). Plain data.
+struct PositionSummary {
+  int64_t positions = 0;
+  double median = 0, percentile_99 = 0;  // infinite: at a position with a NaN or infinity; NaN: no position
+
+  bool operator==(const PositionSummary&) const = default;
+};
+PositionSummary Summarize(std::vector<float> relative);
+
+// Errors by position, and of all together.
+struct PositionErrors {
+  ErrorMetrics total;
+  std::vector<float> relative;  // of each position
+
+  // One more position.
+  void Add(const ErrorMetrics& position);
+  // Positions of `width` values each, as many as there are.
+  void Add(std::span<const float> reference, std::span<const float> quantized, int64_t width);
 };
 
 }  // namespace circlet

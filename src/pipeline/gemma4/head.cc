@@ -18,17 +18,18 @@
 namespace circlet::gemma4 {
 namespace {
 
-// Errors of one item by position.
-using PositionErrors = std::vector<ErrorMetrics>;
+// Of one item, while its logits pass by; empty at padding.
+using ErrorsSoFar = std::vector<ErrorMetrics>;
 
-ErrorMetrics Total(const PositionErrors& of_positions) {
-  ErrorMetrics total;
-  for (const ErrorMetrics& errors : of_positions) total.Merge(errors);
-  return total;
+PositionErrors OfPositions(const ErrorsSoFar& so_far) {
+  PositionErrors errors;
+  for (const ErrorMetrics& position : so_far)
+    if (position.count > 0) errors.Add(position);
+  return errors;
 }
 
 // Adds logits [1,n,rows] of positions begin .. begin + n - 1, those that are no padding.
-void AddErrors(const Item& item, int64_t begin, const Tensor& expected, const Tensor& found, PositionErrors& errors) {
+void AddErrors(const Item& item, int64_t begin, const Tensor& expected, const Tensor& found, ErrorsSoFar& errors) {
   errors.resize(item.length);
   const int64_t count = found.GetShape()[1], rows = found.GetShape()[2];
   for (const auto& [first, last] : item.real) {
@@ -45,7 +46,6 @@ void AddErrors(const Item& item, int64_t begin, const Tensor& expected, const Te
 
 // Figures of one item, in a form that can be sent.
 struct Figures {
-  ErrorMetrics alone, accumulated;
   WindowLoss loss;
   ItemAgreement agreement;
   bool float_exact = false, quantized_exact = false;
@@ -301,12 +301,13 @@ class Head::Measurement {
   }
 
   HeadResult Result() {
+    std::vector<PositionErrors> alone(s_.items.Size()), accumulated(s_.items.Size());
     for (const Item& item : s_.items) {
       Figures& own = figures_[item.id];
       if (!s_.IsMine(item)) continue;
-      own.alone = Total(alone_[item.id]);
-      own.accumulated = Total(accumulated_[item.id]);
-      if (s_.PassageOf(item).control) s_.change->logits.Merge(std::exchange(own.accumulated, {}));
+      alone[item.id] = OfPositions(alone_[item.id]);
+      accumulated[item.id] = OfPositions(accumulated_[item.id]);
+      if (s_.PassageOf(item).control) s_.change->logits.Merge(std::exchange(accumulated[item.id], {}).total);
       const Tails& tails = tails_[item.id];
       if (s_.PassageOf(item).followed) own.agreement = AgreementOf(tails, c_.SequenceOf(item).FirstRead());
       if (item.kind == ItemKind::kWindow) own.loss = LossOf(tails);
@@ -324,13 +325,14 @@ class Head::Measurement {
       for (const ScatterPoint& point : of_rank) by_item[point.item].push_back(point);
 
     HeadResult result{.error = {.stage = "logits"}};
+    std::tie(result.error.alone, result.error.alone_by_position) = ShareErrors(alone, s_.items, s_.world);
+    std::tie(result.error.accumulated, result.error.accumulated_by_position) =
+        ShareErrors(accumulated, s_.items, s_.world);
     std::vector<WindowLoss> losses;
     std::vector<ItemAgreement> windows, answers;
     Captions captions;
     for (const Item& item : s_.items) {
       const Figures& own = figures[item.rank][item.id];
-      result.error.alone.Merge(own.alone);
-      result.error.accumulated.Merge(own.accumulated);
       if (item.kind == ItemKind::kWindow) {
         losses.push_back(own.loss);
         windows.push_back(own.agreement);
@@ -359,7 +361,7 @@ class Head::Measurement {
   const StageContext& s_;
   const int64_t vocab_;
   std::vector<Figures> figures_;  // by item id, like the following
-  std::vector<PositionErrors> alone_, accumulated_;
+  std::vector<ErrorsSoFar> alone_, accumulated_;
   std::vector<std::vector<ScatterPoint>> scatter_;
   std::vector<Tails> tails_;
 };
