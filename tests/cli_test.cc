@@ -789,6 +789,17 @@ TEST_F(InspectTest, ATraceListsThePointsOfACase) {
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.out, AllOf(HasSubstr("error out %"), HasSubstr("mlp.up_proj.act_out"),
                                 EndsWith("4 of 6 points; --rows 6 lists all\n")));
+
+  const ProgramResult written = RunProgram({"trace", "--case", kMlp, "--json", Work("trace.json")});
+  ASSERT_EQ(written.exit_code, 0) << written.err;
+  const nlohmann::json json = ReadJson(Work("trace.json"));
+  EXPECT_EQ(json.at("schema_version"), 1);
+  ASSERT_EQ(json.at("points").size(), 6u);
+  for (const nlohmann::json& point : json.at("points")) {
+    EXPECT_GT(point.at("rows"), 0);
+    EXPECT_GE(point.at("error_out_p99"), point.at("error_out"));
+    EXPECT_THAT(written.out, HasSubstr(point.at("point").get<std::string>()));
+  }
 }
 
 TEST_F(InspectTest, APointIsExplainedByItsHistogram) {

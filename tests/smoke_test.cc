@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <new>
 #include <nlohmann/json.hpp>
@@ -285,6 +286,31 @@ TEST(SmokeTest, TraceFollowsTheErrorThroughThePoints) {
   EXPECT_EQ(points[1].error_in, points[0].error_out);
   EXPECT_EQ(points[1].values.size(), 4u);
   EXPECT_THAT(ExplainText(points[1]), HasSubstr("grid low"));
+}
+
+// As in real models: one position holds a massive value, so that the grid of the sum is too coarse for all others,
+// whose share of the tensor's energy is nothing. The norm behind it makes both positions equally loud.
+TEST(SmokeTest, TraceBlamesThePointWhoseGridIsTooCoarseForMostPositions) {
+  SmokePart part{.name = "massive"};
+  {
+    const Builder b(part.graph);
+    const ValueId x = b.Input("x", {1, 16, 8});
+    const ValueId stream = b.Point("stream", b.Add(Add{}, {x, x}));
+    b.Output("y", b.Point("norm", b.Add(RmsNorm{}, {stream, b.Weight("gamma", {8})})));
+  }
+  std::vector<float> values(16 * 8);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = std::sin(static_cast<float>(i));
+  values[3] = 1e5f;
+  part.stored = [](const std::string&) { return Tensor::Of<float>({8}, std::vector<float>(8, 1.0f)); };
+  part.evaluation["x"] = Tensor::Of<float>({1, 16, 8}, values);
+  part.calibration = {part.evaluation};
+  const std::vector<TracePoint> points = Trace({part}, Recipe::Load("default"), 0);
+  const auto stream = std::ranges::find(points, "stream", &TracePoint::name);
+  ASSERT_NE(stream, points.end());
+  EXPECT_EQ(stream->errors.positions, 16);
+  EXPECT_GT(stream->error_out, 0.5) << "a step of 6 for values of at most 2";
+  const nlohmann::json first = TraceJson(points).at("points").at(0);
+  EXPECT_EQ(first.at("point"), "stream");
 }
 
 TEST(SmokeTest, TraceLeavesOutThePaddingPatchesOfACase) {

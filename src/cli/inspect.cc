@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <iterator>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "circlet/base/error.h"
+#include "circlet/io/json.h"
 #include "circlet/smoke/smoke.h"
 #include "circlet/smoke/trace.h"
 #include "cli/commands.h"
@@ -19,7 +21,7 @@ constexpr char kSmokeMode[] = "wrapper-smoke", kTraceMode[] = "trace";
 
 struct InspectOptions {
   std::string mode = kSmokeMode, config, case_name, profile, export_kind, output_dir, report_json, recipe, compare,
-              model, samples, explain;
+              model, samples, explain, json;
   std::vector<std::string> set;
   std::optional<int> calibration_iters;
   int rows = 30;
@@ -158,6 +160,7 @@ int RunTrace(const InspectOptions& options) {
   Traced traced = options.model.empty() ? TracedCase(options, run) : TracedModel(options);
   const Recipe recipe = Recipe::Load(run.recipe.empty() ? traced.recipe : run.recipe, run.set);
   const std::vector<TracePoint> points = Trace(std::move(traced.parts), recipe, /*iters=*/0, options.explain);
+  if (!options.json.empty()) WriteJson(options.json, TraceJson(points));
   if (options.explain.empty()) {
     fmt::print("{}", TraceText(points, options.rows));
     return 0;
@@ -207,6 +210,7 @@ void AddTraceOptions(CLI::App& verb, const std::string& model, InspectOptions& o
   verb.add_option("--samples,--data", options.samples, "Its samples, JSON lines or safetensors; the last is measured")
       ->type_name("FILE");
   verb.add_option("--explain", options.explain, "Histogram of one point")->type_name("POINT");
+  verb.add_option("--json", options.json, "Also write all points as JSON")->type_name("FILE");
   verb.add_option("--rows", options.rows, "Points listed")->check(WholeNumber(1, 1 << 30))->capture_default_str();
 }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <memory>
 #include <mutex>
+#include <nlohmann/json.hpp>
 #include <numeric>
 
 #include "circlet/base/error.h"
@@ -19,37 +20,53 @@
 namespace circlet {
 namespace {
 
-// Keeps what arrives at every point and what leaves it.
+struct GridEnds {
+  float low, high;
+};
+GridEnds EndsOf(const QParams& grid) {
+  const CodeRange codes = CodesOf(grid.dtype);
+  const auto value = [&](int64_t code) { return grid.scale[0] * static_cast<float>(code - grid.zero_point[0]); };
+  return {value(codes.min), value(codes.max)};
+}
+
+// Keeps the values of every point: float ones, or what rounding makes of them.
 class Capture final : public PointReading {
  public:
   // `calibration` null: float, nothing is rounded.
-  explicit Capture(const Calibration* calibration) {
+  explicit Capture(const Calibration* calibration) : calibration_(calibration) {
     if (calibration != nullptr) rounding_ = std::make_unique<FakeQuantReading>(*calibration);
   }
 
   // Points inside a fused operator are larger or smaller than its output, so the size shows as values come, and they come
   // from several threads.
   struct Kept final : PointVisitor {
-    explicit Kept(PointVisitor* rounding_visitor) : rounding(rounding_visitor) {}
-    void Visit(std::span<float> values, int64_t first) override {
-      Copy(values, first, before);
-      if (rounding != nullptr) rounding->Visit(values, first);
-      Copy(values, first, after);
-    }
-    void Copy(std::span<const float> values, int64_t first, std::vector<float>& to) {
+    Kept(PointVisitor* rounding_visitor, const QParams* point_grid) : rounding(rounding_visitor), grid(point_grid) {}
+    void Visit(std::span<float> arriving, int64_t first) override {
+      const int64_t clipped = CountOutside(arriving);
+      if (rounding != nullptr) rounding->Visit(arriving, first);
       const std::lock_guard lock(mutex);
-      to.resize(std::max(to.size(), static_cast<size_t>(first) + values.size()));
-      std::ranges::copy(values, to.begin() + first);
+      outside += clipped;
+      values.resize(std::max(values.size(), static_cast<size_t>(first) + arriving.size()));
+      std::ranges::copy(arriving, values.begin() + first);
+    }
+    int64_t CountOutside(std::span<const float> arriving) const {
+      if (grid == nullptr || grid->PerChannel()) return 0;
+      const GridEnds ends = EndsOf(*grid);
+      const float half = grid->scale[0] / 2;
+      return std::ranges::count_if(arriving,
+                                   [&](float value) { return value < ends.low - half || value > ends.high + half; });
     }
     std::mutex mutex;
-    std::vector<float> before, after;
+    std::vector<float> values;
+    int64_t outside = 0;  // arriving values that the grid does not reach
     PointVisitor* rounding;
+    const QParams* grid;
   };
 
   PointVisitor* At(const Point& point, const TensorType& type) override {
     // A name may stand at several places (the merged embeddings); each has a visitor, the last one is shown.
     PointVisitor* rounding = rounding_ ? rounding_->At(point, type) : nullptr;
-    all_.push_back(std::make_unique<Kept>(rounding));
+    all_.push_back(std::make_unique<Kept>(rounding, rounding_ ? calibration_->GridOf(point.name) : nullptr));
     return by_name_[point.name] = all_.back().get();
   }
   bool Writes() const override { return rounding_ != nullptr; }
@@ -60,60 +77,56 @@ class Capture final : public PointReading {
   }
 
  private:
+  const Calibration* calibration_;
   std::unique_ptr<FakeQuantReading> rounding_;
   std::vector<std::unique_ptr<Kept>> all_;
   std::map<std::string, Kept*> by_name_;
 };
 
-double RelativeError(std::span<const float> reference, std::span<const float> got) {
-  double difference = 0, size = 0;
-  for (size_t i = 0; i < reference.size(); ++i) {
-    difference += std::pow(static_cast<double>(got[i]) - reference[i], 2);
-    size += std::pow(static_cast<double>(reference[i]), 2);
-  }
-  return size > 0 ? std::sqrt(difference / size) : std::sqrt(difference);
-}
-
-struct GridEnds {
-  float low, high;
-};
-GridEnds EndsOf(const QParams& grid) {
-  const CodeRange codes = CodesOf(grid.dtype);
-  const auto value = [&](int64_t code) { return grid.scale[0] * static_cast<float>(code - grid.zero_point[0]); };
-  return {value(codes.min), value(codes.max)};
-}
-
 TracePoint Describe(const std::string& name, const Capture::Kept& reference, const Capture::Kept& rounded,
-                    const QParams* grid) {
+                    int64_t width) {
   TracePoint point{.name = name};
-  const auto [low, high] = std::ranges::minmax(reference.before);
+  const auto [low, high] = std::ranges::minmax(reference.values);
   point.min = low;
   point.max = high;
-  point.error_out = RelativeError(reference.before, rounded.after);
-  if (grid == nullptr || grid->PerChannel()) return point;
-  point.grid = *grid;
-  const GridEnds ends = EndsOf(*grid);
+  PositionErrors errors;
+  errors.Add(reference.values, rounded.values, width);
+  point.errors = Summarize(std::move(errors.relative));
+  point.error_out = point.errors.median;
+  if (rounded.grid == nullptr || rounded.grid->PerChannel()) return point;
+  point.grid = *rounded.grid;
+  const GridEnds ends = EndsOf(*rounded.grid);
   point.used = (std::min(high, ends.high) - std::max(low, ends.low)) / (ends.high - ends.low);
-  const float half = grid->scale[0] / 2;
-  const auto outside = std::ranges::count_if(
-      rounded.before, [&](float value) { return value < ends.low - half || value > ends.high + half; });
-  point.clipped = static_cast<double>(outside) / static_cast<double>(rounded.before.size());
+  point.clipped = static_cast<double>(rounded.outside) / static_cast<double>(rounded.values.size());
   return point;
 }
 
+// How wide each point's tensor is. A fused operator's points do not have its output's shape, those of its expansion do.
+std::map<std::string, int64_t> WidthsOf(const Graph& graph) {
+  std::map<std::string, int64_t> widths;
+  const Graph expanded = Expanded(graph);
+  for (const Node& node : expanded.Nodes())
+    for (const Point& point : node.points) {
+      const Shape& shape = expanded.TypeOf(node.out[0]).shape;
+      widths[point.name] = shape.Rank() == 0 ? 1 : shape[-1];
+    }
+  return widths;
+}
+
 // The graph's points with the error of what feeds each.
-std::vector<TracePoint> Walk(const Graph& graph, const Capture& reference, const Capture& rounded,
-                             const Calibration& calibration) {
+std::vector<TracePoint> Walk(const Graph& graph, const Capture& reference, const Capture& rounded) {
   std::vector<TracePoint> points;
+  const std::map<std::string, int64_t> widths = WidthsOf(graph);
   std::vector<double> error(graph.Values().size(), 0.0);  // by value, of the last point on the way to it
   for (const Node& node : graph.Nodes()) {
     double arriving = 0;
     for (const ValueId in : node.in) arriving = std::max(arriving, error[in]);
     for (const Point& point : node.points) {
       const Capture::Kept *f = reference.Find(point.name), *q = rounded.Find(point.name);
-      if (point.name.empty() || f == nullptr || q == nullptr || f->before.size() != q->after.size() || f->before.empty())
+      if (point.name.empty() || f == nullptr || q == nullptr || f->values.size() != q->values.size() ||
+          f->values.empty())
         continue;
-      points.push_back(Describe(point.name, *f, *q, calibration.GridOf(point.name)));
+      points.push_back(Describe(point.name, *f, *q, widths.at(point.name)));
       points.back().error_in = arriving;
       arriving = points.back().error_out;
     }
@@ -174,9 +187,9 @@ std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe
   Capture reference(nullptr), rounded(&session.GetCalibration());
   session.RunFloat(part, part.evaluation, &reference);
   session.RunRounded(part, part.evaluation, &rounded);
-  std::vector<TracePoint> points = Walk(part.graph, reference, rounded, session.GetCalibration());
+  std::vector<TracePoint> points = Walk(part.graph, reference, rounded);
   for (TracePoint& point : points)
-    if (point.name == explain) point.values = reference.Find(explain)->before;
+    if (point.name == explain) point.values = reference.Find(explain)->values;
   return points;
 }
 
@@ -205,27 +218,63 @@ std::vector<SmokePart> ModelParts(const std::filesystem::path& model, const std:
   return parts;
 }
 
-std::string TraceText(const std::vector<TracePoint>& points, int rows) {
+namespace {
+
+// Indices of the points, the largest jump of the error first; before them the first point that jumps by half of it.
+std::vector<size_t> Ranking(const std::vector<TracePoint>& points) {
   std::vector<size_t> order(points.size());
   std::iota(order.begin(), order.end(), size_t{0});
-  std::ranges::stable_sort(order, [&](size_t a, size_t b) { return points[a].Jump() > points[b].Jump(); });
+  std::ranges::stable_sort(order, std::ranges::greater(), [&](size_t i) { return points[i].Jump(); });
   const auto first = std::ranges::find_if(
       points, [&](const TracePoint& point) { return point.Jump() >= points[order.front()].Jump() / 2; });
-  if (first != points.end()) {
-    const size_t index = static_cast<size_t>(first - points.begin());
-    std::rotate(order.begin(), std::ranges::find(order, index), std::ranges::find(order, index) + 1);
-  }
-  TextTable table({"#", "point", "min", "max", "scale", "grid used %", "clipped %", "error in %", "error out %"});
+  if (first == points.end()) return order;
+  const auto at = std::ranges::find(order, static_cast<size_t>(first - points.begin()));
+  std::rotate(order.begin(), at, at + 1);
+  return order;
+}
+
+}  // namespace
+
+std::string TraceText(const std::vector<TracePoint>& points, int rows) {
+  const std::vector<size_t> order = Ranking(points);
+  TextTable table(
+      {"#", "point", "min", "max", "scale", "grid used %", "clipped %", "error in %", "error out %", "99th %"});
   for (size_t i = 0; i < std::min<size_t>(rows, order.size()); ++i) {
     const TracePoint& point = points[order[i]];
     table.Row({std::to_string(order[i]), point.name, fmt::format("{:.4g}", point.min), fmt::format("{:.4g}", point.max),
                point.grid ? fmt::format("{:.4g}", point.grid->scale[0]) : "-", point.grid ? Percent(point.used) : "-",
-               point.grid ? Percent(point.clipped) : "-", Percent(point.error_in), Percent(point.error_out)});
+               point.grid ? Percent(point.clipped) : "-", Percent(point.error_in), Percent(point.error_out),
+               Percent(point.errors.percentile_99)});
   }
   std::string text = table.ToString();
   if (points.size() > static_cast<size_t>(rows))
     text += fmt::format("{} of {} points; --rows {} lists all\n", rows, points.size(), points.size());
   return text;
+}
+
+nlohmann::json TraceJson(const std::vector<TracePoint>& points) {
+  const auto number = [](double value) { return std::isfinite(value) ? nlohmann::json(value) : nlohmann::json(); };
+  nlohmann::json json{{"schema_version", 1}, {"points", nlohmann::json::array()}};
+  for (const size_t i : Ranking(points)) {
+    const TracePoint& point = points[i];
+    nlohmann::json row{{"index", i},
+                       {"point", point.name},
+                       {"min", number(point.min)},
+                       {"max", number(point.max)},
+                       {"rows", point.errors.positions},
+                       {"error_in", number(point.error_in)},
+                       {"error_out", number(point.error_out)},
+                       {"error_out_p99", number(point.errors.percentile_99)}};
+    if (point.grid) {
+      row["dtype"] = Name(point.grid->dtype);
+      row["scale"] = number(point.grid->scale[0]);
+      row["zero_point"] = point.grid->zero_point[0];
+      row["grid_used"] = number(point.used);
+      row["clipped"] = number(point.clipped);
+    }
+    json["points"].push_back(std::move(row));
+  }
+  return json;
 }
 
 std::string ExplainText(const TracePoint& point) {

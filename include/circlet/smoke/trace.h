@@ -16,10 +16,12 @@ struct TracePoint {
   std::optional<QParams> grid;
   double used = 0;     // share of the grid's range that they span
   double clipped = 0;  // share of arriving values outside the grid
-  // Error of the fake-quantized values, root mean square over that of the float ones: at the points that feed this
-  // one, and behind its own rounding.
-  double error_in = 0, error_out = 0;
-  std::vector<float> values;  // float, only of the explained point
+  // Error of the fake-quantized values, row by row of the last axis (a position, or a position of one head) relative to
+  // the float row: median and 99th percentile of the rows. A mean over the whole tensor would tell of the one row that
+  // holds the largest values. `error_in`: the largest median at the points that feed this one.
+  PositionSummary errors;
+  double error_in = 0, error_out = 0;  // error_out: errors.median
+  std::vector<float> values;           // float, only of the explained point
 
   double Jump() const { return error_out - error_in; }
 };
@@ -36,6 +38,8 @@ std::vector<SmokePart> ModelParts(const std::filesystem::path& model, const std:
 
 // The first point whose error jumps by at least half of the largest jump, then the others by jump; `rows` in all.
 std::string TraceText(const std::vector<TracePoint>& points, int rows = 30);
+// All points in the order of TraceText (docs/smoke.md). Figures that are not finite are null.
+nlohmann::json TraceJson(const std::vector<TracePoint>& points);
 // Histogram of one point's float values with the ends of its grid.
 std::string ExplainText(const TracePoint& point);
 
