@@ -296,7 +296,7 @@ TEST(SmokeTest, TraceBlamesThePointWhoseGridIsTooCoarseForMostPositions) {
     const Builder b(part.graph);
     const ValueId x = b.Input("x", {1, 16, 8});
     const ValueId stream = b.Point("stream", b.Add(Add{}, {x, x}));
-    b.Output("y", b.Point("norm", b.Add(RmsNorm{}, {stream, b.Weight("gamma", {8})})));
+    b.Output("y", b.Point("norm", b.Add(RmsNorm{}, {stream, b.Weight("gamma", {8}, WeightKind::kNone)})));
   }
   std::vector<float> values(16 * 8);
   for (size_t i = 0; i < values.size(); ++i) values[i] = std::sin(static_cast<float>(i));
