@@ -206,6 +206,32 @@ TEST_F(LongRunTest, FinishedStagesAreNotComputedAgain) {
   EXPECT_THAT(result.err, HasSubstr("logits: "));
 }
 
+// Which channels stand how often is measured before the first stage, and once.
+TEST_F(LongRunTest, AWiderStreamGoesOnToTheSameBytesAndIsNotMeasuredAgain) {
+  const std::vector<std::string> widen{"--widen", "16"};
+  ASSERT_NO_FATAL_FAILURE(KillBehind(3, widen));
+  std::vector<std::string> resume = Arguments(Out(), {"--widen", "16", "--resume"});
+  std::erase(resume, "--quiet");
+  const ProgramResult result = RunProgram(resume);
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.err, Not(HasSubstr("residual stream: ")));
+  std::vector<std::string> whole = Arguments(Out("threads"), widen);
+  std::erase(whole, "--quiet");
+  whole.insert(whole.begin(), {"--threads", "3"});
+  const ProgramResult threads = RunProgram(whole);
+  EXPECT_THAT(threads.err, HasSubstr("residual stream: "));
+  const std::map<std::string, std::string> expected = Hashes(Reference(widen));
+  EXPECT_EQ(Hashes(Out()), expected);
+  EXPECT_EQ(Hashes(Out("threads")), expected);
+}
+
+TEST_F(LongRunTest, AnotherWidthThanTheUnfinishedRunsIsRefused) {
+  ASSERT_NO_FATAL_FAILURE(KillBehind(3, {"--widen", "16"}));
+  const ProgramResult result = RunProgram(Arguments(Out(), {"--widen", "32", "--resume"}));
+  EXPECT_EQ(result.exit_code, 2);
+  EXPECT_THAT(result.err, HasSubstr("cannot go on with the unfinished run: option --widen: was \"16\", is \"32\""));
+}
+
 TEST_F(LongRunTest, WhatChangedSinceIsNamedAndNothingIsLost) {
   ASSERT_NO_FATAL_FAILURE(KillBehind(5));
   const auto expect_named = [&](const std::vector<std::string>& arguments, const std::string& what) {
@@ -797,6 +823,16 @@ TEST_F(ManyProcesses, MeasureATextAndAnswersLikeOne) {
     EXPECT_EQ(ReadFile(file), json) << processes << " processes";
   }
   EXPECT_THAT(text, AllOf(HasSubstr("same top-1"), HasSubstr("captions: ")));
+}
+
+TEST_F(ManyProcesses, MeasureTheStreamTogether) {
+  const std::vector<std::string> widen{"--widen", "16"};
+  const std::map<std::string, std::string> expected = Hashes(Reference(widen));
+  for (const int processes : {2, 3}) {
+    const ProgramResult result = RunCirclet(processes, Arguments(Out(), {"--widen", "16", "--force"}));
+    ASSERT_EQ(result.exit_code, 0) << result.err;
+    EXPECT_EQ(Hashes(Out()), expected) << processes << " processes";
+  }
 }
 
 TEST_F(ManyProcesses, MergePercentilesExactly) {

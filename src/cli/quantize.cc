@@ -40,6 +40,10 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.add_option("--dialect", options.dialect, "default, or tico: points and rounding of TICO 0.3.0")
       ->type_name("{default,tico}");
   command.add_option("--qparams", options.qparams, "Frozen grids instead of calibration")->type_name("FILE");
+  command
+      .add_option("--widen", options.widen,
+                  "Channels for copies of the residual stream's outliers: auto, off, or how many; default: the recipe's")
+      ->type_name("N|auto|off");
   command.option_defaults()->group("Data");
   command.add_option("--max-seq-len", options.max_seq_len, "Positions of the exported units, and longest sample")
       ->check(WholeNumber(2, int64_t{1} << 20));

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -25,6 +26,11 @@ struct MappingSlot {
   std::atomic<const char*> path = nullptr;
 };
 std::array<MappingSlot, 1024> mapping_slots;
+
+struct Closer {
+  int file;
+  ~Closer() { close(file); }
+};
 
 std::string_view KindOf(mode_t mode) {
   if (S_ISDIR(mode)) return "a directory";
@@ -47,10 +53,32 @@ std::shared_ptr<const MappedFile> MappedFile::Open(const std::filesystem::path& 
   // Without O_NONBLOCK the opening of a pipe waits for its writer.
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
   if (file < 0) FailErrno(path, "opened");
-  const std::shared_ptr<const void> closer(nullptr, [file](const void*) { close(file); });
+  const Closer closer{file};
   struct stat status {};
   if (fstat(file, &status) != 0) FailErrno(path, "opened");
   if (!S_ISREG(status.st_mode)) Fail("{}: is {}; name a file", path.string(), KindOf(status.st_mode));
+  return Map(path, file);
+}
+
+std::shared_ptr<const MappedFile> MappedFile::Nameless(const std::filesystem::path& directory,
+                                                       const std::function<void(const Append& append)>& write_all) {
+  const int file = OpenNameless(directory);
+  if (file < 0) FailErrno(directory, "written");
+  const Closer closer{file};
+  write_all([&](std::span<const std::byte> bytes) {
+    while (!bytes.empty()) {
+      const ssize_t written = write(file, bytes.data(), bytes.size());
+      if (written < 0 && errno == EINTR) continue;
+      if (written <= 0) FailErrno(directory, "written");
+      bytes = bytes.subspan(static_cast<size_t>(written));
+    }
+  });
+  return Map(directory, file);
+}
+
+std::shared_ptr<const MappedFile> MappedFile::Map(const std::filesystem::path& path, int file) {
+  struct stat status {};
+  if (fstat(file, &status) != 0) FailErrno(path, "opened");
   const auto size = static_cast<size_t>(status.st_size);
   void* start = nullptr;
   if (size > 0) {  // the kernel refuses an empty mapping
@@ -59,6 +87,15 @@ std::shared_ptr<const MappedFile> MappedFile::Open(const std::filesystem::path& 
   }
   return std::shared_ptr<const MappedFile>(
       new MappedFile(path, {static_cast<const std::byte*>(start), size}, StampOf(status)));
+}
+
+int OpenNameless(const std::filesystem::path& directory) {
+  if (const int file = open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); file >= 0) return file;
+  // Some file systems cannot.
+  std::string name = (directory / "circlet-XXXXXX").string();
+  const int file = mkostemp(name.data(), O_CLOEXEC);
+  if (file >= 0) unlink(name.c_str());
+  return file;
 }
 
 MappedFile::MappedFile(std::filesystem::path path, std::span<const std::byte> bytes, const Stamp& stamp)

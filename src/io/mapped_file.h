@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <span>
 
@@ -16,6 +17,10 @@ class MappedFile {
  public:
   // Throws Error naming the path and the system's text. Pipes and devices are refused at once, never waited for.
   static std::shared_ptr<const MappedFile> Open(const std::filesystem::path& path);
+  // A file in `directory` that has no name and is gone with the mapping, filled by write(append).
+  using Append = std::function<void(std::span<const std::byte>)>;
+  static std::shared_ptr<const MappedFile> Nameless(const std::filesystem::path& directory,
+                                                    const std::function<void(const Append& append)>& write);
   ~MappedFile();
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
@@ -38,6 +43,7 @@ class MappedFile {
   };
   MappedFile(std::filesystem::path path, std::span<const std::byte> bytes, const Stamp& stamp);
 
+  static std::shared_ptr<const MappedFile> Map(const std::filesystem::path& path, int file);
   static Stamp StampOf(const struct ::stat& status);
   void Advise(std::span<const std::byte> part, int advice) const;
 
@@ -46,6 +52,9 @@ class MappedFile {
   Stamp stamp_;
   int slot_ = -1;  // in the list that PathOfMapping reads
 };
+
+// A descriptor of a new file in `directory` without a name, so that it is gone with the process; negative: errno tells.
+int OpenNameless(const std::filesystem::path& directory);
 
 // The path of the mapped file that the address lies in, null when there is none. Safe in a signal handler.
 const char* PathOfMapping(const void* address);

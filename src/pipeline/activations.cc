@@ -8,6 +8,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
+#include "io/mapped_file.h"
 #include "io/sha256.h"
 #include "io/system_error.h"
 
@@ -15,16 +16,6 @@ namespace circlet {
 namespace fs = std::filesystem;
 
 namespace {
-
-// In `directory` without a name, so that it is gone with the process.
-int OpenNameless(const fs::path& directory) {
-  if (const int file = open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); file >= 0) return file;
-  // Some file systems cannot.
-  std::string name = (directory / "circlet-XXXXXX").string();
-  const int file = mkostemp(name.data(), O_CLOEXEC);
-  if (file >= 0) unlink(name.c_str());
-  return file;
-}
 
 std::string HashOf(const Tensor& tensor) {
   Sha256Stream stream;

@@ -88,9 +88,12 @@ int64_t OutputRun::Bytes() const {
 fs::path OutputRun::StateDirectory() const { return directory_.State() / fmt::format("rank.{}", world_.Rank()); }
 
 void OutputRun::Finish(const Calibration& calibration, const UnitWriter& units, const QuantizeResult& result) {
-  WriteJson(Directory() / kPipelineFile, units.Pipeline());
+  nlohmann::json pipeline = units.Pipeline();
   nlohmann::json grids = {{"model", result.model}, {"recipe", result.recipe}, {"dialect", result.dialect}};
   if (result.grids) grids["grids"] = ToJson(*result.grids);
+  const bool widened = result.widening && !result.widening->Empty();
+  if (widened) pipeline["widening"] = grids["widening"] = ToJson(*result.widening);
+  WriteJson(Directory() / kPipelineFile, pipeline);
   calibration.Params().Save(Directory() / "qparams.json", grids);
   WriteFile(Directory() / "report.json", ReportJson(result));
   WriteFile(Directory() / "effective_config.yaml", calibration.GetRecipe().EffectiveYaml());
@@ -113,6 +116,7 @@ void OutputRun::Finish(const Calibration& calibration, const UnitWriter& units, 
                              {"inputs", inputs_},
                              {"outputs", outputs}};
   if (result.grids) manifest["grids"] = ToJson(*result.grids);
+  if (widened) manifest["widening"] = ToJson(*result.widening);
   WriteJson(Directory() / kManifestFile, manifest);
   directory_.TakeName();
 }

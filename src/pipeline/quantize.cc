@@ -130,24 +130,18 @@ void CheckPoints(const RunSettings& settings, ModelJob& job) {
 // Of one process: the phases of a job, one after the other.
 class Run {
  public:
-  Run(const RunSettings& settings, ModelJob& job)
-      : settings_(settings),
-        job_(job),
-        phases_(job.Phases()),
-        schedule_(ScheduleOf(phases_, settings, job.GetCalibration())) {
+  Run(const RunSettings& settings, ModelJob& job) : settings_(settings), job_(job) {
     CheckPoints(settings, job);
-    for (const PhaseSpec& phase : phases_) {
-      estimates_.push_back(phase.output ? phase.output->Estimate()
-                                        : EstimateStage(phase.stage, *phase.items, settings.world.Rank()));
-      for (const Item& item : *phase.items)
-        if (item.kind == ItemKind::kVerify) verification_.insert(item.id);
-    }
+    Declare();
   }
 
   std::string DryRun() const;
   QuantizeResult Compute();
 
  private:
+  void Declare();
+  void Prepare(const std::filesystem::path& directory, const RunState* state);
+  void RequireMemory() const;
   int64_t NeededMemory() const;
   int64_t ActivationBudget() const;
   int64_t NeededDisk() const;
@@ -163,7 +157,7 @@ class Run {
   const RunSettings& settings_;
   ModelJob& job_;
   std::vector<PhaseSpec> phases_;  // emptied behind each: what it alone holds goes with it
-  Schedule schedule_;
+  Schedule schedule_{{}};
   std::vector<StageEstimate> estimates_;
   std::set<int> verification_{kCodesItem};  // items whose values units read
   ActivationStore store_;
@@ -173,6 +167,42 @@ class Run {
   std::optional<Captured> captured_;
   std::optional<Progress> progress_;
 };
+
+void Run::Declare() {
+  phases_ = job_.Phases();
+  schedule_ = ScheduleOf(phases_, settings_, job_.GetCalibration());
+  estimates_.clear();
+  for (const PhaseSpec& phase : phases_) {
+    estimates_.push_back(phase.output ? phase.output->Estimate()
+                                      : EstimateStage(phase.stage, *phase.items, settings_.world.Rank()));
+    for (const Item& item : *phase.items)
+      if (item.kind == ItemKind::kVerify) verification_.insert(item.id);
+  }
+  result_.phases = static_cast<int>(phases_.size());
+}
+
+// What phases depend on, computed once for a run and all that go on with it.
+void Run::Prepare(const std::filesystem::path& directory, const RunState* state) {
+  if (!job_.NeedsPreparation()) return;
+  Clock clock(result_.seconds);
+  const nlohmann::json saved = state != nullptr ? state->LoadPreparation() : nlohmann::json();
+  const nlohmann::json made = clock.Time("preparation", [&] {
+    return job_.Prepare(saved, {.directory = directory,
+                                .memory_bytes = ActivationBudget(),
+                                .progress = settings_.world.Rank() == 0 ? settings_.options.progress : nullptr});
+  });
+  if (state != nullptr && saved.is_null()) state->SavePreparation(made);
+  Declare();
+  RequireMemory();
+}
+
+void Run::RequireMemory() const {
+  if (ActivationBudget() >= 0) return;
+  Fail(
+      "--memory-limit {}: the largest stage alone takes {} with a tenth to spare; give at least that, or shorter "
+      "samples",
+      AskedBytes(settings_.options.memory_limit), HumanBytes(NeededMemory() / 9 * 10));
+}
 
 // Without the activations.
 int64_t Run::NeededMemory() const {
@@ -202,7 +232,7 @@ std::string Run::DryRun() const {
                fmt::format("{:.1f}", estimate.flops / 1e9), fmt::format("{:.1f}", estimate.flops / rate)});
   }
   const int64_t activations = schedule_.PeakBytes(), memory = NeededMemory();
-  std::string text = table.ToString();
+  std::string text = table.ToString() + job_.PreparationText();
   text += fmt::format("time: products of {:.1f} TFLOP at {:.0f} GFLOP/s take {:.0f} s, a run up to 1.5 times that\n",
                       flops / 1e12, rate / 1e9, flops / rate);
   text += fmt::format("memory: {} for the largest stage, {} of activations, limit {}: {}\n", HumanBytes(memory),
@@ -292,17 +322,11 @@ QuantizeResult Run::Compute() {
   const auto begin = std::chrono::steady_clock::now();
   const QuantizeOptions& options = settings_.options;
   Calibration& calibration = job_.GetCalibration();
-  const int64_t budget = ActivationBudget();
-  if (budget < 0)
-    Fail(
-        "--memory-limit {}: the largest stage alone takes {} with a tenth to spare; give at least that, or shorter "
-        "samples",
-        AskedBytes(options.memory_limit), HumanBytes(NeededMemory() / 9 * 10));
+  RequireMemory();
   if (options.resume && options.save_stages)
     Fail("--save-stages: values of finished stages are not saved; leave out --resume");
   if (options.save_stages) captured_.emplace();
   if (const Item* repeated = job_.Repeated()) result_.compute_change = ComputeChange{.sample = repeated->label};
-  result_.phases = static_cast<int>(phases_.size());
   std::optional<OutputRun> output;
   std::optional<RunState> state;
   std::optional<RunParts> parts;
@@ -317,7 +341,8 @@ QuantizeResult Run::Compute() {
     }
     RequireFreeSpace(output->Directory(), std::max<int64_t>(0, NeededDisk() - output->Bytes()));
     state.emplace(output->StateDirectory(), identity, options.save_every, settings_.world);
-    store_.UseFiles(state->ValuesDirectory(), budget);
+    Prepare(output->StateDirectory(), &*state);
+    store_.UseFiles(state->ValuesDirectory(), ActivationBudget());
     units_.emplace(output->Directory(), calibration, store_);
     parts.emplace(
         RunParts{calibration, store_, *units_, result_.stages, head_, result_.compute_change, result_.seconds});
@@ -325,9 +350,10 @@ QuantizeResult Run::Compute() {
   } else {
     const std::filesystem::path directory = TemporaryDirectory();
     RequireFreeSpace(directory, NeededDisk());
-    store_.UseFiles(directory, budget, ActivationStore::Files::kNameless);
+    Prepare(directory, nullptr);
+    store_.UseFiles(directory, ActivationBudget(), ActivationStore::Files::kNameless);
   }
-  TellStart(budget);
+  TellStart(ActivationBudget());
   gemm::Tally tally;
   {
     std::optional<gemm::TallyScope> tallying;
@@ -417,7 +443,7 @@ void Run::FillResult() {
     result_.notes.push_back(fmt::format("{}: its pipeline has no ptq stage; every point is int16", result_.recipe));
 }
 
-QuantizeOptions WithRecipe(QuantizeOptions options, const Recipe& recipe) {
+QuantizeOptions WithRecipe(QuantizeOptions options, Recipe& recipe) {
   if (options.model.empty()) options.model = recipe.model.name_or_path;
   if (options.model.empty()) Fail("no checkpoint: give MODEL_DIR, or model.name_or_path in the recipe");
   if (options.output.empty() && options.exports) options.output = recipe.export_options.output_dir;
@@ -426,6 +452,7 @@ QuantizeOptions WithRecipe(QuantizeOptions options, const Recipe& recipe) {
   if (!options.max_seq_len) options.max_seq_len = recipe.export_options.max_seq_len;
   if (!options.max_seq_len) options.max_seq_len = recipe.model_args.max_seq;
   if (!options.max_seq_len) options.max_seq_len = recipe.calibration.seq_len;
+  if (!options.widen.empty()) recipe.widen = WideningOption::Parse(options.widen, "--widen");
   if (options.random_images > 0 && options.random_samples.empty())
     Fail("--random-images: goes with --random-samples; pictures of one's own come with --data or --samples");
   if (recipe.evaluation.enabled && recipe.evaluation.perplexity.enabled && options.eval_text.empty())

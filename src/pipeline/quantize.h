@@ -2,7 +2,9 @@
 
 // The driver of a run: phases of any model family, from the first item to the finished directory.
 
+#include <cstdio>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <span>
 #include <string>
 #include <vector>
@@ -29,14 +31,28 @@ struct RunSettings {
   bool Writes() const { return !options.output.empty(); }
 };
 
+// What Prepare() may use.
+struct Preparation {
+  std::filesystem::path directory;  // for files without a name
+  int64_t memory_bytes = 0;         // for activations; what does not fit goes to files
+  std::FILE* progress = nullptr;    // may be null
+};
+
 // A model family's part of a run. It is made before anything is computed and throws what a user can mend.
 class ModelJob {
  public:
   virtual ~ModelJob() = default;
 
   virtual Calibration& GetCalibration() = 0;
-  // In order of computation; called once. They may refer to the job.
+  // In order of computation. They may refer to the job, until they are asked for again.
   virtual std::vector<PhaseSpec> Phases() = 0;
+  // Whether phases depend on what has to be computed first. Until then they are those of the largest that it may come
+  // to.
+  virtual bool NeedsPreparation() const = 0;
+  // For --dry-run, a line or none: what the phases are taken for.
+  virtual std::string PreparationText() const = 0;
+  // Computes that, or takes what it once came to (`saved`; null: it has to be computed), and returns it. Collective.
+  virtual nlohmann::json Prepare(const nlohmann::json& saved, const Preparation& preparation) = 0;
   // Every point and parameter that phases will meet.
   virtual const std::vector<Point>& Points() const = 0;
   // The item that a control item repeats, in either set; null: there is none.

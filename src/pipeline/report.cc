@@ -83,6 +83,7 @@ std::string ReportText(const QuantizeResult& result) {
   if (result.grids)
     text += fmt::format("grids of {}, made with {}\n", result.grids->file,
                         result.grids->recipe.empty() ? "a recipe that it does not name" : result.grids->recipe);
+  if (result.widening) text += fmt::format("residual stream: {}\n", ToText(*result.widening));
   if (result.output.count == 0) text += "No sample was measured: nothing is known of the error.\n";
   if (result.random_data) text += "The samples were RANDOM token ids: ranges of real text differ.\n";
   if (!result.shortened.empty()) text += result.shortened + "\n";
@@ -172,6 +173,7 @@ std::string ReportJson(const QuantizeResult& result) {
                         {"on_calibration_data", result.output_on_calibration_data},
                         {"error", ToJson(result.output, result.output_by_position)}}}};
   if (result.grids) json["grids"] = ToJson(*result.grids);
+  if (result.widening) json["widening"] = ToJson(*result.widening);
   json["stages"] = nlohmann::json::array();
   for (const StageError& stage : result.stages)
     json["stages"].push_back({{"stage", stage.stage},

@@ -134,6 +134,7 @@ nlohmann::json IdentityOf(const QuantizeOptions& options, const Recipe& recipe, 
             {"--units", static_cast<int>(options.units)},
             {"--text-only", options.text_only},
             {"--vision-profile", options.vision_profile},
+            {"--widen", options.widen},
             {"--compute", options.compute == Compute::kBf16 ? "bf16" : "float32"}}}};
 }
 
@@ -172,9 +173,7 @@ int RunState::Load(RunParts& parts, const std::function<PointSpec(const std::str
   }
   const int done = *std::ranges::max_element(common);
   const nlohmann::json state = Read(done, phases);
-  if (state.at("identity") != identity_)
-    Fail("cannot go on with the unfinished run: {}; put it back, or start again with --force",
-         FirstChange(state.at("identity"), identity_, ""));
+  RequireSameRun(state);
   try {
     Restore(state, parts, specs);
     if (parts.head.has_value() != (done == phases))
@@ -188,9 +187,13 @@ int RunState::Load(RunParts& parts, const std::function<PointSpec(const std::str
   return done;
 }
 
-// A number in a file's name is anybody's; the one inside is under the hash.
-nlohmann::json RunState::Read(int number, int phases) const {
-  const fs::path path = StatePath(number);
+void RunState::RequireSameRun(const nlohmann::json& state) const {
+  if (state.at("identity") != identity_)
+    Fail("cannot go on with the unfinished run: {}; put it back, or start again with --force",
+         FirstChange(state.at("identity"), identity_, ""));
+}
+
+nlohmann::json RunState::ReadHashed(const fs::path& path) const {
   nlohmann::json state;
   try {
     state = ReadJson(path, int64_t{1} << 32);
@@ -204,10 +207,35 @@ nlohmann::json RunState::Read(int number, int phases) const {
   const nlohmann::json hash = state["sha256"];
   state.erase("sha256");
   if (hash != HashOf(state)) refuse("its SHA-256 is another");
-  if (state.value("done", nlohmann::json()) != number || number < 1 || number > phases)
-    refuse(fmt::format("it says that {} of {} stages are done, its name says {}",
-                       state.value("done", nlohmann::json()).dump(), phases, number));
   if (!state.contains("identity")) refuse("it has no identity");
+  return state;
+}
+
+nlohmann::json RunState::LoadPreparation() const {
+  nlohmann::json state;
+  if (std::error_code missing; world_.Rank() == 0 && fs::is_regular_file(PreparationPath(), missing)) {
+    state = ReadHashed(PreparationPath());
+    RequireSameRun(state);
+    if (!state.contains("made"))
+      Fail("{}: is damaged (it says nothing); start again with --force", PreparationPath().string());
+  }
+  return nlohmann::json::parse(world_.AllGather(state.is_null() ? "null" : state.at("made").dump()).front());
+}
+
+void RunState::SavePreparation(const nlohmann::json& made) const {
+  if (world_.Rank() != 0) return;
+  nlohmann::json state{{"identity", identity_}, {"made", made}};
+  state["sha256"] = HashOf(state);
+  WriteJson(PreparationPath(), state);
+}
+
+// A number in a file's name is anybody's; the one inside is under the hash.
+nlohmann::json RunState::Read(int number, int phases) const {
+  const fs::path path = StatePath(number);
+  nlohmann::json state = ReadHashed(path);
+  if (state.value("done", nlohmann::json()) != number || number < 1 || number > phases)
+    Fail("{}: is damaged (it says that {} of {} stages are done, its name says {}); start again with --force",
+         path.string(), state.value("done", nlohmann::json()).dump(), phases, number);
   return state;
 }
 

@@ -52,15 +52,23 @@ class RunState {
   // specification of each point.
   int Load(RunParts& parts, const std::function<PointSpec(const std::string& point)>& specs, int phases);
 
+  // What the run had computed before its phases, the first process's for all; null when nothing was saved. Throws Error
+  // naming what has changed since. Collective, as is SavePreparation.
+  nlohmann::json LoadPreparation() const;
+  void SavePreparation(const nlohmann::json& made) const;
+
   // Behind phase number `done`; false when the last one is too fresh. All processes call it.
   bool Save(int done, RunParts& parts);
 
  private:
   std::vector<int> Numbers() const;
   void RemoveOthers(int kept) const;
+  nlohmann::json ReadHashed(const std::filesystem::path& path) const;
   nlohmann::json Read(int number, int phases) const;
+  void RequireSameRun(const nlohmann::json& state) const;
   void RestoreParams(Calibration& calibration, const std::function<PointSpec(const std::string&)>& specs);
   void Restore(const nlohmann::json& state, RunParts& parts, const std::function<PointSpec(const std::string&)>& specs);
+  std::filesystem::path PreparationPath() const { return directory_ / "prepared.json"; }
   std::filesystem::path StatePath(int number) const { return directory_ / fmt::format("state.{}.json", number); }
   void SaveNewParams(int done, const ParameterStore& params);
 

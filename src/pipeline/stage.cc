@@ -243,6 +243,25 @@ void StageRunner::Observe(const Step& step) {
   for (StepRuns& worker : workers) c_.calibration.Absorb(std::move(worker.observers));
 }
 
+void StageRunner::RunInFloat(const Stage& stage, const std::function<std::unique_ptr<PointReading>()>& make_reading) {
+  std::vector<const Item*> items;
+  for (const Item& item : c_.items)
+    if (c_.IsMine(item)) items.push_back(&item);
+  if (items.empty()) return;
+  for (const Step& step : stage.steps) {
+    std::vector<StepRuns> workers(Threads());
+    const WeightSource weights = Shared(c_.compute == Compute::kBf16 ? c_.stored : CachedFloat(c_.stored));
+    const Graph graph = step.build(**std::ranges::max_element(items, {}, &Item::length));
+    ForItems(static_cast<int64_t>(items.size()), SideBySide(graph), [&](int64_t i, int w) {
+      const Item& item = *items[i];
+      ReadyGraph& plan = workers[w].For(
+          item, nullptr, c_.ComputeOf(item), [&] { return Build(step, item); }, make_reading);
+      Keep(step, item, Chain::kFloat, RunItem(step, item, Chain::kFloat, false, plan.executor, weights));
+      c_.advance();
+    });
+  }
+}
+
 void StageRunner::CompareRanges(const ObserverMap& control, const ObserverMap& repeated) {
   ComputeChange& change = *c_.change;
   double sum = change.mean_range_change * static_cast<double>(change.points);

@@ -65,6 +65,10 @@ class StageRunner {
   // Items times readings that Run will count.
   int64_t Work(const Stage& stage) const;
 
+  // Runs the float chain alone, of all items, with readings of the caller's: one for each of a thread's executors,
+  // which go before the call is over.
+  void RunInFloat(const Stage& stage, const std::function<std::unique_ptr<PointReading>()>& make_reading);
+
  private:
   class StepRuns;
   void Observe(const Step& step);

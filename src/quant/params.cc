@@ -196,6 +196,8 @@ ParameterStore ParseParameters(std::string_view text, std::string_view file) {
   const auto frozen = object.OptionalObject("grids");
   store.SetRecipeName(frozen ? frozen->Optional<std::string>("recipe", "")
                              : object.Optional<std::string>("recipe", ""));
+  if (object.Has("widening"))
+    store.SetWidening(WideningFromJson(object.Raw("widening"), fmt::format("{}: widening", file)));
   for (const std::string& name : points->Keys()) store.Set(ReadPoint(points->Object(name), name));
   return store;
 }

@@ -245,6 +245,7 @@ class StageReader {
       stage_.Object("raw_overrides");
       ReadOverrides(*tree_.Find("raw_overrides"), "");
     }
+    ReadWidening();
     recipe_.print_overrides = stage_.Optional<bool>("print_overrides", false);
     if (stage_.Optional<bool>("verbose", false)) recipe_.runtime.verbose = true;
     stage_.Optional<bool>("reuse_gptq_qparams");  // there is no gptq stage to reuse from
@@ -260,6 +261,13 @@ class StageReader {
   std::optional<QuantSpec> SpecAt(std::string_view key) const {
     if (!stage_.Has(key)) return std::nullopt;
     return QuantSpecFromJson(stage_.Raw(key), stage_.Where(key));
+  }
+
+  void ReadWidening() {
+    const json& value = stage_.Raw("widen");
+    if (value.is_null()) return;
+    const std::string text = value == false ? "off" : value.is_string() ? value.get<std::string>() : value.dump();
+    recipe_.widen = WideningOption::Parse(text, stage_.Where("widen"));
   }
 
   std::string WhereLine(const YamlNode& node) const {

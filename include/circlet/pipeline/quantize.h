@@ -12,6 +12,7 @@
 
 #include "circlet/exec/executor.h"
 #include "circlet/preprocess/samples.h"
+#include "circlet/quant/widening.h"
 #include "circlet/report/metrics.h"
 #include "circlet/report/statistics.h"
 
@@ -42,6 +43,7 @@ struct QuantizeOptions {
   std::filesystem::path eval_captions;  // caption exact match
 
   enum class Units { kAuto, kDeployment, kAll } units = Units::kAuto;
+  std::string widen;                     // of the residual stream: "auto", "off", or a number; empty: the recipe's
   bool text_only = false;                // leave samples with pictures out
   std::string vision_profile;            // named profile or JSON file; default: the most frequent of the samples
 
@@ -148,6 +150,7 @@ struct QuantizeResult {
   std::vector<UnitFile> units;
   int64_t points = 0;
   int64_t max_seq_len = 0;
+  std::optional<Widening> widening;  // of the residual stream, when one was asked for; it may have none to widen
   std::vector<std::string> unused_tensors, unknown_keys;  // "NAME: reason"
   std::vector<std::string> notes;  // what was not used or had to be assumed, a line each
   std::optional<ComputeChange> compute_change;            // with Compute::kBf16

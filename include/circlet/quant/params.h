@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -13,6 +14,7 @@
 #include "circlet/base/tensor.h"
 #include "circlet/quant/observer.h"
 #include "circlet/quant/spec.h"
+#include "circlet/quant/widening.h"
 
 namespace circlet {
 
@@ -48,6 +50,10 @@ class ParameterStore {
   const std::string& RecipeName() const { return recipe_; }
   void SetRecipeName(std::string name) { recipe_ = std::move(name); }
 
+  // The wider stream that they belong to, as the file says; none: the model's own.
+  const std::optional<Widening>& GetWidening() const { return widening_; }
+  void SetWidening(Widening widening) { widening_ = std::move(widening); }
+
   // The schema of the reference's goldens: {..., "points": N, "quant_points": {NAME: {observer, dtype, qscheme,
   // channel_axis, min, max, scale, zero_point}}}; numbers are the shortest decimals of their float32, one point a line.
   // `header` is an object whose members stand in front. Written whole or not at all.
@@ -61,6 +67,7 @@ class ParameterStore {
   std::vector<std::string> names_;
   std::map<std::string, PointParams, std::less<>> params_;
   std::string recipe_;
+  std::optional<Widening> widening_;
 };
 
 // The text that Save writes.

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "circlet/quant/spec.h"
+#include "circlet/quant/widening.h"
 
 namespace circlet {
 
@@ -149,6 +150,7 @@ class Recipe {
   SmokeOptions smoke;
   bool quantizes = true;  // whether the pipeline has its ptq stage
   BuilderSpecs specs;
+  std::optional<WideningOption> widen;   // of the residual stream; not given: off
   std::vector<OverridePolicy> policies;  // weakest first
   std::vector<Override> overrides;       // raw_overrides
   bool print_overrides = false;

@@ -98,7 +98,7 @@ AttentionResults SelfAttention(const BlockBuilder& b, const TextConfig& config, 
 // model.md 3.4; points of quantization.md 6.6.
 LayerResults Layer(const BlockBuilder& b, const TextConfig& config, int index, const LayerValues& in) {
   const LayerConfig& layer = config.layers[index];
-  const auto norm = [&](const char* name, ValueId x) { return Norm(b.At(name), x, config.rms_norm_eps, true); };
+  const auto norm = [&](const char* name, ValueId x) { return Norm(b.At(name), x, config.StreamEps(), true); };
   const auto residual = [&](const char* point, ValueId x, ValueId branch) {
     return b.Point(point, b.Add(Add{}, {x, branch}));
   };
@@ -135,7 +135,7 @@ ValueId ScaledRows(const BlockBuilder& b, ValueId ids, int64_t rows, int64_t row
 }
 
 ValueId FinalNorm(const BlockBuilder& b, const TextConfig& config, ValueId hidden) {
-  return Norm(b.At(kTextRoot).At("norm"), hidden, config.rms_norm_eps, true);
+  return Norm(b.At(kTextRoot).At("norm"), hidden, config.StreamEps(), true);
 }
 
 }  // namespace
@@ -144,7 +144,7 @@ ValueId FinalNorm(const BlockBuilder& b, const TextConfig& config, ValueId hidde
 
 ValueId TokenEmbeddings(const BlockBuilder& b, const TextConfig& config, ValueId ids, int64_t rows) {
   const BlockBuilder table = b.At(kTextRoot).At("embed_tokens");
-  const float scale = std::sqrt(static_cast<float>(config.hidden_size));
+  const float scale = std::sqrt(static_cast<float>(config.ModelWidth()));
   const ValueId hidden = ScaledRows(table, ids, rows, config.hidden_size, scale);
   // In decode the next layer takes the embedding as it is, so it lies on the grid of the merged sequence.
   return b.GetDialect().fusion_points ? table.Point("act_out", hidden) : b.Boundary(EmbeddingPoint(), hidden);
@@ -165,7 +165,7 @@ ValueId PerLayerInputs(const BlockBuilder& b, const TextConfig& config, ValueId 
   const BlockBuilder root = b.At(kTextRoot);
   ValueId context = Linear(root.At("per_layer_model_projection"), embeds, config.NumLayers() * int64_t{config.ple_dim});
   context =
-      Scale(root, context, 1.0f / std::sqrt(static_cast<float>(config.hidden_size)), "per_layer_projection_scale");
+      Scale(root, context, 1.0f / std::sqrt(static_cast<float>(config.ModelWidth())), "per_layer_projection_scale");
   const BlockBuilder norm = root.At("per_layer_projection_norm");
   // Where no norm has a point of its own on what comes in, the scaled product gets it here.
   if (!b.GetDialect().requantizing_points) context = norm.Point("act_in", context);

@@ -10,7 +10,9 @@
 #include <set>
 
 #include "circlet/base/error.h"
+#include "circlet/io/file.h"
 #include "circlet/io/names.h"
+#include "io/mapped_file.h"
 
 namespace circlet {
 namespace {
@@ -328,22 +330,53 @@ ModelWeights ModelWeights::Open(Gemma4Config config, const std::filesystem::path
   return ModelWeights(std::move(config), std::move(checkpoint), std::move(inventory));
 }
 
+std::string_view ModelWeights::Tied(std::string_view name) const {
+  return config_.tie_word_embeddings && name == kHead ? kEmbedding : name;
+}
+
 const std::string* ModelWeights::StoredName(std::string_view name) const {
-  if (config_.tie_word_embeddings && name == kHead) name = kEmbedding;
-  const auto it = inventory_.name_in_checkpoint.find(name);
+  const auto it = inventory_.name_in_checkpoint.find(Tied(name));
   return it == inventory_.name_in_checkpoint.end() ? nullptr : &it->second;
 }
 
 bool ModelWeights::Has(std::string_view name) const { return StoredName(name) != nullptr; }
 
-const Tensor& ModelWeights::Stored(std::string_view name) const {
+Tensor ModelWeights::Stored(std::string_view name) const {
   const std::string* stored = StoredName(name);
   if (stored == nullptr) {
     std::vector<std::string> names;
     for (const auto& entry : inventory_.name_in_checkpoint) names.push_back(entry.first);
     throw Error(fmt::format("the model has no parameter \"{}\"{}", name, NearestHint(name, names)));
   }
-  return *checkpoint_.Find(*stored);
+  const Tensor& narrow = *checkpoint_.Find(*stored);
+  if (!widened_) return narrow;
+  if (const auto table = wide_tables_.find(Tied(name)); table != wide_tables_.end()) return table->second;
+  return (*widened_)(name, narrow);
+}
+
+void ModelWeights::Widen(const Widening& widening, const std::filesystem::path& directory) {
+  CIRCLET_CHECK(!widened_, "the stream is widened already");
+  circlet::Widen(config_, widening);
+  widened_.emplace(config_, widening);
+  for (const std::string_view name : {kEmbedding, kHead})
+    if (name == Tied(name)) wide_tables_.emplace(name, InFile(name, directory));
+}
+
+// A table of the vocabulary, widened block by block.
+Tensor ModelWeights::InFile(std::string_view name, const std::filesystem::path& directory) const {
+  constexpr int64_t kBlockBytes = int64_t{16} << 20;
+  const Tensor& narrow = *checkpoint_.Find(*StoredName(name));
+  const int64_t rows = narrow.GetShape()[0], block = std::max<int64_t>(1, kBlockBytes / (4 * config_.text.hidden_size));
+  TensorType type{.shape = {rows, config_.text.hidden_size}};
+  const auto file = MappedFile::Nameless(directory, [&](const auto& append) {
+    for (int64_t first = 0; first < rows; first += block) {
+      const Tensor wide = (*widened_)(name, narrow.Slice(first, std::min(rows, first + block), 0));
+      type.dtype = wide.GetDType();
+      if (first == 0) RequireFreeSpace(directory, type.Bytes());
+      append({wide.Raw(), static_cast<size_t>(wide.Bytes())});
+    }
+  });
+  return Tensor(type, const_cast<std::byte*>(file->Bytes().data()), file);
 }
 
 float ModelWeights::ScalarOf(std::string_view name) const {

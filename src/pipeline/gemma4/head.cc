@@ -93,7 +93,7 @@ Graph Head::Build(int64_t length, int64_t rows) const {
 
 template <typename Body>
 void Head::ForVocabulary(const Body& body) const {
-  const Tensor& stored = context_.weights.Stored(kHeadWeight);
+  const Tensor stored = context_.weights.Stored(kHeadWeight);
   for (int64_t first = 0; first < vocab_; first += rows_)
     body(first, stored.Slice(first, std::min(vocab_, first + rows_), 0));
 }

@@ -10,7 +10,9 @@
 #include "circlet/io/json.h"
 #include "circlet/io/names.h"
 #include "circlet/io/safetensors.h"
+#include "circlet/model/gemma4/widening.h"
 #include "pipeline/gemma4/items.h"
+#include "pipeline/gemma4/stream.h"
 #include "pipeline/gemma4/verification.h"
 
 namespace circlet::gemma4 {
@@ -59,9 +61,13 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
       text_stages_(context_, text_tables_) {
   const QuantizeOptions& options = settings.options;
   if (!options.qparams.empty()) {
-    calibration_.UseFrozen(ParameterStore::Load(options.qparams));
+    ParameterStore frozen = ParameterStore::Load(options.qparams);
+    SettleWidening(&frozen);
+    calibration_.UseFrozen(std::move(frozen));
     context_.texts.SetFrozen();
     context_.images.SetFrozen();
+  } else {
+    SettleWidening(nullptr);
   }
   MakeItems(data_, options.compute, options.max_seq_len, context_);
   CheckVisionOptions(data_, options.vision_profile, context_);
@@ -83,6 +89,53 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
   if (config_.vision && !options.text_only)
     for (Point& point : VisionPoints(config_, calibration_.GetDialect())) points_.push_back(std::move(point));
   if (!options.qparams.empty()) calibration_.CheckTypes(points_, options.qparams.string());
+}
+
+// From a file of grids comes the stream that they were calibrated on.
+void Gemma4Job::SettleWidening(const ParameterStore* frozen) {
+  const int64_t width = config_.text.hidden_size;
+  const std::optional<WideningOption>& asked = settings_.recipe.widen;
+  widen_ = asked.value_or(WideningOption{});
+  if (frozen == nullptr) {
+    const int64_t most = widen_.MostAdded(width);
+    if (most == 0) {
+      widening_ = Widening{.model_width = width};
+    } else {
+      Widen(config_, {.model_width = width, .channels = {{0, most + 1}}});
+    }
+    return;
+  }
+  widening_ = frozen->GetWidening().value_or(Widening{.model_width = width});
+  const std::string file = settings_.options.qparams.string();
+  if (widening_->model_width != width)
+    Fail("{}: is of a residual stream of {} channels, the model's has {}; give the file that was made with this model",
+         file, widening_->model_width, width);
+  if (asked && !asked->automatic && widening_->Width() != width + asked->MostAdded(width))
+    Fail(
+        "{}: was calibrated on a residual stream of {} channels, widen {} makes it {}; leave out --widen, or calibrate "
+        "anew",
+        file, widening_->Width(), asked->ToString(), width + asked->MostAdded(width));
+  Widen(config_, *widening_);
+}
+
+std::string Gemma4Job::PreparationText() const {
+  if (widening_) return "";
+  return fmt::format(
+      "residual stream: counted with {} channels, {}\n", config_.text.hidden_size,
+      widen_.automatic ? "the most that widen auto may come to" : fmt::format("{} of them copies", widen_.channels));
+}
+
+nlohmann::json Gemma4Job::Prepare(const nlohmann::json& saved, const Preparation& preparation) {
+  if (!saved.is_null()) {
+    widening_ = WideningFromJson(saved, "the unfinished run's widening");
+  } else if (!widening_) {
+    Widen(config_, {.model_width = config_.text.ModelWidth()});
+    widening_ = ChooseCopies(MeasureStream(context_, settings_, preparation), config_.text.hidden_size, widen_);
+  }
+  Widen(config_, *widening_);
+  if (!widening_->Empty()) weights_.Widen(*widening_, preparation.directory);
+  prepared_ = true;
+  return ToJson(*widening_);
 }
 
 WeightSource Gemma4Job::Stored() const {
@@ -127,8 +180,12 @@ void Gemma4Job::AddVisionPhases(std::vector<PhaseSpec>& phases) {
   if (const Item* picture = context_.VerifyPicture())
     vision_units_.emplace(context_, *picture_tables_, context_.PictureOf(picture->id).pixel_values);
   std::map<int, Tensor> pixels;
-  for (const Item& image : context_.images)
-    pixels[image.id] = std::move(context_.pictures[image.id - Context::kFirstPicture].pixel_values);
+  for (const Item& image : context_.images) {
+    Tensor& held = context_.pictures[image.id - Context::kFirstPicture].pixel_values;
+    pixels[image.id] = held;
+    // Those stages are the last to read them.
+    if (prepared_ || !NeedsPreparation()) held = Tensor();
+  }
   for (Stage& stage : vision_stages_->All(std::move(pixels)))
     phases.push_back({.name = stage.name, .items = &context_.images, .stage = std::move(stage)});
 }
@@ -224,6 +281,8 @@ void Gemma4Job::Describe(QuantizeResult& result) const {
   result.shortened = data_.shortened;
   result.dated = data_.dated;
   result.max_seq_len = context_.max_seq_len;
+  if (settings_.recipe.widen.value_or(WideningOption{}) != WideningOption{} || !widening_->Empty())
+    result.widening = *widening_;
   DescribeUnused(result);
 }
 

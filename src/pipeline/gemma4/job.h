@@ -26,6 +26,9 @@ class Gemma4Job final : public ModelJob {
   Calibration& GetCalibration() override { return calibration_; }
   std::vector<PhaseSpec> Phases() override;
   const std::vector<Point>& Points() const override { return points_; }
+  bool NeedsPreparation() const override { return !widening_ || !widening_->Empty(); }
+  std::string PreparationText() const override;
+  nlohmann::json Prepare(const nlohmann::json& saved, const Preparation& preparation) override;
   const Item* Repeated() const override { return context_.texts.Repeated(); }
   WeightSource Stored() const override;
   void Prefetch(const std::string& parameter) const override { weights_.Prefetch(parameter); }
@@ -38,6 +41,7 @@ class Gemma4Job final : public ModelJob {
   void Describe(QuantizeResult& result) const override;
 
  private:
+  void SettleWidening(const ParameterStore* frozen);
   void AddVisionPhases(std::vector<PhaseSpec>& phases);
   void AddVisionUnits(PhaseSpec& phase);
   std::string HashOfSamples() const;
@@ -47,6 +51,10 @@ class Gemma4Job final : public ModelJob {
   double load_seconds_ = 0;
   ModelWeights weights_;
   Gemma4Config config_;  // as the weights correct it
+  WideningOption widen_;
+  // Of the stream; none: it is still to be measured, and config_ has as many channels as it may get.
+  std::optional<Widening> widening_;
+  bool prepared_ = false;
   RunData data_;
   Calibration calibration_;
   Context context_;

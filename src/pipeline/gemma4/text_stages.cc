@@ -55,7 +55,7 @@ Graph TextStages::TablesGraph(int64_t length) const {
 }
 
 Tensor TextStages::TableRows(const std::string& name, const Item& item, bool rounded) const {
-  const Tensor& table = context_.weights.Stored(name);
+  const Tensor table = context_.weights.Stored(name);
   const std::vector<int64_t>& ids = context_.SequenceOf(item).ids;
   const PointParams* params = rounded ? context_.calibration.Params().Find(name) : nullptr;
   if (params == nullptr || params->spec.kind == QuantKind::kNone) return ToF32(RowsOf(table, ids));

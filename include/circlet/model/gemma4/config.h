@@ -38,7 +38,8 @@ struct LayerConfig {
 
 struct TextConfig {
   int vocab_size = 0;
-  int hidden_size = 0;
+  int hidden_size = 0;     // channels of the residual stream
+  int added_channels = 0;  // of those, copies that widen it (widening.h)
   int num_heads = 0;
   int ple_dim = 0;         // hidden_size_per_layer_input; 0 = the model has no per-layer embeddings
   int ple_vocab_size = 0;  // 0 without per-layer embeddings
@@ -55,6 +56,12 @@ struct TextConfig {
 
   int NumLayers() const { return static_cast<int>(layers.size()); }
   bool HasPle() const { return ple_dim > 0; }
+  // The width that config.json states and the model's constants are made of.
+  int ModelWidth() const { return hidden_size - added_channels; }
+  // Of the norms over the stream, whose mean is over all channels.
+  float StreamEps() const {
+    return rms_norm_eps * (static_cast<float>(ModelWidth()) / static_cast<float>(hidden_size));
+  }
 };
 
 struct VisionConfig {

@@ -5,7 +5,9 @@
 // Canonical names are those of Gemma4ForConditionalGeneration: "model.language_model.layers.0.mlp.up_proj.weight",
 // "model.vision_tower.std_scale", "model.embed_vision.embedding_projection.weight", "lm_head.weight".
 
+#include <filesystem>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,6 +15,7 @@
 #include "circlet/io/safetensors.h"
 #include "circlet/model/gemma4/config.h"
 #include "circlet/ops/op.h"
+#include "circlet/model/gemma4/widening.h"
 
 namespace circlet {
 
@@ -72,11 +75,17 @@ class ModelWeights {
   // Opens DIRECTORY's tensors; throws as Checkpoint::Open and CheckInventory do.
   static ModelWeights Open(Gemma4Config config, const std::filesystem::path& directory, bool text_only = false);
 
+  // From here on the parameters, and the config, are those of the wider stream. Tables of the vocabulary are written to
+  // files without a name in `directory`, gone with this object, and mapped; all others are made when they are asked
+  // for. Throws Error when the disk is too small.
+  void Widen(const Widening& widening, const std::filesystem::path& directory);
+
   // The config that was given, corrected by the stored tensors.
   const Gemma4Config& GetConfig() const { return config_; }
 
-  // The tensor as stored (mapped; bf16, f16 or f32). Throws Error naming the nearest parameter.
-  const Tensor& Stored(std::string_view name) const;
+  // The tensor as stored (mapped; bf16, f16 or f32), or what the wider stream makes of it. Throws Error naming the
+  // nearest parameter.
+  Tensor Stored(std::string_view name) const;
   // The same as float32; converted anew at each call unless stored so.
   Tensor Float(std::string_view name) const { return ToF32(Stored(name)); }
   bool Has(std::string_view name) const;
@@ -87,16 +96,24 @@ class ModelWeights {
   // Lets it read them ahead.
   void Prefetch(std::string_view name) const;
 
+  // Null: the stream is as the checkpoint has it.
+  const Widening* GetWidening() const { return widened_ ? &widened_->Plan() : nullptr; }
+
   const Inventory& GetInventory() const { return inventory_; }
   const Checkpoint& GetCheckpoint() const { return checkpoint_; }
 
  private:
   ModelWeights(Gemma4Config config, Checkpoint checkpoint, Inventory inventory);
+  // Of the parameter that `name` is tied to, or itself.
+  std::string_view Tied(std::string_view name) const;
   const std::string* StoredName(std::string_view name) const;
+  Tensor InFile(std::string_view name, const std::filesystem::path& directory) const;
 
   Gemma4Config config_;
   Checkpoint checkpoint_;
   Inventory inventory_;
+  std::optional<WidenedParameters> widened_;
+  std::map<std::string, Tensor, std::less<>> wide_tables_;
 };
 
 }  // namespace circlet
