@@ -14,8 +14,8 @@
 
 #include "circlet/io/safetensors.h"
 #include "circlet/model/gemma4/config.h"
-#include "circlet/ops/op.h"
 #include "circlet/model/gemma4/widening.h"
+#include "circlet/ops/op.h"
 
 namespace circlet {
 
