@@ -285,6 +285,7 @@ TEST(SmokeTest, TraceFollowsTheErrorThroughThePoints) {
   EXPECT_EQ(points[0].error_in, 0);
   EXPECT_EQ(points[1].error_in, points[0].error_out);
   EXPECT_EQ(points[1].values.size(), 4u);
+  EXPECT_GT(points[1].own, 0);
   EXPECT_THAT(ExplainText(points[1]), HasSubstr("grid low"));
 }
 
@@ -311,6 +312,9 @@ TEST(SmokeTest, TraceBlamesThePointWhoseGridIsTooCoarseForMostPositions) {
   EXPECT_GT(stream->error_out, 0.5) << "a step of 6 for values of at most 2";
   const nlohmann::json first = TraceJson(points).at("points").at(0);
   EXPECT_EQ(first.at("point"), "stream");
+  const auto norm = std::ranges::find(points, "norm", &TracePoint::name);
+  EXPECT_GT(stream->own, 0.5);
+  EXPECT_LT(norm->own, 0.01) << "it passes on what the stream has lost";
 }
 
 TEST(SmokeTest, TraceLeavesOutThePaddingPatchesOfACase) {

@@ -226,7 +226,7 @@ void AddInspect(CLI::App& app, std::function<int()>& command) {
   AddSmokeOptions(*smoke, *options);
   smoke->callback([options, &command] { command = [options] { return RunMode(*options); }; });
 
-  CLI::App* trace = app.add_subcommand("trace", "List the points of a model by how much the error grows there");
+  CLI::App* trace = app.add_subcommand("trace", "List the points of a model by the error that rounding makes there");
   trace->footer(
       "Example:\n  circlet trace examples/tiny-gemma4 --samples examples/tiny-gemma4/eval/calib.jsonl --recipe w8a16\n"
       "  circlet trace --case gemma4_text_decoder_layer_prefill");

@@ -13,8 +13,10 @@
 #include "circlet/io/names.h"
 #include "circlet/model/gemma4/vision.h"
 #include "circlet/model/gemma4/weights.h"
+#include "circlet/ops/ops.h"
 #include "circlet/preprocess/samples.h"
 #include "circlet/report/terminal.h"
+#include "ops/codes.h"
 #include "smoke/session.h"
 
 namespace circlet {
@@ -113,10 +115,93 @@ std::map<std::string, int64_t> WidthsOf(const Graph& graph) {
   return widths;
 }
 
+// What the grids of a graph do by themselves, each on float values.
+class OwnErrors {
+ public:
+  OwnErrors(const Graph& graph, const Calibration& calibration, const WeightSource& stored)
+      : graph_(graph),
+        calibration_(calibration),
+        stored_(stored),
+        rounding_(calibration),
+        readers_(graph.Values().size()) {
+    for (const Node& node : graph.Nodes())
+      for (const ValueId in : node.in) readers_[in].push_back(&node);
+  }
+
+  double Of(const Node& node, const Point& point, std::span<const float> values, int64_t width) {
+    const bool inside = !std::holds_alternative<QuantPoint>(node.op.kind);  // a fused operator
+    double own = 0;
+    if (PointVisitor* const visitor = rounding_.At(point, {DType::kF32, {width}})) {
+      std::vector<float> before(values.begin(), values.end()), after = before;
+      visitor->Visit(after, 0);
+      if (const Tensor gamma = inside ? Tensor() : GammaBehind(node.out[0]);
+          !gamma.Empty() && gamma.Elements() == width)
+        for (size_t i = 0; i < before.size(); ++i) {
+          const float factor = gamma.F32()[i % width];
+          before[i] *= factor;
+          after[i] *= factor;
+        }
+      own = MedianError(before, after, width);
+    }
+    return std::hypot(own, inside ? 0 : WeightError(node.in[0]));
+  }
+
+ private:
+  static double MedianError(std::span<const float> reference, std::span<const float> rounded, int64_t width) {
+    PositionErrors errors;
+    errors.Add(reference, rounded, width);
+    return Summarize(std::move(errors.relative)).median;
+  }
+
+  // The weight of the norm that reads a value next, through points and scalar factors; empty: something else does.
+  Tensor GammaBehind(ValueId value) const {
+    for (const Node* const reader : readers_[value]) {
+      if (std::holds_alternative<RmsNorm>(reader->op.kind)) {
+        const Value& gamma = graph_.At(reader->in[1]);
+        if (gamma.kind == ValueKind::kWeight) return stored_(gamma.name);
+      } else if (reader->in[0] == value && !reader->out.empty() && KeepsDirections(*reader)) {
+        if (Tensor gamma = GammaBehind(reader->out[0]); !gamma.Empty()) return gamma;
+      }
+    }
+    return {};
+  }
+  bool KeepsDirections(const Node& node) const {
+    if (std::holds_alternative<QuantPoint>(node.op.kind)) return true;
+    return std::holds_alternative<Mul>(node.op.kind) && graph_.TypeOf(node.in[1]).shape.Elements() == 1;
+  }
+
+  // Of the weight that makes a value in a product: inputs of any direction come out that far off on average.
+  double WeightError(ValueId value) const {
+    const int producer = graph_.At(value).node;
+    if (producer < 0) return 0;
+    const Node& node = graph_.Nodes()[producer];
+    if (!std::holds_alternative<FullyConnected>(node.op.kind)) return 0;
+    const Value& weight = graph_.At(node.in[1]);
+    if (weight.kind != ValueKind::kWeight) return 0;
+    const Tensor stored = stored_(weight.name);
+    const Tensor codes = calibration_.CodesOfRows(weight.weight_point.name, stored, 0);
+    if (codes.Empty()) return 0;
+    const Tensor rounded = Tensor::Uninitialized({DType::kF32, stored.GetShape()});
+    Dequantize(codes, *codes.Grid(), 0, rounded.F32());
+    ErrorMetrics error;
+    error.Add(ToF32(stored), rounded);
+    return error.Relative();
+  }
+
+  const Graph& graph_;
+  const Calibration& calibration_;
+  const WeightSource& stored_;
+  FakeQuantReading rounding_;
+  std::vector<std::vector<const Node*>> readers_;
+};
+
 // The graph's points with the error of what feeds each.
-std::vector<TracePoint> Walk(const Graph& graph, const Capture& reference, const Capture& rounded) {
+std::vector<TracePoint> Walk(const SmokePart& part, const Capture& reference, const Capture& rounded,
+                             const Calibration& calibration) {
+  const Graph& graph = part.graph;
   std::vector<TracePoint> points;
   const std::map<std::string, int64_t> widths = WidthsOf(graph);
+  OwnErrors own(graph, calibration, part.stored);
   std::vector<double> error(graph.Values().size(), 0.0);  // by value, of the last point on the way to it
   for (const Node& node : graph.Nodes()) {
     double arriving = 0;
@@ -126,7 +211,9 @@ std::vector<TracePoint> Walk(const Graph& graph, const Capture& reference, const
       if (point.name.empty() || f == nullptr || q == nullptr || f->values.size() != q->values.size() ||
           f->values.empty())
         continue;
-      points.push_back(Describe(point.name, *f, *q, widths.at(point.name)));
+      const int64_t width = widths.at(point.name);
+      points.push_back(Describe(point.name, *f, *q, width));
+      points.back().own = own.Of(node, point, f->values, width);
       points.back().error_in = arriving;
       arriving = points.back().error_out;
     }
@@ -187,7 +274,7 @@ std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe
   Capture reference(nullptr), rounded(&session.GetCalibration());
   session.RunFloat(part, part.evaluation, &reference);
   session.RunRounded(part, part.evaluation, &rounded);
-  std::vector<TracePoint> points = Walk(part.graph, reference, rounded);
+  std::vector<TracePoint> points = Walk(part, reference, rounded, session.GetCalibration());
   for (TracePoint& point : points)
     if (point.name == explain) point.values = reference.Find(explain)->values;
   return points;
@@ -220,16 +307,11 @@ std::vector<SmokePart> ModelParts(const std::filesystem::path& model, const std:
 
 namespace {
 
-// Indices of the points, the largest jump of the error first; before them the first point that jumps by half of it.
+// Indices of the points, the largest error of its own first.
 std::vector<size_t> Ranking(const std::vector<TracePoint>& points) {
   std::vector<size_t> order(points.size());
   std::iota(order.begin(), order.end(), size_t{0});
-  std::ranges::stable_sort(order, std::ranges::greater(), [&](size_t i) { return points[i].Jump(); });
-  const auto first = std::ranges::find_if(
-      points, [&](const TracePoint& point) { return point.Jump() >= points[order.front()].Jump() / 2; });
-  if (first == points.end()) return order;
-  const auto at = std::ranges::find(order, static_cast<size_t>(first - points.begin()));
-  std::rotate(order.begin(), at, at + 1);
+  std::ranges::stable_sort(order, std::ranges::greater(), [&](size_t i) { return points[i].own; });
   return order;
 }
 
@@ -237,14 +319,14 @@ std::vector<size_t> Ranking(const std::vector<TracePoint>& points) {
 
 std::string TraceText(const std::vector<TracePoint>& points, int rows) {
   const std::vector<size_t> order = Ranking(points);
-  TextTable table(
-      {"#", "point", "min", "max", "scale", "grid used %", "clipped %", "error in %", "error out %", "99th %"});
+  TextTable table({"#", "point", "min", "max", "scale", "grid used %", "clipped %", "own error %", "error in %",
+                   "error out %", "99th %"});
   for (size_t i = 0; i < std::min<size_t>(rows, order.size()); ++i) {
     const TracePoint& point = points[order[i]];
     table.Row({std::to_string(order[i]), point.name, fmt::format("{:.4g}", point.min), fmt::format("{:.4g}", point.max),
                point.grid ? fmt::format("{:.4g}", point.grid->scale[0]) : "-", point.grid ? Percent(point.used) : "-",
-               point.grid ? Percent(point.clipped) : "-", Percent(point.error_in), Percent(point.error_out),
-               Percent(point.errors.percentile_99)});
+               point.grid ? Percent(point.clipped) : "-", Percent(point.own), Percent(point.error_in),
+               Percent(point.error_out), Percent(point.errors.percentile_99)});
   }
   std::string text = table.ToString();
   if (points.size() > static_cast<size_t>(rows))
@@ -262,6 +344,7 @@ nlohmann::json TraceJson(const std::vector<TracePoint>& points) {
                        {"min", number(point.min)},
                        {"max", number(point.max)},
                        {"rows", point.errors.positions},
+                       {"own_error", number(point.own)},
                        {"error_in", number(point.error_in)},
                        {"error_out", number(point.error_out)},
                        {"error_out_p99", number(point.errors.percentile_99)}};

@@ -21,9 +21,11 @@ struct TracePoint {
   // holds the largest values. `error_in`: the largest median at the points that feed this one.
   PositionSummary errors;
   double error_in = 0, error_out = 0;  // error_out: errors.median
-  std::vector<float> values;           // float, only of the explained point
-
-  double Jump() const { return error_out - error_in; }
+  // What rounding does here by itself: median error of the float values on this point's grid, with the error of the
+  // weight where a product is in front. Where a norm reads the values next, they are held against each other behind its
+  // weight: a small channel that it amplifies counts as the model sees it.
+  double own = 0;
+  std::vector<float> values;  // float, only of the explained point
 };
 
 // Observes the samples (`iters` of each part; 0 or less: all), freezes and runs the last part's evaluation sample in
@@ -36,7 +38,7 @@ std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe
 // sample; samples with more are an Error.
 std::vector<SmokePart> ModelParts(const std::filesystem::path& model, const std::filesystem::path& samples);
 
-// The first point whose error jumps by at least half of the largest jump, then the others by jump; `rows` in all.
+// Points by their own error, the largest first; `rows` in all.
 std::string TraceText(const std::vector<TracePoint>& points, int rows = 30);
 // All points in the order of TraceText (docs/smoke.md). Figures that are not finite are null.
 nlohmann::json TraceJson(const std::vector<TracePoint>& points);
