@@ -5,13 +5,14 @@
 #include <cstdlib>
 
 #include "circlet/base/error.h"
-#include "circlet/quant/recipe.h"
+#include "circlet/settings/settings.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using circlet::Recipe;
+  using circlet::Settings;
   std::string written;
   try {
-    const Recipe recipe = Recipe::Parse({reinterpret_cast<const char*>(data), size}, "recipe.yaml", {});
+    const Recipe recipe = Settings::Parse({reinterpret_cast<const char*>(data), size}, "recipe.yaml", {}).recipe;
     written = recipe.EffectiveYaml();
     for (const char* point : {"model.language_model.layers.0.mlp.gate_proj", "model.language_model.norm.act_out"}) {
       try {
@@ -22,6 +23,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   } catch (const circlet::Error&) {
     return 0;
   }
-  if (Recipe::Parse(written, "effective_config.yaml", {}).EffectiveYaml() != written) std::abort();
+  if (Settings::Parse(written, "effective_config.yaml", {}).recipe.EffectiveYaml() != written) std::abort();
   return 0;
 }

@@ -104,5 +104,24 @@ TEST(ArchitectureTest, TheDriverKnowsNoModel) {
   EXPECT_GE(files, 20);
 }
 
+// Kinds of weights are said where a weight is born, settings of the program are read in settings/.
+TEST(ArchitectureTest, TheQuantizerNamesNoModel) {
+  int files = 0;
+  for (const char* room : {"src/quant", "include/circlet/quant"})
+    for (const auto& entry : fs::recursive_directory_iterator(kSource / room)) {
+      const std::string name = entry.path().filename();
+      // The texts of the built-in recipe files name the family that they are for.
+      if (!entry.is_regular_file() || name.find("_test.") != name.npos || name == "builtin_recipes.cc") continue;
+      ++files;
+      for (const std::string& line : Lines(entry.path())) {
+        std::string code = line.substr(0, line.find("//"));
+        std::ranges::transform(code, code.begin(), [](unsigned char c) { return std::tolower(c); });
+        for (const char* word : {"gemma", "vision_tower", "_proj", "embed_tokens", "position_embedding", "layernorm"})
+          EXPECT_EQ(code.find(word), std::string::npos) << entry.path() << ": " << line;
+      }
+    }
+  EXPECT_GE(files, 20);
+}
+
 }  // namespace
 }  // namespace circlet

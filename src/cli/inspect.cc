@@ -45,12 +45,12 @@ SmokeRun ReadRun(const InspectOptions& options) {
   SmokeRun run;
   std::vector<std::string> of_runner;
   for (const std::string& assignment : options.set) (OfRunner(assignment) ? of_runner : run.set).push_back(assignment);
-  const Recipe config =
-      options.config.empty() ? Recipe::Parse("{}", "settings", of_runner) : Recipe::Load(options.config, of_runner);
+  const Settings config =
+      options.config.empty() ? Settings::Parse("{}", "settings", of_runner) : Settings::Load(options.config, of_runner);
   const SmokeOptions& smoke = config.smoke;
   if (!options.recipe.empty()) {
     run.recipe = options.recipe;
-  } else if (config.quantizes) {
+  } else if (config.recipe.quantizes) {
     run.recipe = options.config;
   }
   run.size = {.profile = options.profile.empty() ? smoke.size_profile : options.profile,
@@ -100,7 +100,7 @@ int RunCases(const InspectOptions& options) {
   const bool single = options.case_name != "all" && recipes.size() == 1;
   run.plot = run.plot && single;
   // A misspelled recipe is told once, before anything runs.
-  for (const std::string& recipe : recipes) Recipe::Load(recipe.empty() ? cases.front().recipe : recipe, run.set);
+  for (const std::string& recipe : recipes) Settings::Load(recipe.empty() ? cases.front().recipe : recipe, run.set);
   if (options.case_name == "all")
     for (const SmokeCase& known : SmokeCases())
       if (!known.Has(run.size.profile)) fmt::print("{}: left out, has no profile {}\n", known.name, run.size.profile);
@@ -158,7 +158,7 @@ Traced TracedModel(const InspectOptions& options) {
 int RunTrace(const InspectOptions& options) {
   const SmokeRun run = ReadRun(options);
   Traced traced = options.model.empty() ? TracedCase(options, run) : TracedModel(options);
-  const Recipe recipe = Recipe::Load(run.recipe.empty() ? traced.recipe : run.recipe, run.set);
+  const Recipe recipe = Settings::Load(run.recipe.empty() ? traced.recipe : run.recipe, run.set).recipe;
   const std::vector<TracePoint> points = Trace(std::move(traced.parts), recipe, /*iters=*/0, options.explain);
   if (!options.json.empty()) WriteJson(options.json, TraceJson(points));
   if (options.explain.empty()) {

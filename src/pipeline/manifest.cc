@@ -87,7 +87,8 @@ int64_t OutputRun::Bytes() const {
 
 fs::path OutputRun::StateDirectory() const { return directory_.State() / fmt::format("rank.{}", world_.Rank()); }
 
-void OutputRun::Finish(const Calibration& calibration, const UnitWriter& units, const QuantizeResult& result) {
+void OutputRun::Finish(const Settings& settings, const Calibration& calibration, const UnitWriter& units,
+                       const QuantizeResult& result) {
   nlohmann::json pipeline = units.Pipeline();
   nlohmann::json grids = {{"model", result.model}, {"recipe", result.recipe}, {"dialect", result.dialect}};
   if (result.grids) grids["grids"] = ToJson(*result.grids);
@@ -110,7 +111,7 @@ void OutputRun::Finish(const Calibration& calibration, const UnitWriter& units, 
                              {"model", result.model},
                              {"recipe", result.recipe},
                              {"dialect", result.dialect},
-                             {"seed", calibration.GetRecipe().runtime.seed},
+                             {"seed", settings.runtime.seed},
                              {"max_seq_len", result.max_seq_len},
                              {"random_data", result.random_data},
                              {"inputs", inputs_},

@@ -8,6 +8,7 @@
 #include "circlet/pipeline/quantize.h"
 #include "circlet/preprocess/data_file.h"
 #include "circlet/quant/calibration.h"
+#include "circlet/settings/settings.h"
 #include "pipeline/output_directory.h"
 #include "pipeline/units.h"
 
@@ -34,7 +35,8 @@ class OutputRun {
   bool Begin(const nlohmann::json& identity);
   // Writes pipeline.json, qparams.json, report.json, timings.json, effective_config.yaml and manifest.json; then the
   // directory takes its name.
-  void Finish(const Calibration& calibration, const UnitWriter& units, const QuantizeResult& result);
+  void Finish(const Settings& settings, const Calibration& calibration, const UnitWriter& units,
+              const QuantizeResult& result);
 
  private:
   bool IsDone() const;

@@ -369,7 +369,7 @@ QuantizeResult Run::Compute() {
       units_->WriteCodes();
       if (captured_) WriteSafetensors(output->Directory() / "stages.safetensors", captured_->Values());
     });
-    output->Finish(calibration, *units_, result_);
+    output->Finish(settings_.file, calibration, *units_, result_);
   }
   const double run_seconds = SecondsSince(begin);
   if (options.timings)
@@ -443,26 +443,26 @@ void Run::FillResult() {
     result_.notes.push_back(fmt::format("{}: its pipeline has no ptq stage; every point is int16", result_.recipe));
 }
 
-QuantizeOptions WithRecipe(QuantizeOptions options, Recipe& recipe) {
-  if (options.model.empty()) options.model = recipe.model.name_or_path;
+QuantizeOptions WithSettings(QuantizeOptions options, Settings& settings) {
+  if (options.model.empty()) options.model = settings.model.name_or_path;
   if (options.model.empty()) Fail("no checkpoint: give MODEL_DIR, or model.name_or_path in the recipe");
-  if (options.output.empty() && options.exports) options.output = recipe.export_options.output_dir;
+  if (options.output.empty() && options.exports) options.output = settings.export_options.output_dir;
   if (options.output.empty() && options.exports)
     Fail("no output directory: give --output, or export.output_dir in the recipe");
-  if (!options.max_seq_len) options.max_seq_len = recipe.export_options.max_seq_len;
-  if (!options.max_seq_len) options.max_seq_len = recipe.model_args.max_seq;
-  if (!options.max_seq_len) options.max_seq_len = recipe.calibration.seq_len;
-  if (!options.widen.empty()) recipe.widen = WideningOption::Parse(options.widen, "--widen");
+  if (!options.max_seq_len) options.max_seq_len = settings.export_options.max_seq_len;
+  if (!options.max_seq_len) options.max_seq_len = settings.model_args.max_seq;
+  if (!options.max_seq_len) options.max_seq_len = settings.calibration.seq_len;
+  if (!options.widen.empty()) settings.recipe.widen = WideningOption::Parse(options.widen, "--widen");
   if (options.random_images > 0 && options.random_samples.empty())
     Fail("--random-images: goes with --random-samples; pictures of one's own come with --data or --samples");
-  if (recipe.evaluation.enabled && recipe.evaluation.perplexity.enabled && options.eval_text.empty())
-    options.eval_text = recipe.evaluation.perplexity.dataset;
+  if (settings.evaluation.enabled && settings.evaluation.perplexity.enabled && options.eval_text.empty())
+    options.eval_text = settings.evaluation.perplexity.dataset;
   if (options.eval_windows && options.eval_text.empty()) Fail("--eval-windows: has no effect without --eval-text");
   if (options.text_only && !options.eval_captions.empty())
     Fail("--text-only: leaves pictures out, --eval-captions needs them; leave out one of the two");
   if (options.text_only && !options.vision_profile.empty()) Fail("--vision-profile: has no effect with --text-only");
   if (options.text_only && options.random_images > 0) Fail("--random-images: has no effect with --text-only");
-  if (recipe.evaluation.enabled && recipe.evaluation.captions && options.eval_captions.empty())
+  if (settings.evaluation.enabled && settings.evaluation.captions && options.eval_captions.empty())
     Fail("evaluation.coco: circlet downloads nothing; give the pictures and captions with --eval-captions FILE.jsonl");
   return options;
 }
@@ -470,7 +470,7 @@ QuantizeOptions WithRecipe(QuantizeOptions options, Recipe& recipe) {
 }  // namespace
 
 RunSettings::RunSettings(const QuantizeOptions& asked)
-    : recipe(Recipe::Load(asked.recipe, asked.set)), options(WithRecipe(asked, recipe)), world(World()) {
+    : file(Settings::Load(asked.recipe, asked.set)), options(WithSettings(asked, file)), world(World()) {
   if (options.compute == Compute::kBf16 && !Bf16Supported())
     Fail("--compute bf16: takes a processor with AVX-512 BF16; leave it out");
 }

@@ -13,6 +13,7 @@
 #include "circlet/pipeline/quantize.h"
 #include "circlet/preprocess/data_file.h"
 #include "circlet/quant/calibration.h"
+#include "circlet/settings/settings.h"
 #include "pipeline/phase.h"
 #include "pipeline/schedule.h"
 
@@ -24,7 +25,8 @@ struct RunSettings {
   // max_seq_len, evaluation.ppl.dataset.
   explicit RunSettings(const QuantizeOptions& asked);
 
-  Recipe recipe;
+  Settings file;  // the recipe file
+  const Recipe& recipe = file.recipe;
   QuantizeOptions options;
   Communicator& world;
 

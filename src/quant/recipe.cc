@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <set>
 
 #include "circlet/base/error.h"
@@ -131,22 +132,30 @@ int OverridePolicy::Specificity() const {
 }
 
 Recipe Recipe::Load(const std::string& name_or_path, std::span<const std::string> assignments) {
+  return Parse(TextOf(name_or_path), name_or_path, assignments);
+}
+
+std::string Recipe::TextOf(const std::string& name_or_path) {
   const std::vector<std::string> names = BuiltinNames();
-  if (std::ranges::find(names, name_or_path) != names.end())
-    return Parse(BuiltinText(name_or_path), name_or_path, assignments);
+  if (std::ranges::find(names, name_or_path) != names.end()) return BuiltinText(name_or_path);
   const std::filesystem::path path(name_or_path);
   if (!path.has_extension() && !std::filesystem::exists(path))
     Fail("unknown recipe \"{}\"{}; known are {}, or give the path of a YAML file", name_or_path,
          NearestHint(name_or_path, names), fmt::join(names, ", "));
-  return Parse(ReadFile(path, kRecipeLimitBytes), path.string(), assignments);
+  return ReadFile(path, kRecipeLimitBytes);
 }
 
 Recipe Recipe::Parse(std::string_view text, const std::string& file, std::span<const std::string> assignments) {
   YamlNode tree = ParseYaml(text, file);
   if (tree.kind == YamlNode::Kind::kNull) Fail("{}: is empty; a recipe has at least `pipeline: [{{name: ptq}}]`", file);
   for (const std::string& assignment : assignments) ApplyOverride(tree, assignment);
+  const nlohmann::json value = ToJson(tree);
+  return FromTree(tree, JsonObject(value, file, &tree), file);
+}
+
+Recipe Recipe::FromTree(const YamlNode& tree, const JsonObject& root, const std::string& file) {
   Recipe recipe;
-  ReadRecipe(tree, file, recipe);
+  ReadPipeline(root, tree, file, recipe);
   recipe.name_ = file;
   recipe.effective_yaml_ = DumpYaml(tree);
   return recipe;

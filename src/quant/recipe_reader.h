@@ -7,7 +7,7 @@
 
 namespace circlet {
 
-// Fills a recipe's members from its tree; `file` stands in front of errors.
-void ReadRecipe(const YamlNode& tree, const std::string& file, Recipe& recipe);
+// Fills a recipe's members from the section `pipeline` of a file; `file` stands in front of errors.
+void ReadPipeline(const JsonObject& root, const YamlNode& tree, const std::string& file, Recipe& recipe);
 
 }  // namespace circlet

@@ -78,7 +78,6 @@ TEST(RecipeTest, TheFilesUnderRecipesAreTheBuiltInOnes) {
     EXPECT_EQ(ReadFile(directory / (name + ".yaml")), Recipe::BuiltinText(name)) << name;
     const Recipe recipe = Recipe::Load(name);
     EXPECT_TRUE(recipe.quantizes) << name;
-    EXPECT_TRUE(recipe.export_options.circle_per_layer) << name;
     EXPECT_EQ(Recipe::Load((directory / (name + ".yaml")).string()).EffectiveYaml(), recipe.EffectiveYaml()) << name;
   }
 }
@@ -108,149 +107,9 @@ TEST(RecipeTest, UnknownNamesNameTheNearest) {
   EXPECT_THAT(ErrorText([] { Recipe::Load("/no/such/quant.yaml"); }), HasSubstr("/no/such/quant.yaml"));
 }
 
-TEST(RecipeTest, AssignmentsChangeTheTree) {
-  const std::vector<std::string> assignments{"pipeline.ptq.linear_weight=uint8", "export.max_seq_len=64",
-                                             "runtime.seed=7"};
-  const Recipe recipe = Recipe::Load("w4a16", assignments);
-  EXPECT_THAT(Having(recipe, DType::kU4), IsEmpty());
-  EXPECT_EQ(recipe.export_options.max_seq_len, 64);
-  EXPECT_EQ(recipe.runtime.seed, 7u);
-  EXPECT_THAT(recipe.EffectiveYaml(), HasSubstr("linear_weight: uint8"));
-  const std::vector<std::string> misspelled{"pipeline.ptq.linear_wieght=uint8"};
-  EXPECT_THAT(ErrorText([&] { Recipe::Load("w4a16", misspelled); }),
-              HasSubstr("linear_wieght: is no known key; nearest: \"linear_weight\""));
-}
-
-TEST(RecipeTest, EverySectionIsRead) {
-  const Recipe recipe = Recipe::Parse(R"(
-model: {family: gemma4, name_or_path: ./e2b, trust_remote_code: true, hf_token: null}
-runtime: {device: cpu, dtype: fp32, seed: 9, show_progress: false, verbose: true}
-calibration:
-  datasets:
-    - dataset: chats.jsonl
-      split: train
-      n_samples: 12
-    - name: photos
-  seq_len: 256
-model_args:
-  vision: {visual_start_idx: 4, num_visual_tokens: 6, max_soft_tokens: 70, patch_grid_height: 6, patch_grid_width: 9}
-  text: {max_seq: 128, ple_embedding_scale_fusion: false}
-  attention: {profile: npu_export, layout: unrolled, rope: pre_negated_sin}
-pipeline:
-  - {name: gptq, enabled: false, weight_bits: 4}
-  - {name: ptq, activation: uint8, print_overrides: true}
-evaluation:
-  enabled: true
-  n_samples: 5
-  ppl: {enabled: true, dataset: wiki.txt, stride: 64}
-  coco: true
-  llava_bench: {enabled: false, mode: judge}
-export:
-  enabled: true
-  output_dir: out
-  artifacts: [circle_per_layer, ptq_checkpoint]
-  max_seq_len: 128
-  prefill_decode: false
-  vision: {granularity: layer}
-debug:
-  wrapper_smoke:
-    calibration_iters: 2
-    export: {enabled: true, artifact: circle}
-    plot: {enabled: false}
-    llama: {size_profile: tiny}
-    gemma4: {size_profile: e2b_static_runtime, static_runtime: {max_seq: 64, profile: e2b_66x36_264}}
-)",
-                                      "quant.yaml");
-  EXPECT_EQ(recipe.model.name_or_path, "./e2b");
-  EXPECT_EQ(recipe.runtime.seed, 9u);
-  EXPECT_EQ(recipe.smoke.seed, 9u);
-  EXPECT_EQ(Recipe::Parse("{}", "empty.yaml").smoke.seed, 123u);
-  EXPECT_FALSE(recipe.runtime.show_progress);
-  EXPECT_EQ(
-      recipe.calibration.datasets,
-      (std::vector<DataSource>{{.dataset = "chats.jsonl", .split = "train", .n_samples = 12}, {.dataset = "photos"}}));
-  EXPECT_EQ(recipe.calibration.seq_len, 256);
-  EXPECT_EQ(recipe.model_args.patch_grid_width, 9);
-  EXPECT_EQ(recipe.model_args.max_seq, 128);
-  EXPECT_FALSE(recipe.model_args.ple_embedding_scale_fusion);
+TEST(RecipeTest, OtherSectionsOfAFileAreLeftToTheSettings) {
+  const Recipe recipe = Recipe::Parse("runtime: {sed: 3}\npipeline: [{name: ptq, activation: uint8}]\n", "quant.yaml");
   EXPECT_EQ(recipe.specs.activation, QuantSpec::Affine(DType::kU8));
-  EXPECT_TRUE(recipe.print_overrides);
-  EXPECT_TRUE(recipe.evaluation.captions);
-  EXPECT_EQ(recipe.evaluation.perplexity.stride, 64);
-  EXPECT_TRUE(recipe.export_options.checkpoint);
-  EXPECT_EQ(recipe.export_options.vision, ExportOptions::Granularity::kLayer);
-  EXPECT_FALSE(recipe.export_options.prefill_decode);
-  EXPECT_EQ(recipe.smoke.calibration_iters, 2);
-  EXPECT_TRUE(recipe.smoke.export_circle);
-  EXPECT_FALSE(recipe.smoke.plot);
-  EXPECT_EQ(recipe.smoke.static_runtime.max_seq, 64);
-}
-
-TEST(RecipeTest, DataSourcesMayBeAListInOneStringOrAMapping) {
-  const auto sources = [](const std::string& text) {
-    return Recipe::Parse("calibration:\n" + text, "quant.yaml").calibration.datasets;
-  };
-  const std::vector<DataSource> expected{
-      {.dataset = "b"}, {.dataset = "a", .n_samples = 64}, {.dataset = "c", .split = "train", .n_samples = 32}};
-  EXPECT_EQ(sources("  datasets: \"b,a:64,c:train:32\""), expected);
-  EXPECT_EQ(sources("  datasets: [b, \"a:64\", \"c:train:32\"]"), expected);
-  EXPECT_EQ(sources("  datasets: {b: 128, a: 64, c: {split: train, n_samples: 32}}"), expected);
-  EXPECT_EQ(sources("  dataset: c\n  split: train\n  n_samples: 32"), std::vector{expected[2]});
-  EXPECT_THAT(LoadError("calibration: {datasets: \"a:b\"}"), HasSubstr("\"b\" is no number of samples; write name:64"));
-  EXPECT_THAT(LoadError("calibration: {datasets: {a: 0}}"), HasSubstr("0 samples of \"a\"; use 1 or more"));
-  EXPECT_THAT(LoadError("calibration: {datasets: a, dataset: b}"), HasSubstr("keep one of the two"));
-  EXPECT_THAT(LoadError("calibration: {datasets: [{split: train}]}"), HasSubstr("give the name or path of the data"));
-}
-
-TEST(RecipeTest, UnknownKeysAreErrorsWithLineAndNearestKey) {
-  EXPECT_THAT(LoadError("runtime:\n  sed: 3\n"),
-              HasSubstr("quant.yaml:2: runtime.sed: is no known key; nearest: \"seed\""));
-  EXPECT_THAT(LoadError("pipelin: []\n"), HasSubstr("quant.yaml:1: pipelin: is no known key; nearest: \"pipeline\""));
-  EXPECT_THAT(LoadError("pipeline:\n  - name: ptq\n    activaton: int16\n"),
-              HasSubstr("quant.yaml:3: pipeline.0.activaton: is no known key; nearest: \"activation\""));
-  EXPECT_THAT(LoadError("export:\n  vision: {granularty: layer}\n"),
-              HasSubstr("export.vision.granularty: is no known key; nearest: \"granularity\""));
-  EXPECT_THAT(LoadError("export: {max_seq_len: long}"), HasSubstr("export.max_seq_len: expected an integer"));
-  EXPECT_THAT(LoadError("[1, 2]"), HasSubstr("quant.yaml:1: expected an object"));
-}
-
-TEST(RecipeTest, KnownKeysThatAskForMoreThanThereIsAreRefusedByName) {
-  for (const char* text :
-       {"model: {hf_token: abc}", "runtime: {device_map: auto}", "calibration: {filter: {n_per_class: 3}}",
-        "calibration: {allow_benchmark_overlap: true}", "model_args: {assistant: {full_kv_length: 3}}",
-        "evaluation: {enabled: true, mmlu: {enabled: true}}", "evaluation: {enabled: true, vlm_tasks: [vqa]}",
-        "export: {strict: true}", "debug: {tied_embedding: {vocab_size: 3}}", "extensions: [a]",
-        "pipeline: [{name: ptq, norm: int16}]", "pipeline: [{name: ptq, strict_wrap: false}]",
-        "pipeline: [{name: ptq, print_model: true}]"}) {
-    EXPECT_THAT(LoadError(text), HasSubstr("is not supported yet; remove it")) << text;
-  }
-  EXPECT_THAT(LoadError("model: {family: llama}"),
-              HasSubstr("model.family: \"llama\" is not supported yet; use gemma4"));
-  EXPECT_THAT(LoadError("model: {family: gema4}"), HasSubstr("model.family: \"gema4\" is no known value; use gemma4"));
-  EXPECT_THAT(LoadError("runtime: {device: cuda}"), HasSubstr("\"cuda\" is not supported yet; use cpu"));
-  EXPECT_THAT(LoadError("runtime: {dtype: bfloat16}"), HasSubstr("\"bfloat16\" is not supported yet; use float32"));
-  EXPECT_THAT(LoadError("model_args: {attention: reference_eval}"), HasSubstr("is not supported yet; use npu_export"));
-  EXPECT_THAT(LoadError("model_args: {attention: {rope: hf}}"), HasSubstr("is not supported yet; use pre_negated_sin"));
-  EXPECT_THAT(LoadError("export: {ple_embedding_format: pt}"),
-              HasSubstr("\"pt\" is not supported yet; use auto, circle"));
-  EXPECT_THAT(LoadError("evaluation: {ppl: {mode: chat-prefix}}"), HasSubstr("is not supported yet; use raw"));
-  EXPECT_THAT(LoadError("calibration: {seed: 3}"), HasSubstr("has no effect; set runtime.seed"));
-  EXPECT_THAT(
-      LoadError("pipeline:\n  - name: gptq\n"),
-      HasSubstr("quant.yaml:2: pipeline.0.name: stage \"gptq\" is not supported yet; remove it or set enabled: false"));
-  EXPECT_THAT(LoadError("pipeline: [{name: pqt}]"), HasSubstr("unknown stage \"pqt\"; nearest: \"ptq\""));
-  EXPECT_THAT(LoadError("pipeline: [{name: ptq}, {name: ptq}]"), HasSubstr("a second ptq stage; keep one"));
-}
-
-TEST(RecipeTest, FiguresOutsideTheirRangeAreErrors) {
-  EXPECT_THAT(LoadError("export: {max_seq_len: 1}"), HasSubstr("1 is too small; use 2 or more"));
-  EXPECT_THAT(LoadError("runtime: {seed: -1}"), HasSubstr("runtime.seed: -1 is too small; use 0 or more"));
-  EXPECT_THAT(LoadError("export: {artifacts: [onnx]}"),
-              HasSubstr("unknown artifact \"onnx\"; known are circle_per_layer"));
-  EXPECT_THAT(LoadError("model_args: {vision: {image_height: 8}}"),
-              HasSubstr("image_height and image_width belong together"));
-  EXPECT_THAT(LoadError("pipeline: [{name: ptq, activation: {observer: ema}}]"),
-              HasSubstr("activation: names no dtype"));
 }
 
 // ---- Overrides ------------------------------------------------------------------------------------------------------

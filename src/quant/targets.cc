@@ -23,10 +23,15 @@ std::string_view ModuleOf(std::string_view point) {
 }
 
 std::optional<LayerPoint> LayerPointOf(std::string_view point) {
-  Consume(point, "model.");
-  const bool vision = Consume(point, "vision_tower.encoder.");
-  if (!vision) Consume(point, "language_model.");
-  if (!Consume(point, "layers.")) return std::nullopt;
+  constexpr std::string_view kLayers = ".layers.";
+  bool vision = false;
+  if (!Consume(point, kLayers.substr(1))) {
+    const size_t layers = point.find(kLayers);
+    if (layers == point.npos) return std::nullopt;
+    const std::string_view part = point.substr(0, layers);
+    vision = part.starts_with("vision") || part.find(".vision") != part.npos;
+    point.remove_prefix(layers + kLayers.size());
+  }
   int64_t layer = 0;
   const auto [end, error] = std::from_chars(point.data(), point.data() + point.size(), layer);
   if (error != std::errc()) return std::nullopt;

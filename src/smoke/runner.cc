@@ -63,7 +63,7 @@ class Runner {
   }
 
   SmokeSession MakeSession() {
-    const Recipe recipe = Recipe::Load(run_.recipe.empty() ? case_.recipe : run_.recipe, run_.set);
+    const Recipe recipe = Settings::Load(run_.recipe.empty() ? case_.recipe : run_.recipe, run_.set).recipe;
     SmokeSize size = run_.size;
     if (run_.calibration_iters > 0) size.samples = run_.calibration_iters;
     std::vector<SmokePart> parts = case_.build(size);

@@ -1,7 +1,7 @@
 #pragma once
 
-// A recipe: what a model is quantized to, and with which data, export and evaluation (quantization.md 15). One YAML
-// file, or the name of a built-in one.
+// A recipe: what a model is quantized to (quantization.md 15), the section `pipeline` of a YAML file or of a built-in
+// one. The file's other sections are settings of the program (settings/settings.h).
 
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
@@ -11,86 +11,12 @@
 #include <string_view>
 #include <vector>
 
+#include "circlet/io/json.h"
+#include "circlet/io/yaml.h"
 #include "circlet/quant/spec.h"
 #include "circlet/quant/widening.h"
 
 namespace circlet {
-
-struct ModelOptions {
-  std::string family = "gemma4";
-  std::string name_or_path;  // empty: given on the command line
-};
-
-struct RuntimeOptions {
-  uint64_t seed = 42;
-  bool show_progress = true;
-  bool verbose = false;
-};
-
-// One source of calibration samples: a registered name or a path.
-struct DataSource {
-  std::string dataset;
-  std::string split;
-  std::string config;
-  int64_t n_samples = 128;
-  bool operator==(const DataSource&) const = default;
-};
-
-struct CalibrationOptions {
-  std::vector<DataSource> datasets;
-  std::optional<int> seq_len;
-};
-
-// Static layout of an image prompt, and options of the text graphs (quantization.md 15.1).
-struct ModelArgs {
-  std::optional<int> visual_start_idx, num_visual_tokens, max_soft_tokens;
-  std::optional<int> patch_grid_height, patch_grid_width;  // both or neither
-  std::optional<int> image_height, image_width;            // both or neither
-  bool validate_static_layout = false;
-  std::optional<int> max_seq;              // model_args.text.max_seq
-  bool ple_embedding_scale_fusion = true;  // fold sqrt(D) into the PLE table
-};
-
-struct ExportOptions {
-  bool enabled = false;
-  std::string output_dir;        // empty: given on the command line
-  bool checkpoint = false;       // artifact ptq_checkpoint: qparams.json and the recipe, for a later export
-  bool circle_per_layer = true;  // artifact circle_per_layer
-  std::optional<int> max_seq_len;
-  bool prefill_decode = true;
-  enum class Granularity : uint8_t { kMonolithic, kLayer, kBoth } vision = Granularity::kMonolithic;
-};
-
-// Perplexity on text, and captions of images.
-struct EvaluationOptions {
-  bool enabled = false;
-  int64_t n_samples = 50;
-  std::optional<int> max_seq_len;
-  bool verbose = false;
-  struct Perplexity {
-    bool enabled = false;
-    std::string dataset = "wikitext2";
-    std::string split = "test";
-    int stride = 512;
-  } perplexity;
-  bool captions = false;  // evaluation.coco
-};
-
-// debug.wrapper_smoke, with its gemma4 section (quantization.md 11.1, 15.6).
-struct SmokeOptions {
-  int calibration_iters = 3;  // 0 or less: all samples there are
-  std::string output_dir;     // empty: given on the command line
-  bool export_circle = false;
-  bool plot = true;
-  std::string size_profile = "tiny";  // tiny, e2b_dims, e2b_static_runtime
-  uint64_t seed = 123;                // of parameters and samples; runtime.seed where that is given
-  // Replace single figures of e2b_static_runtime.
-  struct StaticRuntime {
-    std::string profile;
-    std::optional<int> max_seq, num_visual_tokens, max_soft_tokens;
-    std::optional<int> patch_grid_height, patch_grid_width, pooling_kernel_size;
-  } static_runtime;
-};
 
 struct Override {
   std::string path;  // as written, dots between parts
@@ -130,10 +56,15 @@ struct BuilderSpecs {
 class Recipe {
  public:
   // A built-in name (default, w4a16, w8a8, mixed8, w8a16, smoke-u8) or the path of a YAML or JSON file, with
-  // assignments "a.b.c=value" on top. Errors name file and line: unknown keys with the nearest known one, keys of the
-  // reference that circlet does not support yet, stages other than ptq, values of the wrong type or out of range.
+  // assignments "a.b.c=value" on top. Errors name file and line: unknown keys of the section with the nearest known
+  // one, keys of the reference that circlet does not support yet, stages other than ptq, values of the wrong type or
+  // out of range. Other sections are passed over; Settings reads all of a file.
   static Recipe Load(const std::string& name_or_path, std::span<const std::string> assignments = {});
   static Recipe Parse(std::string_view text, const std::string& file, std::span<const std::string> assignments = {});
+  // From a file's tree; `root`: the same, whose section is read of it.
+  static Recipe FromTree(const YamlNode& tree, const JsonObject& root, const std::string& file);
+  // The text behind a built-in name or a path.
+  static std::string TextOf(const std::string& name_or_path);
   static std::vector<std::string> BuiltinNames();
   static std::string BuiltinText(std::string_view name);  // throws Error with the nearest name
 
@@ -141,13 +72,6 @@ class Recipe {
   // The whole recipe as read, assignments included, for the manifest and effective_config.yaml.
   const std::string& EffectiveYaml() const { return effective_yaml_; }
 
-  ModelOptions model;
-  RuntimeOptions runtime;
-  CalibrationOptions calibration;
-  ModelArgs model_args;
-  ExportOptions export_options;
-  EvaluationOptions evaluation;
-  SmokeOptions smoke;
   bool quantizes = true;  // whether the pipeline has its ptq stage
   BuilderSpecs specs;
   std::optional<WideningOption> widen;   // of the residual stream; not given: off

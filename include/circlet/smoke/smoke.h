@@ -18,8 +18,8 @@
 #include "circlet/exec/executor.h"
 #include "circlet/graph/graph.h"
 #include "circlet/quant/calibration.h"
-#include "circlet/quant/recipe.h"
 #include "circlet/report/metrics.h"
+#include "circlet/settings/settings.h"
 
 namespace circlet {
 

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "circlet/model/gemma4/config.h"
-#include "circlet/quant/recipe.h"
+#include "circlet/settings/settings.h"
 
 namespace circlet {
 

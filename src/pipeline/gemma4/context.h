@@ -11,6 +11,7 @@
 #include "circlet/model/gemma4/text.h"
 #include "circlet/model/gemma4/weights.h"
 #include "circlet/quant/calibration.h"
+#include "circlet/settings/settings.h"
 #include "pipeline/item.h"
 #include "pipeline/phase.h"
 
@@ -39,6 +40,7 @@ struct Sequence {
 
 struct Context {
   const Gemma4Config& config;
+  const Settings& settings;
   const ModelWeights& weights;
   Calibration& calibration;
   int world_rank = 0, world_size = 1;

@@ -38,13 +38,13 @@ struct SampleFile {
 };
 
 // Exactly one of the options, or else what the recipe names.
-std::vector<SampleFile> SampleFiles(const QuantizeOptions& options, const Recipe& recipe) {
+std::vector<SampleFile> SampleFiles(const QuantizeOptions& options, const Settings& settings) {
   const auto is_tensors = [](const fs::path& path) { return path.extension() == ".safetensors"; };
   std::vector<SampleFile> files;
   if (!options.data.empty()) files.push_back({.path = options.data, .tensors = is_tensors(options.data)});
   if (!options.samples.empty()) files.push_back({.path = options.samples, .tensors = true});
   const size_t given = files.size() + !options.random_samples.empty();
-  const std::vector<DataSource>& datasets = recipe.calibration.datasets;
+  const std::vector<DataSource>& datasets = settings.calibration.datasets;
   if (given > 1 || (given == 0 && datasets.empty() && options.qparams.empty()))
     Fail("calibration data: give exactly one of --data, --samples and --random-samples (found {})", given);
   if (given > 0) return files;
@@ -191,8 +191,8 @@ Sample PatternSample(const VisionProfile& profile, const Gemma4Config& config, s
   return sample;
 }
 
-RunData ReadData(const QuantizeOptions& options, const Recipe& recipe, const Gemma4Config& config) {
-  const std::vector<SampleFile> files = SampleFiles(options, recipe);
+RunData ReadData(const QuantizeOptions& options, const Settings& settings, const Gemma4Config& config) {
+  const std::vector<SampleFile> files = SampleFiles(options, settings);
   if (options.long_samples != LongSamples::kRefuse && !options.max_seq_len)
     Fail("--truncate and --chunk: shorten samples to --max-seq-len; give that too");
   const SampleOptions rules{.vocab_size = config.text.vocab_size,

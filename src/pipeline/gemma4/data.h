@@ -8,7 +8,7 @@
 #include "circlet/model/gemma4/config.h"
 #include "circlet/pipeline/quantize.h"
 #include "circlet/preprocess/samples.h"
-#include "circlet/quant/recipe.h"
+#include "circlet/settings/settings.h"
 #include "model/gemma4/vision_profile.h"
 
 namespace circlet::gemma4 {
@@ -31,7 +31,7 @@ struct RunData {
 };
 
 // Throws Error for data that is missing, damaged, empty or does not fit the model.
-RunData ReadData(const QuantizeOptions& options, const Recipe& recipe, const Gemma4Config& config);
+RunData ReadData(const QuantizeOptions& options, const Settings& settings, const Gemma4Config& config);
 
 // A sample of a layout that none of the data has: a text sample's ids around the picture's slot, and a pattern for the
 // picture. It only tries the machinery.

@@ -49,9 +49,10 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
     : settings_(settings),
       weights_(Timed(load_seconds_, [&] { return OpenWeights(settings.options); })),
       config_(weights_.GetConfig()),
-      data_(Timed(load_seconds_, [&] { return ReadData(settings.options, settings.recipe, config_); })),
+      data_(Timed(load_seconds_, [&] { return ReadData(settings.options, settings.file, config_); })),
       calibration_(settings.recipe, DialectFromName(settings.options.dialect)),
       context_{.config = config_,
+               .settings = settings.file,
                .weights = weights_,
                .calibration = calibration_,
                .world_rank = settings.world.Rank(),
@@ -192,7 +193,7 @@ void Gemma4Job::AddVisionPhases(std::vector<PhaseSpec>& phases) {
 
 void Gemma4Job::AddVisionUnits(PhaseSpec& phase) {
   using Granularity = ExportOptions::Granularity;
-  const Granularity granularity = settings_.recipe.export_options.vision;
+  const Granularity granularity = settings_.file.export_options.vision;
   const auto add = [&](std::vector<UnitSpec> units) {
     std::move(units.begin(), units.end(), std::back_inserter(phase.units));
   };
@@ -219,7 +220,7 @@ int64_t Gemma4Job::OutputBytes() const {
     const bool in_layer = named("language_model.layers.");
     const bool is_head = named("embed_tokens.weight") && config_.tie_word_embeddings;
     // A layer stands in its prefill and its decode file, a tied table in the embedding and the head.
-    bits += own * ((in_layer && recipe.export_options.prefill_decode) || is_head ? 2 : 1) + (whole_ ? own : 0);
+    bits += own * ((in_layer && settings_.file.export_options.prefill_decode) || is_head ? 2 : 1) + (whole_ ? own : 0);
   }
   const int64_t layers = text.NumLayers(), ple = text.HasPle() ? layers * text.ple_dim : 0;
   const int64_t codes =

@@ -30,7 +30,7 @@ TextUnits::TextUnits(const Context& context, TextTables& tables, Head& head)
       config_(context.config.text),
       tables_(tables),
       head_(head),
-      prefill_decode_(context.calibration.GetRecipe().export_options.prefill_decode),
+      prefill_decode_(context.settings.export_options.prefill_decode),
       verify_(context.Verify()) {
   if (verify_ != nullptr) last_ = context.SequenceOf(*verify_).Last();
 }

@@ -67,7 +67,7 @@ std::optional<VisionProfile> AskedProfile(const std::string& asked, const Contex
     profile.Validate(&vision, context.max_seq_len);
     return profile;
   }
-  return ProfileOf(context.calibration.GetRecipe().model_args, asked, vision, context.max_seq_len);
+  return ProfileOf(context.settings.model_args, asked, vision, context.max_seq_len);
 }
 
 // validate_static_layout: every sample with pictures is laid out as the exported vision units are.
@@ -118,7 +118,7 @@ std::optional<Sample> LongestFitting(const RunData& data, const std::optional<Vi
 
 void CheckVisionOptions(const RunData& data, const std::string& profile, const Context& context) {
   const std::optional<VisionProfile> asked = AskedProfile(profile, context);
-  if (context.calibration.GetRecipe().model_args.validate_static_layout)
+  if (context.settings.model_args.validate_static_layout)
     CheckLayouts(data, context.config, asked ? asked : FrequentProfile(context));
   if (!profile.empty() && context.images.Empty())
     Fail("--vision-profile: has no effect without samples that have pictures");

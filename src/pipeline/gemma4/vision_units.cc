@@ -116,7 +116,7 @@ std::vector<UnitSpec> VisionUnits::Parts() const {
 }
 
 UnitSpec VisionUnits::Fusion() const {
-  const bool prefill_decode = context_.calibration.GetRecipe().export_options.prefill_decode;
+  const bool prefill_decode = context_.settings.export_options.prefill_decode;
   const bool apart = context_.GetDialect().fusion_points;
   return {.name = prefill_decode ? "multimodal_fusion_prefill" : "multimodal_fusion",
           .build =
