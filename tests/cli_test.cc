@@ -256,7 +256,7 @@ TEST_F(CliTest, HelpNamesAWorkingCommandForEachVerb) {
 
 TEST_F(CliTest, AModelThatIsNoDirectoryIsRefused) {
   fs::remove_all(model_);
-  ExpectRefused(Quantize(), AllOf(HasSubstr(model_), HasSubstr("is no directory")));
+  ExpectRefused(Quantize(), AllOf(HasSubstr(model_), HasSubstr("does not exist")));
   WriteFile(model_, "x");
   ExpectRefused(Quantize(), AllOf(HasSubstr(model_), HasSubstr("is no directory")));
 }

@@ -147,7 +147,6 @@ std::string Recipe::TextOf(const std::string& name_or_path) {
 
 Recipe Recipe::Parse(std::string_view text, const std::string& file, std::span<const std::string> assignments) {
   YamlNode tree = ParseYaml(text, file);
-  if (tree.kind == YamlNode::Kind::kNull) Fail("{}: is empty; a recipe has at least `pipeline: [{{name: ptq}}]`", file);
   for (const std::string& assignment : assignments) ApplyOverride(tree, assignment);
   const nlohmann::json value = ToJson(tree);
   return FromTree(tree, JsonObject(value, file, &tree), file);

@@ -265,6 +265,7 @@ Settings Settings::Load(const std::string& name_or_path, std::span<const std::st
 
 Settings Settings::Parse(std::string_view text, const std::string& file, std::span<const std::string> assignments) {
   YamlNode tree = ParseYaml(text, file);
+  if (tree.kind == YamlNode::Kind::kNull) Fail("{}: is empty; a recipe has at least `pipeline: [{{name: ptq}}]`", file);
   for (const std::string& assignment : assignments) ApplyOverride(tree, assignment);
   const json value = ToJson(tree);
   const JsonObject root(value, file, &tree);
