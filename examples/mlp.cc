@@ -7,11 +7,7 @@
 #include <map>
 #include <random>
 
-#include "circlet/circle/export.h"
-#include "circlet/exec/executor.h"
-#include "circlet/graph/builder.h"
-#include "circlet/quant/calibration.h"
-#include "circlet/report/metrics.h"
+#include "circlet/circlet.h"
 
 using namespace circlet;
 

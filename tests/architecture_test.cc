@@ -52,8 +52,8 @@ std::vector<std::string> Violations(const std::vector<std::string>& rooms) {
     for (const auto& entry : fs::recursive_directory_iterator(kSource / root)) {
       const std::string name = entry.path().lexically_relative(kSource);
       const bool is_source = name.ends_with(".cc") || name.ends_with(".h");
-      // A test of a room may use what stands on it.
-      if (!is_source || name.ends_with("_test.cc")) continue;
+      // A test of a room may use what stands on it; one header gathers those of all rooms.
+      if (!is_source || name.ends_with("_test.cc") || name == "include/circlet/circlet.h") continue;
       const auto from = RoomOf(entry.path().lexically_relative(kSource / root), rooms);
       if (!from) {
         violations.push_back(name + " lies in no room");

@@ -100,7 +100,22 @@ TEST_F(CliTest, QuantizeShowRunAndVerifyFollowEachOther) {
   const std::string head = out_ + "/lm_head.q.circle";
   const ProgramResult show = RunProgram({"show", head});
   EXPECT_EQ(show.exit_code, 0) << show.err;
-  EXPECT_THAT(show.out, AllOf(HasSubstr("FULLY_CONNECTED"), HasSubstr("RMS_NORM"), HasSubstr("UINT8[256,64]:const")));
+  EXPECT_THAT(show.out, AllOf(HasSubstr("FULLY_CONNECTED"), HasSubstr("RMS_NORM"),
+                              HasSubstr("uint8[256,64] constant, 16.0 KiB")));
+
+  const ProgramResult all = RunProgram({"show", out_});
+  EXPECT_THAT(all.out, AllOf(HasSubstr("lm_head.q.circle"), HasSubstr("-> int16[1,1,256]\n"), HasSubstr(" files, ")));
+  const nlohmann::json listed = nlohmann::json::parse(RunProgram({"show", out_, "--json"}).out);
+  EXPECT_EQ(listed.size(), ReadJson(fs::path(out_) / "pipeline.json").at("units").size());
+  ExpectError({"show", model_}, HasSubstr("holds no .circle file"));
+  // A runtime that goes by name finds what pipeline.json names.
+  for (const auto& unit : ReadJson(fs::path(out_) / "pipeline.json").at("units")) {
+    const auto entry =
+        std::ranges::find_if(listed, [&](const auto& file) { return file.at("file") == unit.at("file"); });
+    for (const char* side : {"inputs", "outputs"})
+      for (size_t i = 0; i < unit.at(side).size(); ++i)
+        EXPECT_EQ(unit.at(side).at(i).at("tensor"), entry->at(side).at(i)) << unit.at("name");
+  }
 
   const SafetensorsFile codes = SafetensorsFile::Open(out_ + "/verify.safetensors");
   const std::string in = directory_.Path() / "in.safetensors", result = directory_.Path() / "result.safetensors";
@@ -175,6 +190,19 @@ TEST_F(CliTest, TheWrittenFilesHaveTheDocumentedKeys) {
   }
 }
 
+TEST_F(CliTest, TheCommandInTheManifestMakesTheSameFilesAgain) {
+  ASSERT_EQ(RunProgram(Quantize({"--set", "pipeline.0.activation={dtype: int16}", "--threads", "1"})).exit_code, 0);
+  const std::string command = ReadJson(fs::path(out_) / "manifest.json").at("command");
+  EXPECT_THAT(command,
+              AllOf(StartsWith("circlet quantize " + model_), HasSubstr("'pipeline.0.activation={dtype: int16}'"),
+                    Not(HasSubstr("--output")), Not(HasSubstr("--threads"))));
+  const std::string again = out_ + ".again";
+  const std::string line = kCircletBinary + command.substr(std::string("circlet").size()) + " --output " + again;
+  ASSERT_EQ(std::system((line + " > /dev/null 2>&1").c_str()), 0) << line;
+  for (const char* file : {"manifest.json", "report.json", "qparams.json", "effective_config.yaml"})
+    EXPECT_EQ(ReadFile(out_ + "/" + file), ReadFile(again + "/" + file)) << file;
+}
+
 TEST_F(CliTest, RandomSamplesAreSaidToBeRandom) {
   const ProgramResult result =
       RunProgram({"quantize", model_, "--random-samples", "2x9", "--units", "deployment", "--output", out_, "--quiet"});
@@ -201,7 +229,8 @@ TEST_F(CliTest, ProgressGoesToStandardErrorAsLinesWhenThatIsNoTerminal) {
   std::erase(arguments, "--quiet");
   const ProgramResult result = RunProgram(arguments);
   ASSERT_EQ(result.exit_code, 0) << result.err;
-  EXPECT_THAT(result.err, AllOf(HasSubstr("layers.0"), HasSubstr("logits"), Not(HasSubstr("\r")), EndsWith("\n")));
+  EXPECT_THAT(result.err, AllOf(HasSubstr("] layers.0  "), HasSubstr("] logits  100 %  0:0"), Not(HasSubstr("\r")),
+                                EndsWith("\n")));
 }
 
 TEST_F(CliTest, DifferingCodesGiveExitCode1) {
@@ -800,6 +829,13 @@ TEST_F(InspectTest, ATraceListsThePointsOfACase) {
     EXPECT_GE(point.at("error_out_p99"), point.at("error_out"));
     EXPECT_THAT(written.out, HasSubstr(point.at("point").get<std::string>()));
   }
+}
+
+TEST_F(InspectTest, ATraceWarnsOfAnOverrideWithoutEffect) {
+  const ProgramResult result =
+      Inspect({"--mode", "trace", "--case", kMlp, "--set", "pipeline.0.raw_overrides.layers.0.mlp.mull=uint8"});
+  EXPECT_EQ(result.exit_code, 0);
+  EXPECT_THAT(result.err, AllOf(StartsWith("circlet: warning: "), HasSubstr("layers.0.mlp.mull")));
 }
 
 TEST_F(InspectTest, APointIsExplainedByItsHistogram) {

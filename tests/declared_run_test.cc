@@ -7,9 +7,11 @@
 #include <set>
 
 #include "circlet/io/json.h"
+#include "error_text.h"
 #include "golden.h"
 #include "pipeline/estimate.h"
 #include "pipeline/gemma4/job.h"
+#include "pipeline/run_state.h"
 #include "temp_directory.h"
 
 namespace circlet {
@@ -76,6 +78,36 @@ TEST_F(DeclaredRun, FrozenGridsLeaveOutTheReadingThatObserves) {
   EXPECT_LT(frozen, observing);
   options_.timings = true;
   EXPECT_NEAR(Quantize(options_).products->flops / frozen, 1, 0.1);
+}
+
+TEST_F(DeclaredRun, TheCallerSeesEachStageAndMayEndTheRun) {
+  std::vector<double> done;
+  options_.on_progress = [&](const ProgressInfo& info) {
+    EXPECT_EQ(info.number, static_cast<int>(done.size()) + 1);
+    done.push_back(info.done);
+    return true;
+  };
+  Quantize(options_);
+  EXPECT_TRUE(std::ranges::is_sorted(done));
+  EXPECT_DOUBLE_EQ(done.back(), 1);
+  options_.output = directory_.Path() / "out";
+  options_.on_progress = [](const ProgressInfo& info) { return info.number < 3; };
+  EXPECT_THAT(ErrorText([&] { Quantize(options_); }), testing::HasSubstr(fmt::format("3 of {} stages", done.size())));
+  EXPECT_FALSE(std::filesystem::exists(options_.output));
+}
+
+TEST_F(DeclaredRun, ARunIsKnownByAllItsInputsAndByNoNumberOfAPipe) {
+  const RunSettings settings(options_);
+  const auto identity = [&](const char* data, const char* first, const char* second) {
+    QuantizeOptions options = options_;
+    options.data = data;
+    const nlohmann::json inputs{{{"file", "calib.jsonl"}, {"sha256", first}},
+                                {{"file", "calib.jsonl"}, {"sha256", second}}};
+    return IdentityOf(options, settings.recipe, 1, "", inputs);
+  };
+  EXPECT_NE(identity("calib.jsonl", "a", "b"), identity("calib.jsonl", "c", "b"));
+  EXPECT_NE(identity("calib.jsonl", "a", "b"), identity("calib.jsonl", "a", "c"));
+  EXPECT_EQ(identity("/dev/fd/63", "a", "b"), identity("/dev/fd/62", "a", "b"));
 }
 
 TEST_F(DeclaredRun, PipelineJsonTellsWholeGraphsFromTheirParts) {

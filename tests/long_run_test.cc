@@ -759,6 +759,31 @@ TEST(DryRun, SaysWhatIsNeededAndWritesNothing) {
   EXPECT_TRUE(fs::is_empty(directory.Path()));
 }
 
+// The files themselves, not the activations beside them: near what a run writes, and never a run that does not fit.
+TEST(DryRun, TheDiskIsWhatARunTakesAndATakenOutputIsRefused) {
+  const TempDirectory directory;
+  for (const auto& [recipe, units] : {std::pair{"default", "auto"}, std::pair{"w4a16", "deployment"}}) {
+    const fs::path out = directory.Path() / recipe;
+    std::vector<std::string> arguments{"quantize", kTiny,       "--data",  kTiny + "/eval/calib.jsonl",
+                                       "--recipe", recipe,      "--units", units,
+                                       "--output", out.string()};
+    arguments.push_back("--dry-run");
+    const ProgramResult dry = RunProgram(arguments);
+    ASSERT_EQ(dry.exit_code, 0) << dry.err;
+    double predicted = 0;
+    ASSERT_EQ(std::sscanf(dry.out.substr(dry.out.find("disk: ")).c_str(), "disk: %lf MiB of files", &predicted), 1);
+    arguments.back() = "--quiet";
+    ASSERT_EQ(RunProgram(arguments).exit_code, 0);
+    double bytes = 0;
+    for (const auto& entry : fs::directory_iterator(out)) bytes += static_cast<double>(entry.file_size());
+    EXPECT_NEAR(predicted * (1 << 20) / bytes, 1, 0.25) << recipe;
+    arguments.back() = "--dry-run";
+    const ProgramResult taken = RunProgram(arguments);
+    EXPECT_EQ(taken.exit_code, 2);
+    EXPECT_THAT(taken.err, HasSubstr("is not empty (it holds \""));
+  }
+}
+
 TEST(DryRun, RefusesWhatNoMemoryCouldHold) {
   for (const auto& [samples, images, message] :
        {std::tuple{"1000000x1000000", "0", "--random-samples 1000000x1000000: 1000000000000 tokens, at most 268435456"},

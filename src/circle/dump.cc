@@ -1,9 +1,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <map>
 
-#include "circle/reader.h"
 #include "circle/schema.h"
 #include "circlet/base/error.h"
 #include "circlet/circle/model.h"
@@ -95,34 +93,6 @@ std::string Dump(const Model& model) {
     text += fmt::format("{} {}{} ({}) -> {}\n", i, OperatorName(op.code), OptionsText(op),
                         TensorTexts(model, op.inputs, ", "), TensorTexts(model, op.outputs, ", "));
   }
-  return text;
-}
-
-std::string Describe(const std::filesystem::path& path) {
-  const FileView file = OpenFile(path);
-  const Model& model = file.model;
-  std::map<const std::byte*, int64_t> constants;  // shared ones count once
-  for (const Tensor& tensor : model.tensors) {
-    if (tensor.IsConstant()) constants[tensor.data.Raw()] = tensor.data.Bytes();
-  }
-  int64_t constant_bytes = 0;
-  for (const auto& [data, bytes] : constants) constant_bytes += bytes;
-  std::map<std::string, int> counts;
-  for (const Operator& op : model.operators) ++counts[OperatorName(op.code)];
-  std::string text = fmt::format("{}: {} bytes, description \"{}\", subgraph \"{}\"\n", path.string(), file.file_bytes,
-                                 model.description, model.subgraph_name);
-  text += fmt::format("tensors: {}, of them {} constants with {} bytes, {} bytes behind the FlatBuffer\n",
-                      model.tensors.size(), constants.size(), constant_bytes, file.external_bytes);
-  text += fmt::format("operators: {}", model.operators.size());
-  for (const auto& [name, count] : counts) text += fmt::format(", {} {}", count, name);
-  text += "\n";
-  const auto list = [&](std::string_view title, const std::vector<int32_t>& indices) {
-    for (size_t k = 0; k < indices.size(); ++k)
-      text += fmt::format("{} {}: {} \"{}\"\n", title, k, TensorText(model, indices[k]),
-                          model.tensors[static_cast<size_t>(indices[k])].name);
-  };
-  list("input", model.inputs);
-  list("output", model.outputs);
   return text;
 }
 

@@ -1,11 +1,13 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
+#include <nlohmann/json.hpp>
 
 #include "circle/reader.h"
 #include "circle/schema.h"
 #include "circle/test_model.h"
 #include "circle/writer.h"
+#include "circlet/circle/listing.h"
 #include "circlet/io/file.h"
 #include "golden.h"
 #include "temp_directory.h"
@@ -60,18 +62,21 @@ TEST(CircleDumpTest, ModelsWithWrongIndicesCanStillBeListed) {
   EXPECT_THAT(Dump(model), AllOf(HasSubstr("outputs: #99:?\n"), HasSubstr("3 OPERATOR_200 (")));
 }
 
-TEST(CircleDumpTest, DescriptionTellsSizesCountsAndNames) {
+TEST(CircleListingTest, NamesTypesBytesAndGridsStandInTextAndJson) {
   const TempDirectory directory;
   const fs::path path = directory.Path() / "m.circle";
   Write(SmallModel(), path, {0});
-  EXPECT_EQ(Describe(path), fmt::format(R"({}: {} bytes, description "circle", subgraph "subgraph"
-tensors: 9, of them 4 constants with 28 bytes, 28 bytes behind the FlatBuffer
-operators: 4, 1 FULLY_CONNECTED, 1 MUL, 1 RESHAPE, 1 RMS_NORM
-input 0: #0:INT16[1,-1,8]:s=0.5,z=0 "x"
-output 0: #8:INT16[-1,3]:s=1.0,z=0 "z"
-output 1: #4:INT16[1,-1,3]:s=3.0517578e-05,z=0 "n"
-)",
-                                        path.string(), fs::file_size(path)));
+  const std::string text = ListingText(path);
+  EXPECT_THAT(text, AllOf(HasSubstr(fmt::format("{} bytes, of them 28 in constants", fs::file_size(path))),
+                          HasSubstr("operators: 4, 1 FULLY_CONNECTED, 1 MUL, 1 RESHAPE, 1 RMS_NORM\n"),
+                          HasSubstr("input 0: x  int16[1,S,8], 16 B, scale 0.5, zero point 0\n"),
+                          HasSubstr("uint4[3,8] constant, 12 B, 3 scales "), HasSubstr("\n3 MUL")));
+  const nlohmann::json json = nlohmann::json::parse(ListingJson(path));
+  const auto& input = json.at("tensors").at(json.at("inputs").at(0).get<int>());
+  EXPECT_EQ(input.at("name"), "x");
+  EXPECT_EQ(input.at("shape"), nlohmann::json({1, "S", 8}));
+  EXPECT_EQ(json.at("operators").at(0).at("name"), "FULLY_CONNECTED");
+  EXPECT_EQ(json.at("tensors").at(1).at("scale").size(), 3);
 }
 
 TEST(CircleSchemaTest, NamesAreUniqueAndOptionsAreStatedByIdOnce) {

@@ -3,7 +3,7 @@
 #include <memory>
 
 #include "circlet/base/error.h"
-#include "circlet/circle/model.h"
+#include "circlet/circle/listing.h"
 #include "circlet/io/file.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/pipeline/verify.h"
@@ -38,13 +38,22 @@ void AddVerify(CLI::App& app, std::function<int()>& command) {
 }
 
 void AddShow(CLI::App& app, std::function<int()>& command) {
-  auto file = std::make_shared<std::string>();
-  CLI::App* show = app.add_subcommand("show", "List a Circle file: tensors, grids, operators");
-  show->footer("Example:\n  circlet show out/lm_head.q.circle");
-  show->add_option("FILE", *file, "Circle file")->required();
-  show->callback([file, &command] {
-    command = [file] {
-      fmt::print("{}{}", circle::Describe(*file), circle::Dump(circle::Read(*file)));
+  struct Options {
+    std::string path;
+    bool json = false;
+  };
+  auto options = std::make_shared<Options>();
+  CLI::App* show =
+      app.add_subcommand("show", "List a Circle file, or all of a directory: tensors, bytes, grids, operators");
+  show->footer("Example:\n  circlet show out/lm_head.q.circle\n  circlet show out/");
+  show->add_option("FILE", options->path, "Circle file, or a directory of them")->required();
+  show->add_flag("--json", options->json, "As JSON");
+  show->callback([options, &command] {
+    command = [options] {
+      const bool all = std::filesystem::is_directory(options->path);
+      const auto text = all ? (options->json ? circle::DirectoryJson : circle::DirectoryText)
+                            : (options->json ? circle::ListingJson : circle::ListingText);
+      fmt::print("{}", text(options->path));
       return 0;
     };
   });

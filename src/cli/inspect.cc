@@ -159,7 +159,9 @@ int RunTrace(const InspectOptions& options) {
   const SmokeRun run = ReadRun(options);
   Traced traced = options.model.empty() ? TracedCase(options, run) : TracedModel(options);
   const Recipe recipe = Settings::Load(run.recipe.empty() ? traced.recipe : run.recipe, run.set).recipe;
-  const std::vector<TracePoint> points = Trace(std::move(traced.parts), recipe, /*iters=*/0, options.explain);
+  std::vector<std::string> unused;
+  const std::vector<TracePoint> points = Trace(std::move(traced.parts), recipe, /*iters=*/0, options.explain, &unused);
+  for (const std::string& text : unused) fmt::print(stderr, "circlet: warning: {}\n", text);
   if (!options.json.empty()) WriteJson(options.json, TraceJson(points));
   if (options.explain.empty()) {
     fmt::print("{}", TraceText(points, options.rows));

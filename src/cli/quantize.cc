@@ -139,6 +139,7 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
       options->exports = true;
       options->progress = switches->quiet ? nullptr : stderr;
       if (switches->dry_run) return PrintFirst(DryRun(*options));
+      options->command = RepeatableCommand();
       TellWhenRunStopped(*options);
       const QuantizeResult result = Quantize(*options);
       if (result.done_already)

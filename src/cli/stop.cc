@@ -6,6 +6,7 @@
 #include <atomic>
 #include <deque>
 #include <fstream>
+#include <set>
 #include <vector>
 
 namespace circlet {
@@ -24,6 +25,13 @@ void HandleUnlessIgnored(int signal) {
   if (sigaction(signal, nullptr, &action) != 0 || action.sa_handler == SIG_IGN) return;
   action.sa_handler = Stop;
   sigaction(signal, &action, nullptr);
+}
+
+std::vector<std::string> Words() {
+  std::ifstream file("/proc/self/cmdline", std::ios::binary);
+  std::vector<std::string> words;
+  for (std::string word; std::getline(file, word, '\0');) words.push_back(word);
+  return words;
 }
 
 std::string Quoted(const std::string& word) {
@@ -46,15 +54,32 @@ void TellWhenStopped(std::string text) {
 }
 
 std::string CommandLine(const std::string& dropped, const std::string& added) {
-  std::ifstream file("/proc/self/cmdline", std::ios::binary);
   std::string line;
   bool there = added.empty();
-  for (std::string word; std::getline(file, word, '\0');) {
+  for (const std::string& word : Words()) {
     if (word == dropped) continue;
     there |= word == added;
     line += (line.empty() ? "" : " ") + Quoted(word);
   }
   return there ? line : line + " " + added;
+}
+
+std::string RepeatableCommand() {
+  static const std::set<std::string> flags{"--force", "--resume", "--quiet", "--timings"};
+  static const std::set<std::string> valued{"--output", "-o", "--threads", "--memory-limit", "--save-every"};
+  std::string line = "circlet";
+  const std::vector<std::string> words = Words();
+  for (size_t i = 1; i < words.size(); ++i) {
+    const std::string name = words[i].substr(0, words[i].find('='));
+    if (flags.contains(name)) continue;
+    if (valued.contains(name)) {
+      i += name == words[i];  // its value is the next word
+      continue;
+    }
+    line += ' ';
+    line += Quoted(words[i]);
+  }
+  return line;
 }
 
 }  // namespace circlet

@@ -12,4 +12,7 @@ void TellWhenStopped(std::string text);
 // This process's command line for a shell, without `dropped` and with `added` at its end unless it is there.
 std::string CommandLine(const std::string& dropped, const std::string& added);
 
+// This process's command line without what decides no byte of a result: where it goes, and how the run is made.
+std::string RepeatableCommand();
+
 }  // namespace circlet

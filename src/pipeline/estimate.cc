@@ -64,6 +64,49 @@ StageEstimate EstimateStage(const Stage& stage, const ItemSet& items, int rank) 
   return estimate;
 }
 
+namespace {
+
+// Bytes of an end's codes; ids stay as they are, float values become 16 bits at most.
+int64_t CodeBytes(const TensorType& type) {
+  return type.dtype == DType::kF32 ? type.shape.Elements() * static_cast<int64_t>(sizeof(int16_t)) : type.Bytes();
+}
+
+}  // namespace
+
+int64_t FilesBytes(std::span<const PhaseSpec> phases, const Calibration& calibration) {
+  constexpr int64_t kOperatorBytes = 400;  // in a file: the operator, its tensors' names and grids
+  constexpr int64_t kGridBytes = 56;       // in qparams.json: range, scale and zero point of one channel
+  int64_t bytes = 0;
+  std::map<std::string, int64_t> channels, codes;  // by parameter; by key, as equal ends are stored once
+  for (const PhaseSpec& phase : phases)
+    for (const UnitSpec& unit : phase.units) {
+      const Graph graph = unit.build();
+      bytes += kOperatorBytes * static_cast<int64_t>(graph.Nodes().size());
+      for (const Value& value : graph.Values()) {
+        if (value.kind == ValueKind::kConstant) bytes += CodeBytes(value.type);
+        if (value.kind != ValueKind::kWeight) continue;
+        const PointSpec spec = value.weight_point.name.empty()
+                                   ? PointSpec{.kind = QuantKind::kNone}
+                                   : calibration.GetRecipe().SpecFor(value.weight_point, calibration.GetDialect());
+        bytes +=
+            spec.kind == QuantKind::kAffine ? TensorType{spec.dtype, value.type.shape}.Bytes() : value.type.Bytes();
+        channels[value.name] = value.weight_axis < 0 ? 1 : value.type.shape[value.weight_axis];
+      }
+      if (unit.item == nullptr) continue;
+      const auto add = [&](const std::string& name, const std::map<std::string, std::string>& keys, ValueId end) {
+        const auto key = keys.find(name);
+        const TensorType& type = graph.TypeOf(end);
+        codes[(key == keys.end() ? unit.name + "." + name : key->second) + type.ToString()] = CodeBytes(type);
+      };
+      for (const ValueId input : graph.Inputs()) add(graph.At(input).name, unit.keys, input);
+      for (const Graph::Output& output : graph.Outputs())
+        add(output.name, unit.output_keys.contains(output.name) ? unit.output_keys : unit.keys, output.value);
+    }
+  for (const auto& [name, count] : channels) bytes += count * kGridBytes;
+  for (const auto& [key, size] : codes) bytes += size;
+  return bytes;
+}
+
 double MeasuredFlops() {
   constexpr int64_t kRows = 1024, kWidth = 1536, kColumns = 2048;
   const Tensor x({DType::kF32, {kRows, kWidth}}), w({DType::kF32, {kColumns, kWidth}}),

@@ -4,9 +4,11 @@
 // the disk before anything is computed.
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "circlet/quant/calibration.h"
 #include "pipeline/phase.h"
 
 namespace circlet {
@@ -15,6 +17,9 @@ namespace circlet {
 double ProductFlops(const Graph& graph);
 
 StageEstimate EstimateStage(const Stage& stage, const ItemSet& items, int rank);
+
+// Of all that the units' graphs become: Circle files, their codes in verify.safetensors, their grids in qparams.json.
+int64_t FilesBytes(std::span<const PhaseSpec> phases, const Calibration& calibration);
 
 // Floating-point operations a second that products of this machine reach, measured in a fraction of a second.
 double MeasuredFlops();

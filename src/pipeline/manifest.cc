@@ -116,6 +116,7 @@ void OutputRun::Finish(const Settings& settings, const Calibration& calibration,
                              {"random_data", result.random_data},
                              {"inputs", inputs_},
                              {"outputs", outputs}};
+  if (!options_.command.empty()) manifest["command"] = options_.command;
   if (result.grids) manifest["grids"] = ToJson(*result.grids);
   if (widened) manifest["widening"] = ToJson(*result.widening);
   WriteJson(Directory() / kManifestFile, manifest);

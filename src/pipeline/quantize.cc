@@ -74,6 +74,14 @@ std::filesystem::path NearestDirectory(std::filesystem::path path) {
   return path;
 }
 
+// What a run would refuse of its output directory, without making it.
+void RequireVacant(const QuantizeOptions& options) {
+  std::error_code none;
+  if (options.output.empty() || options.force || options.resume) return;
+  if (std::filesystem::exists(options.output, none) && !std::filesystem::is_empty(options.output, none))
+    PrepareOutputDirectory(options.output);
+}
+
 // What cannot be exported is said before anything is computed.
 void CheckExportable(const Calibration& calibration, const std::vector<Point>& points) {
   for (const Point& point : points) {
@@ -218,11 +226,12 @@ int64_t Run::ActivationBudget() const { return settings_.options.memory_limit / 
 
 int64_t Run::NeededDisk() const {
   const int64_t activations = schedule_.PeakBytes();
-  if (settings_.Writes()) return job_.OutputBytes() + activations;
+  if (settings_.Writes()) return FilesBytes(phases_, job_.GetCalibration()) + activations;
   return std::max<int64_t>(0, activations - std::max<int64_t>(0, ActivationBudget()));
 }
 
 std::string Run::DryRun() const {
+  RequireVacant(settings_.options);
   const double rate = MeasuredFlops();
   TextTable table({"stage", "weights", "working memory", "GFLOP", "seconds"});
   double flops = 0;
@@ -241,7 +250,7 @@ std::string Run::DryRun() const {
                       : activations > ActivationBudget() ? "what does not fit goes to files"
                                                          : "enough");
   if (!settings_.Writes()) return text;
-  const int64_t files = job_.OutputBytes();
+  const int64_t files = FilesBytes(phases_, job_.GetCalibration());
   RequireFreeSpace(NearestDirectory(settings_.options.output), files + activations);
   text += fmt::format("disk: {} of files, up to {} of activations until the run is over\n", HumanBytes(files),
                       HumanBytes(activations));
@@ -294,7 +303,10 @@ void Run::RunPhase(int number) {
   });
   if (writes)
     clock.Time("export", [&] {
-      for (const UnitSpec& unit : phase.units) units_->Write(unit, rounded);
+      for (const UnitSpec& unit : phase.units) {
+        progress_->Say("writing " + unit.name);
+        units_->Write(unit, rounded);
+      }
       for (const auto& [name, write] : phase.files) units_->WriteFile(name, write);
       for (const std::string& parameter : schedule_.CodesMadeIn(number))
         store_.Put(kCodesItem, Chain::kQuant, CodesKey(parameter), rounded.Codes(parameter),
@@ -306,14 +318,23 @@ void Run::RunPhase(int number) {
 }
 
 void Run::RunPhases(RunState* state, RunParts* parts, OutputRun* output) {
+  constexpr double kFlopsPerByte = 50;  // what a weight's byte costs to read, round and write, in terms of products
   progress_.emplace(settings_.world.Rank() == 0 ? settings_.options.progress : nullptr);
+  std::vector<double> costs;
+  for (const StageEstimate& estimate : estimates_)
+    costs.push_back(estimate.flops + kFlopsPerByte * static_cast<double>(estimate.weight_bytes));
+  progress_->Plan(std::move(costs), result_.resumed_phases);
   for (int done = result_.resumed_phases; done < result_.phases; ++done) {
     if (done + 1 < result_.phases) Prefetch(phases_[done + 1]);
     RunPhase(done);
-    if (state == nullptr) continue;
-    if (!state->Save(done + 1, *parts)) continue;
-    output->Keep();
-    TellSaved(done + 1);
+    if (state != nullptr && state->Save(done + 1, *parts)) {
+      output->Keep();
+      TellSaved(done + 1);
+    }
+    const QuantizeOptions& options = settings_.options;
+    if (options.on_progress && !options.on_progress({phases_[done].name, done + 1, result_.phases, progress_->Done(),
+                                                     progress_->SecondsLeft()}))
+      Fail("stopped by the caller behind {}, {} of {} stages", phases_[done].name, done + 1, result_.phases);
   }
   progress_->End();
 }

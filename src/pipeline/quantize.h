@@ -66,8 +66,6 @@ class ModelJob {
   virtual void Prefetch(const std::string& parameter) const = 0;
   virtual void Release(const std::string& parameter) const = 0;
 
-  // The Circle files, and verify.safetensors.
-  virtual int64_t OutputBytes() const = 0;
   // Memory that the largest unit takes when it is run in one piece.
   virtual int64_t WholeGraphBytes() const = 0;
 

@@ -72,6 +72,30 @@ std::string PerplexityText(const Perplexity& perplexity) {
       perplexity.tokens, WithError(fmt::format("{:+.4g}", difference.value), difference.standard_error));
 }
 
+// Bytes by part: units whose names differ by the number at the end are one.
+std::string SizesText(const QuantizeResult& result) {
+  struct Part {
+    std::string name;
+    int64_t files = 0, bytes = 0;
+  };
+  std::vector<Part> parts;
+  int64_t bytes = 0, operators = 0;
+  for (const UnitFile& unit : result.units) {
+    const size_t end = unit.name.find_last_not_of("0123456789") + 1;
+    const std::string name = unit.name.substr(0, end) + (end < unit.name.size() ? "I" : "");
+    auto part = std::ranges::find(parts, name, &Part::name);
+    if (part == parts.end()) part = parts.insert(parts.end(), {name});
+    ++part->files;
+    part->bytes += unit.bytes;
+    bytes += unit.bytes;
+    operators += unit.operators;
+  }
+  TextTable table({"part", "files", "bytes"});
+  for (const Part& part : parts) table.Row({part.name, fmt::format("{}", part.files), HumanBytes(part.bytes)});
+  return fmt::format("{}{} Circle files, {} operators, {}; the checkpoint's weights are {}\n", table.ToString(),
+                     result.units.size(), operators, HumanBytes(bytes), HumanBytes(result.weight_bytes));
+}
+
 }  // namespace
 
 std::string ReportText(const QuantizeResult& result) {
@@ -122,14 +146,7 @@ std::string ReportText(const QuantizeResult& result) {
     text += fmt::format("captions: float {} of {}, quantized {}; {}\n", captions->float_exact, captions->pictures,
                         captions->quantized_exact, AgreementText(captions->agreement));
   if (!result.vision_profile.empty()) text += fmt::format("vision units: {}\n", result.vision_profile);
-  if (!result.units.empty()) {
-    int64_t bytes = 0, operators = 0;
-    for (const UnitFile& unit : result.units) {
-      bytes += unit.bytes;
-      operators += unit.operators;
-    }
-    text += fmt::format("\n{} Circle files, {} operators, {}\n", result.units.size(), operators, HumanBytes(bytes));
-  }
+  if (!result.units.empty()) text += "\n" + SizesText(result);
   if (result.compute_change) {
     const ComputeChange& change = *result.compute_change;
     text += fmt::format("products in bf16; {} in float32 beside it: ", change.sample);
@@ -162,6 +179,7 @@ std::string ReportJson(const QuantizeResult& result) {
                       {"skipped", result.skipped},
                       {"shortened", result.shortened},
                       {"dated", result.dated},
+                      {"weight_bytes", result.weight_bytes},
                       {"points", result.points},
                       {"max_seq_len", result.max_seq_len},
                       {"unused_tensors", result.unused_tensors},

@@ -92,6 +92,12 @@ std::string FirstChange(const nlohmann::json& before, const nlohmann::json& now,
   return place;
 }
 
+// A pipe of the shell, <(command), has another number each time; what came out of it is known by its hash.
+std::string NameOf(const fs::path& path) {
+  const fs::path folder = path.parent_path();
+  return folder == "/dev/fd" || folder == "/proc/self/fd" ? "pipe" : path.filename().string();
+}
+
 }  // namespace
 
 nlohmann::json SaveChange(const ComputeChange& change) {
@@ -113,7 +119,11 @@ ComputeChange RestoreChange(const nlohmann::json& json) {
 nlohmann::json IdentityOf(const QuantizeOptions& options, const Recipe& recipe, int processes,
                           const std::string& samples_hash, const nlohmann::json& inputs) {
   nlohmann::json files = nlohmann::json::object();
-  for (const nlohmann::json& input : inputs) files[input.at("file").get<std::string>()] = input.at("sha256");
+  for (const nlohmann::json& input : inputs) {
+    std::string name = input.at("file");
+    while (files.contains(name)) name += " of another folder";
+    files[name] = input.at("sha256");
+  }
   return {{"circlet version", CIRCLET_VERSION},
           {"instruction set", InstructionSets()},
           {"file", files},
@@ -128,7 +138,7 @@ nlohmann::json IdentityOf(const QuantizeOptions& options, const Recipe& recipe, 
             {"--eval-windows", options.eval_windows.value_or(0)},
             {"--eval-text", options.eval_text.filename().string()},
             {"--eval-captions", options.eval_captions.filename().string()},
-            {"--data", options.data.filename().string()},
+            {"--data", NameOf(options.data)},
             {"--samples", options.samples.filename().string()},
             {"--qparams", options.qparams.filename().string()},
             {"--units", static_cast<int>(options.units)},

@@ -24,7 +24,7 @@ Tensor InBytes(const Tensor& codes) {
 
 UnitEnd EndOf(const circle::Tensor& tensor, const std::string& name, const std::map<std::string, std::string>& keys) {
   const auto key = keys.find(name);
-  return {name, key == keys.end() ? "" : key->second, tensor.type, tensor.signature, tensor.qparams};
+  return {name, key == keys.end() ? "" : key->second, tensor.name, tensor.type, tensor.signature, tensor.qparams};
 }
 
 }  // namespace
@@ -125,7 +125,7 @@ void UnitWriter::WriteCodes() const {
 }
 
 nlohmann::json ToJson(const UnitEnd& end) {
-  nlohmann::json json{{"name", end.name}, {"key", end.key}, {"dtype", Name(end.type.dtype)}};
+  nlohmann::json json{{"name", end.name}, {"key", end.key}, {"tensor", end.tensor}, {"dtype", Name(end.type.dtype)}};
   json["shape"] = nlohmann::json::array();
   for (int axis = 0; axis < end.type.shape.Rank(); ++axis) {
     const bool open = !end.signature.empty() && end.signature[axis] < 0;
@@ -143,6 +143,7 @@ namespace {
 nlohmann::json SaveEnd(const UnitEnd& end) {
   nlohmann::json json{{"name", end.name},
                       {"key", end.key},
+                      {"tensor", end.tensor},
                       {"dtype", Name(end.type.dtype)},
                       {"shape", end.type.shape.Sizes()},
                       {"signature", end.signature}};
@@ -154,7 +155,7 @@ nlohmann::json SaveEnd(const UnitEnd& end) {
 }
 
 UnitEnd RestoreEnd(const nlohmann::json& json) {
-  UnitEnd end{.name = json.at("name"), .key = json.at("key")};
+  UnitEnd end{.name = json.at("name"), .key = json.at("key"), .tensor = json.at("tensor")};
   end.type = {DTypeFromName(json.at("dtype").get<std::string>()), Shape(json.at("shape").get<std::vector<int64_t>>())};
   end.signature = json.at("signature").get<std::vector<int32_t>>();
   if (!json.contains("grid")) return end;

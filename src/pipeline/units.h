@@ -22,6 +22,7 @@ namespace circlet {
 struct UnitEnd {
   std::string name;  // "hidden"
   std::string key;   // "hidden.3"
+  std::string tensor;  // its name in the file
   TensorType type;   // storage type and shape, 1 for an open size
   std::vector<int32_t> signature;
   std::optional<QParams> grid;

@@ -125,20 +125,31 @@ Progress::Progress(std::FILE* out, std::function<double()> seconds)
 
 Progress::~Progress() { End(); }
 
+void Progress::Plan(std::vector<double> costs, int done) {
+  costs_ = std::move(costs);
+  number_ = first_ = done;
+  plan_begun_ = seconds_();
+}
+
 void Progress::Begin(std::string stage, int64_t total) {
   End();
   stage_ = std::move(stage);
   total_ = total;
   done_ = 0;
+  ++number_;
   begun_ = shown_ = seconds_();
   open_ = true;
   if (terminal_) Show(false);
 }
 
 void Progress::Advance(int64_t count) {
-  constexpr double kTerminalPause = 0.1, kPlainPause = 1.0;  // seconds
+  constexpr double kTerminalPause = 0.1, kPlainPause = 60;  // seconds
   done_ += count;
   if (seconds_() - shown_ >= (terminal_ ? kTerminalPause : kPlainPause)) Show(false);
+}
+
+void Progress::Say(std::string_view what) {
+  if (open_ && terminal_) Show(false, what);
 }
 
 void Progress::End() {
@@ -147,15 +158,48 @@ void Progress::End() {
   open_ = false;
 }
 
-void Progress::Show(bool last) {
+double Progress::Share() const {
+  return !open_ || total_ <= 0 ? 1 : std::min(1.0, static_cast<double>(done_) / static_cast<double>(total_));
+}
+
+double Progress::Done() const {
+  double all = 0, done = 0;
+  for (int i = 0; i < static_cast<int>(costs_.size()); ++i) {
+    all += costs_[i];
+    done += costs_[i] * (i + 1 < number_ ? 1 : i + 1 == number_ ? Share() : 0);
+  }
+  return all > 0 ? done / all : 1;
+}
+
+double Progress::SecondsLeft() const {
+  double all = 0, before = 0;
+  for (int i = 0; i < static_cast<int>(costs_.size()); ++i) (i < first_ ? before : all) += costs_[i];
+  const double made = Done() * (all + before) - before;
+  return made > 0 ? (seconds_() - plan_begun_) / made * (all - made) : 0;
+}
+
+void Progress::Show(bool last, std::string_view said) {
   if (out_ == nullptr) return;
   shown_ = seconds_();
   const double elapsed = shown_ - begun_;
-  std::string text = fmt::format("{}: {}/{}", stage_, done_, total_);
-  if (last) {
-    text += fmt::format(", {}", Clock(elapsed));
-  } else if (done_ > 0 && total_ > done_) {
-    text += fmt::format(", {} left", Clock(elapsed / static_cast<double>(done_) * static_cast<double>(total_ - done_)));
+  std::string text;
+  if (!costs_.empty()) {
+    text = fmt::format("[{}/{}] {}  {:.0f} %", number_, costs_.size(), stage_, 100 * Done());
+    if (last) {
+      text += fmt::format("  {}", Clock(elapsed));
+    } else if (!said.empty()) {
+      text += fmt::format("  {}", said);
+    } else if (const double left = SecondsLeft(); left > 0) {
+      text += fmt::format("  {} left", Clock(left));
+    }
+  } else {
+    text = fmt::format("{}: {}/{}", stage_, done_, total_);
+    if (last) {
+      text += fmt::format(", {}", Clock(elapsed));
+    } else if (done_ > 0 && total_ > done_) {
+      text +=
+          fmt::format(", {} left", Clock(elapsed / static_cast<double>(done_) * static_cast<double>(total_ - done_)));
+    }
   }
   const std::string line = terminal_ ? "\r" + Padded(text, shown_width_) + (last ? "\n" : "") : text + "\n";
   shown_width_ = last ? 0 : DisplayWidth(text);

@@ -205,19 +205,33 @@ class ProgressTest : public ::testing::Test {
   double now_ = 100;
 };
 
-TEST_F(ProgressTest, OffATerminalLinesComeAtMostOnceASecondAndAtTheEnd) {
+TEST_F(ProgressTest, OffATerminalLinesComeOnceAMinuteAndAtTheEnd) {
   Progress progress(file_, [this] { return now_; });
   progress.Begin("calibrate layers.3", 40);
   for (int i = 0; i < 40; ++i) {
-    now_ += 0.25;
+    now_ += 4;
     progress.Advance();
   }
+  progress.Say("writing lm_head");
   progress.End();
-  const std::vector<std::string> lines = Lines(Text());
-  ASSERT_EQ(lines.size(), 11);
-  EXPECT_EQ(lines[0], "calibrate layers.3: 4/40, 0:09 left");
-  EXPECT_EQ(lines[8], "calibrate layers.3: 36/40, 0:01 left");
-  EXPECT_EQ(lines[10], "calibrate layers.3: 40/40, 0:10");
+  EXPECT_EQ(Text(),
+            "calibrate layers.3: 15/40, 1:40 left\ncalibrate layers.3: 30/40, 0:40 left\n"
+            "calibrate layers.3: 40/40, 2:40\n");
+}
+
+TEST_F(ProgressTest, APlanCountsTheWholeAndItsTime) {
+  Progress progress(file_, [this] { return now_; });
+  progress.Plan({10, 10, 60, 20}, /*done=*/1);
+  progress.Begin("a", 2);
+  now_ += 10;
+  progress.Advance(2);
+  EXPECT_DOUBLE_EQ(progress.Done(), 0.2);
+  EXPECT_DOUBLE_EQ(progress.SecondsLeft(), 80) << "10 of 90 took 10 seconds";
+  progress.Begin("b", 4);
+  now_ += 60;
+  progress.Advance(3);
+  progress.End();
+  EXPECT_EQ(Text(), "[2/4] a  20 %  0:10\n[3/4] b  65 %  0:45 left\n[3/4] b  65 %  1:00\n");
 }
 
 TEST_F(ProgressTest, TheNextStageEndsTheOneBefore) {

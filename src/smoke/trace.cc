@@ -259,9 +259,10 @@ std::string Percent(double share) { return fmt::format("{:.2f}", 100 * share); }
 
 }  // namespace
 
-std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe, int iters,
-                              const std::string& explain) {
+std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe, int iters, const std::string& explain,
+                              std::vector<std::string>* unused) {
   SmokeSession session(recipe, std::move(parts));
+  if (unused != nullptr) *unused = recipe.UnusedOverrides(session.Points());
   if (!explain.empty()) {
     std::vector<std::string> names;
     for (const Point& point : session.Points()) names.push_back(point.name);

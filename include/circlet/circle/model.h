@@ -76,9 +76,6 @@ std::vector<std::string> Verify(const Model& model);
 // Readable listing: inputs, outputs, one operator a line, "INDEX NAME {options} (inputs) -> outputs". A tensor is
 // "#index:TYPE[shape]:const:s=scale,z=zero_point", or "perch(axis,n,s0,z0)" for a grid with a scale for each channel.
 std::string Dump(const Model& model);
-// What stands above it: the file's size, its constants (and how much of them lies behind the FlatBuffer), the number of
-// operators by name, the names of inputs and outputs. Throws what Read throws.
-std::string Describe(const std::filesystem::path& path);
 
 // "FULLY_CONNECTED" for 9; "OPERATOR_77" for codes that the schema table lacks.
 std::string OperatorName(int32_t code);

@@ -18,6 +18,13 @@
 
 namespace circlet {
 
+struct ProgressInfo {
+  std::string stage;           // that has just ended
+  int number = 0, stages = 0;  // it is the number-th, from 1
+  double done = 0;             // share of the run's work, 0..1
+  double seconds_left = 0;     // of the run, as far as its pace so far tells
+};
+
 struct QuantizeOptions {
   std::filesystem::path model;   // Hugging Face checkpoint directory; empty: the recipe's model.name_or_path
   std::filesystem::path output;  // new directory; empty: nothing is written
@@ -55,9 +62,13 @@ struct QuantizeOptions {
   // Precision of the matrix products of calibration and measurement. The verification sample is always float32, so that
   // the files are held to codes that do not depend on this.
   Compute compute = Compute::kFloat32;
+  std::string command;   // how to ask for the same run again, for manifest.json; empty: it is left out there
   bool timings = false;  // measure the run's matrix products alone, for result.products
 
   std::FILE* progress = nullptr;  // where progress goes; null = nowhere
+  // Called behind each stage, in each process. False ends the run there with an Error; what was saved stays, as behind
+  // a kill, and another run may go on with `resume`.
+  std::function<bool(const ProgressInfo&)> on_progress;
   // Called when the first `done` of `stages` are saved, `stage` the last of them: a run that ends from here on goes on
   // behind it.
   std::function<void(const std::string& stage, int done, int stages)> saved;
@@ -148,6 +159,7 @@ struct QuantizeResult {
   int64_t pictures = 0;         // that ran through the vision tower
   std::string vision_profile;   // layout of the exported vision units: "24x24 patches, 64 tokens from position 5"
   std::vector<UnitFile> units;
+  int64_t weight_bytes = 0;  // of the checkpoint's tensors that the run reads, as stored
   int64_t points = 0;
   int64_t max_seq_len = 0;
   std::optional<Widening> widening;  // of the residual stream, when one was asked for; it may have none to widen

@@ -70,27 +70,39 @@ class TextTable {
 // One line a bin: `label  ████▌  count`, the longest bar `width` columns wide.
 std::string HistogramBars(std::span<const std::pair<std::string, int64_t>> bins, int width = 40);
 
-// A progress line: "calibrate layers.3: 12/32, 0:41 left". One rewritten line on a terminal; elsewhere a plain line at
-// most once a second, and always the last one of a stage.
+// A progress line: "layers.3: 12/32, 0:41 left", or with a plan "[12/23] layers.3  52 %  0:41 left", share and time of
+// the whole. One rewritten line on a terminal; elsewhere a line at the end of each stage, and one a minute.
 class Progress {
  public:
   // Writes to `out` (null = nothing at all). `seconds` is the clock, by default a monotonic one.
   explicit Progress(std::FILE* out, std::function<double()> seconds = {});
   ~Progress();  // ends a line that is left open
 
+  // The costs of all stages in order, in any unit. Begin takes the next one, from `done` on.
+  void Plan(std::vector<double> costs, int done = 0);
+
   void Begin(std::string stage, int64_t total);
   void Advance(int64_t count = 1);
+  // What is done beside the counted work: "writing lm_head". Shown on a terminal until something else is.
+  void Say(std::string_view what);
   // Ends the stage's line; Begin does it too.
   void End();
 
+  double Done() const;         // share of the plan, 0..1
+  double SecondsLeft() const;  // of the plan, at the pace so far
+
  private:
-  void Show(bool last);
+  void Show(bool last, std::string_view said = {});
+  double Share() const;  // of the present stage
 
   std::FILE* out_;
   std::function<double()> seconds_;
   bool terminal_ = false;
   std::string stage_;
   int64_t done_ = 0, total_ = 0;
+  std::vector<double> costs_;
+  int number_ = 0, first_ = 0;  // of the plan: the present stage, from 1; what was done before
+  double plan_begun_ = 0;
   double begun_ = 0, shown_ = 0;
   int shown_width_ = 0;
   bool open_ = false;

@@ -30,9 +30,9 @@ struct TracePoint {
 
 // Observes the samples (`iters` of each part; 0 or less: all), freezes and runs the last part's evaluation sample in
 // both readings. Points in order of computation; the values of `explain`, if not empty, are kept. Throws Error with the
-// nearest name when there is no such point.
+// nearest name when there is no such point. `unused`: what the recipe says of points that are not here.
 std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe, int iters,
-                              const std::string& explain = "");
+                              const std::string& explain = "", std::vector<std::string>* unused = nullptr);
 
 // A checkpoint on samples: JSON lines (the last one is evaluated) or safetensors (calib.N.*, eval.0). One image a
 // sample; samples with more are an Error.

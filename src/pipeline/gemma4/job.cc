@@ -208,26 +208,6 @@ void Gemma4Job::AddVisionUnits(PhaseSpec& phase) {
   if (whole_) add(vision_units_->Parts());
 }
 
-int64_t Gemma4Job::OutputBytes() const {
-  const Recipe& recipe = settings_.recipe;
-  const TextConfig& text = config_.text;
-  int64_t bits = 0;
-  for (const Parameter& parameter : Parameters(config_)) {
-    const PointSpec spec = recipe.SpecFor(
-        Point{.name = parameter.name, .role = PointRole::kWeight, .kind = parameter.kind}, context_.GetDialect());
-    const int64_t own = parameter.shape.Elements() * (spec.kind == QuantKind::kAffine ? BitWidth(spec.dtype) : 32);
-    const auto named = [&](const char* part) { return parameter.name.find(part) != std::string::npos; };
-    const bool in_layer = named("language_model.layers.");
-    const bool is_head = named("embed_tokens.weight") && config_.tie_word_embeddings;
-    // A layer stands in its prefill and its decode file, a tied table in the embedding and the head.
-    bits += own * ((in_layer && settings_.file.export_options.prefill_decode) || is_head ? 2 : 1) + (whole_ ? own : 0);
-  }
-  const int64_t layers = text.NumLayers(), ple = text.HasPle() ? layers * text.ple_dim : 0;
-  const int64_t codes =
-      context_.Verify() == nullptr ? 0 : 2 * context_.max_seq_len * (text.hidden_size * (layers + 3) + 3 * ple);
-  return bits / 8 + codes;
-}
-
 // The graph from ids and pixels to the last hidden state runs once in one piece.
 int64_t Gemma4Job::WholeGraphBytes() const {
   int64_t bytes = 0;
@@ -284,6 +264,9 @@ void Gemma4Job::Describe(QuantizeResult& result) const {
   result.max_seq_len = context_.max_seq_len;
   if (settings_.recipe.widen.value_or(WideningOption{}) != WideningOption{} || !widening_->Empty())
     result.widening = *widening_;
+  for (const auto& [canonical, stored] : weights_.GetInventory().name_in_checkpoint)
+    if (!context_.images.Empty() || !IsVisionTensor(canonical))
+      result.weight_bytes += weights_.Stored(canonical).Bytes();
   DescribeUnused(result);
 }
 

@@ -34,7 +34,6 @@ class Gemma4Job final : public ModelJob {
   void Prefetch(const std::string& parameter) const override { weights_.Prefetch(parameter); }
   void Release(const std::string& parameter) const override { weights_.Release(parameter); }
   void RequireUnchanged() const override { weights_.GetCheckpoint().RequireUnchanged(); }
-  int64_t OutputBytes() const override;
   int64_t WholeGraphBytes() const override;
   std::span<const DataFile> Files() const override { return data_.files; }
   std::string SamplesHash() const override { return samples_hash_; }
