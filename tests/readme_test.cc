@@ -77,5 +77,28 @@ TEST(ReadmeTest, TheFirstScreenIsWhatTheDemoPrints) {
   }
 }
 
+// In an empty directory with the samples that it shows, on the bundled checkpoint.
+TEST(ReadmeTest, EveryFurtherCommandBlockRuns) {
+  const TempDirectory work;
+  const std::string readme = ReadFile(SourcePath("README.md"));
+  size_t at = 0;
+  WriteFile(work.Path() / "samples.jsonl", Block(readme, "```json", &at));
+  std::filesystem::copy(SourcePath("examples/tiny-gemma4/eval/images"), work.Path() / "images");
+  const auto picture = std::filesystem::directory_iterator(work.Path() / "images")->path();
+  std::filesystem::copy(picture, work.Path() / "cat.png");
+  at = 0;
+  Block(readme, "```sh", &at);  // the demo's
+  int blocks = 0;
+  while (readme.find("\n```sh\n", at) != readme.npos) {
+    std::string commands = Replaced(Block(readme, "```sh", &at), "build/circlet", kCircletBinary);
+    commands = Replaced(Replaced(commands, "MODEL_DIR", "examples/tiny-gemma4"), "examples/", SourcePath("examples/"));
+    commands = Replaced(commands, "heldout.txt", "heldout.txt --eval-windows 2");
+    const ProgramResult result = RunProgram({"-euc", commands}, "cd '" + work.Path().string() + "' && ", "/bin/bash");
+    EXPECT_EQ(result.exit_code, 0) << commands << result.err;
+    ++blocks;
+  }
+  EXPECT_EQ(blocks, 2);
+}
+
 }  // namespace
 }  // namespace circlet
