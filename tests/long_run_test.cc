@@ -91,7 +91,7 @@ class LongRunTest : public testing::Test {
   }
 
   std::vector<std::string> Arguments(const std::string& out, const std::vector<std::string>& more = {}) const {
-    std::vector<std::string> arguments{"quantize", model_, "--samples", samples_,       "--recipe", "w8a16",
+    std::vector<std::string> arguments{"quantize", model_, "--samples", samples_,       "--recipe", recipe_,
                                        "--output", out,    "--quiet",   "--save-every", "0"};
     arguments.insert(arguments.end(), more.begin(), more.end());
     return arguments;
@@ -159,6 +159,7 @@ class LongRunTest : public testing::Test {
   TempDirectory directory_;
   const std::string model_ = directory_.Path() / "model";
   const std::string samples_ = directory_.Path() / "inputs.safetensors";
+  std::string recipe_ = "w8a16";
 };
 
 // ---- Resume
@@ -193,6 +194,37 @@ TEST_F(LongRunTest, KilledAgainAndAgainEndsInTheSameBytes) {
   }
   EXPECT_GT(kills, 0);
   EXPECT_EQ(Hashes(Out()), Hashes(Reference()));
+}
+
+// Weights that are rounded with the moments of their inputs.
+class RoundedByMoments : public LongRunTest {
+ protected:
+  RoundedByMoments() { recipe_ = "w4a16-gptq"; }
+};
+
+TEST_F(RoundedByMoments, KilledGoesOnToTheSameBytes) {
+  const std::map<std::string, std::string> expected = Hashes(Reference());
+  int kills = 0;
+  for (int milliseconds = 40; !fs::exists(Out()); milliseconds += 60, ++kills) {
+    Running run(Arguments(Out(), {"--resume"}));
+    for (int waited = 0; waited < milliseconds && !run.Ended(); ++waited)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    run.Kill();
+    ASSERT_LT(kills, 1000);
+  }
+  EXPECT_GT(kills, 1);
+  EXPECT_EQ(Hashes(Out()), expected);
+}
+
+TEST_F(RoundedByMoments, AnyThreadsAndMemoryGiveTheSameBytes) {
+  const std::map<std::string, std::string> expected = Hashes(Reference());
+  for (const std::vector<std::string>& more :
+       {std::vector<std::string>{"--threads", "1"}, {"--threads", "3"}, {"--memory-limit", "30MiB"}}) {
+    const ProgramResult result = RunProgram(Arguments(Out(), more));
+    ASSERT_EQ(result.exit_code, 0) << result.err;
+    EXPECT_EQ(Hashes(Out()), expected) << more[0] << " " << more[1];
+    fs::remove_all(Out());
+  }
 }
 
 TEST_F(LongRunTest, FinishedStagesAreNotComputedAgain) {
@@ -855,6 +887,16 @@ TEST_F(ManyProcesses, MeasureTheStreamTogether) {
   const std::map<std::string, std::string> expected = Hashes(Reference(widen));
   for (const int processes : {2, 3}) {
     const ProgramResult result = RunCirclet(processes, Arguments(Out(), {"--widen", "16", "--force"}));
+    ASSERT_EQ(result.exit_code, 0) << result.err;
+    EXPECT_EQ(Hashes(Out()), expected) << processes << " processes";
+  }
+}
+
+TEST_F(ManyProcesses, MergeMomentsExactly) {
+  recipe_ = "w4a16-gptq";
+  const std::map<std::string, std::string> expected = Hashes(Reference());
+  for (const int processes : {2, 3}) {
+    const ProgramResult result = RunCirclet(processes, Arguments(Out(), {"--force"}));
     ASSERT_EQ(result.exit_code, 0) << result.err;
     EXPECT_EQ(Hashes(Out()), expected) << processes << " processes";
   }

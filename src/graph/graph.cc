@@ -65,6 +65,68 @@ Graph WithOutputs(Graph graph, const std::vector<std::string>& names) {
   return graph;
 }
 
+namespace {
+
+// The point that has put a value on its grid; null: none.
+const Point* PointOf(const Graph& graph, ValueId value) {
+  while (graph.At(value).kind == ValueKind::kNode) {
+    const Node& node = graph.Nodes()[graph.At(value).node];
+    for (const int place : node.op.OutputPoints())
+      if (place < static_cast<int>(node.points.size()) && !node.points[place].name.empty()) return &node.points[place];
+    if (node.in.size() != 1 || !(node.op.KeepsValues() || node.op.IsView())) return nullptr;
+    value = node.in[0];
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+Graph PartOf(const Graph& graph, std::span<const ValueId> given, std::span<const ValueId> wanted) {
+  Graph part;
+  std::map<ValueId, ValueId> copies;
+  for (size_t i = 0; i < given.size(); ++i) {
+    const ValueId input = part.AddInput(fmt::format("given.{}", i), graph.TypeOf(given[i]));
+    const Point* const point = PointOf(graph, given[i]);
+    if (point == nullptr) {
+      copies[given[i]] = input;
+    } else {
+      Point boundary = *point;
+      boundary.use = PointUse::kBoundary;
+      copies[given[i]] = part.AddPoint(boundary, input);
+    }
+  }
+  // Nodes stand in execution order, so a walk backwards meets every reader of a value before its producer.
+  std::vector<bool> needed(graph.Nodes().size());
+  std::vector<ValueId> asked(wanted.begin(), wanted.end());
+  while (!asked.empty()) {
+    const ValueId id = asked.back();
+    asked.pop_back();
+    if (copies.contains(id) || graph.At(id).kind != ValueKind::kNode || needed[graph.At(id).node]) continue;
+    needed[graph.At(id).node] = true;
+    const std::vector<ValueId>& in = graph.Nodes()[graph.At(id).node].in;
+    asked.insert(asked.end(), in.begin(), in.end());
+  }
+  const auto copy_of = [&](ValueId id) {
+    const auto [it, is_new] = copies.try_emplace(id);
+    const Value& value = graph.At(id);
+    if (is_new && value.kind == ValueKind::kInput) it->second = part.AddInput(value.name, value.type);
+    if (is_new && value.kind == ValueKind::kConstant) it->second = part.AddConstant(value.constant);
+    if (is_new && value.kind == ValueKind::kWeight)
+      it->second = part.AddWeight(value.name, value.type.shape, value.weight_point, value.weight_axis);
+    return it->second;
+  };
+  for (size_t i = 0; i < needed.size(); ++i) {
+    if (!needed[i]) continue;
+    const Node& node = graph.Nodes()[i];
+    std::vector<ValueId> in;
+    for (const ValueId id : node.in) in.push_back(copy_of(id));
+    const std::vector<ValueId> out = part.Add(node.op, std::move(in), node.points);
+    for (size_t k = 0; k < out.size(); ++k) copies[node.out[k]] = out[k];
+  }
+  for (size_t i = 0; i < wanted.size(); ++i) part.AddOutput(fmt::format("wanted.{}", i), copy_of(wanted[i]));
+  return part;
+}
+
 std::string Dump(const Graph& graph) {
   std::string text;
   const auto operands = [&](const std::vector<ValueId>& ids) {

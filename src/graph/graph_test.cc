@@ -64,6 +64,31 @@ TEST(GraphTest, ExpansionKeepsInputsOutputsAndPoints) {
   for (const Node& node : expanded.Nodes()) EXPECT_FALSE(node.op.Fused()) << node.op.Name();
 }
 
+// input -> linear -> point -> gelu -> out, beside a second input that only the end reads.
+TEST(GraphTest, APartComputesWhatLiesBetween) {
+  Graph graph;
+  const Builder b(graph);
+  const ValueId x = b.Input("x", {1, 4, 16}), other = b.Input("other", {1, 4, 8});
+  const ValueId linear = b.Add(FullyConnected{}, {x, b.Weight("weight", {8, 16}, WeightKind::kLinear)});
+  const ValueId point = b.Point("act_out", linear);
+  const ValueId shaped = b.Reshape(point, {4, 8});
+  b.Output("y", b.Add(Add{}, {b.Reshape(b.Add(Gelu{}, {shaped}), {1, 4, 8}), other}));
+  EXPECT_EQ(Dump(PartOf(graph, {}, std::vector{linear})),
+            "%0 = input float32[1,4,16] \"x\"\n"
+            "%1 = weight float32[8,16] \"weight\"\n"
+            "%2 = fully_connected(%0, %1) float32[1,4,8]\n"
+            "output %2 \"wanted.0\"\n");
+  // A value whose grid a point has set passes it again, also behind a view; what is wanted as it is given passes through.
+  const Graph rest = PartOf(graph, std::vector{shaped}, std::vector{graph.Outputs()[0].value, shaped});
+  ASSERT_EQ(rest.Inputs().size(), 2u);
+  EXPECT_EQ(rest.At(rest.Inputs()[0]).name, "given.0");
+  EXPECT_EQ(rest.At(rest.Inputs()[1]).name, "other");
+  ASSERT_EQ(PointsOf(rest).size(), 1u);
+  EXPECT_EQ(PointsOf(rest)[0].name, "act_out");
+  EXPECT_EQ(PointsOf(rest)[0].use, PointUse::kBoundary);
+  EXPECT_EQ(rest.Outputs().size(), 2u);
+}
+
 TEST(GraphTest, OutputsCanBeDropped) {
   Graph graph;
   const Builder b(graph);

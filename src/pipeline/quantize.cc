@@ -20,6 +20,7 @@
 #include "pipeline/run_state.h"
 #include "pipeline/schedule.h"
 #include "pipeline/stage.h"
+#include "pipeline/step_rounding.h"
 #include "pipeline/units.h"
 
 namespace circlet {
@@ -183,6 +184,7 @@ void Run::Declare() {
   for (const PhaseSpec& phase : phases_) {
     estimates_.push_back(phase.output ? phase.output->Estimate()
                                       : EstimateStage(phase.stage, *phase.items, settings_.world.Rank()));
+    AddRounding(phase.stage, *phase.items, job_.GetCalibration(), settings_.world.Rank(), estimates_.back());
     for (const Item& item : *phase.items)
       if (item.kind == ItemKind::kVerify) verification_.insert(item.id);
   }
@@ -288,7 +290,8 @@ void Run::RunPhase(int number) {
                              .advance = [&] {
                                const std::lock_guard lock(progress_mutex);
                                progress_->Advance();
-                             }};
+                             },
+                             .linears = &result_.linears};
   clock.Time("stages", [&] {
     if (phase.output) {
       progress_->Begin(phase.name, phase.output->Work());
@@ -366,7 +369,7 @@ QuantizeResult Run::Compute() {
     store_.UseFiles(state->ValuesDirectory(), ActivationBudget());
     units_.emplace(output->Directory(), calibration, store_);
     parts.emplace(
-        RunParts{calibration, store_, *units_, result_.stages, head_, result_.compute_change, result_.seconds});
+        RunParts{calibration, store_, *units_, result_.stages, result_.linears, head_, result_.compute_change, result_.seconds});
     result_.resumed_phases = state->Load(*parts, SpecsOfPoints(), result_.phases);
   } else {
     const std::filesystem::path directory = TemporaryDirectory();
@@ -492,6 +495,9 @@ QuantizeOptions WithSettings(QuantizeOptions options, Settings& settings) {
 
 RunSettings::RunSettings(const QuantizeOptions& asked)
     : file(Settings::Load(asked.recipe, asked.set)), options(WithSettings(asked, file)), world(World()) {
+  if (file.recipe.rounding && !options.qparams.empty())
+    Fail("--qparams: the file has grids, recipe {} also makes codes, which takes calibration; leave one of them out",
+         file.recipe.Name());
   if (options.compute == Compute::kBf16 && !Bf16Supported())
     Fail("--compute bf16: takes a processor with AVX-512 BF16; leave it out");
 }

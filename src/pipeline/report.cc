@@ -96,6 +96,32 @@ std::string SizesText(const QuantizeResult& result) {
                      result.units.size(), operators, HumanBytes(bytes), HumanBytes(result.weight_bytes));
 }
 
+// What rounding methods did, in a few words.
+std::string LinearsText(const std::vector<RoundedLinear>& linears) {
+  const auto part = [](const RoundedLinear& linear) {
+    return linear.nearest_loss > 0 ? linear.loss / linear.nearest_loss : 1.0;
+  };
+  const RoundedLinear& worst = *std::ranges::max_element(linears, {}, part);
+  double logarithms = 0;
+  int64_t rows = 0, corrected = 0, nearest = 0, dead = 0, damped = 0;
+  for (const RoundedLinear& linear : linears) {
+    logarithms += std::log(std::max(part(linear), 1e-12));
+    rows += linear.rows;
+    corrected += linear.rows_corrected;
+    nearest += linear.rows_to_nearest;
+    dead += linear.dead_columns;
+    damped += linear.damping > linears[0].damping;
+  }
+  std::string text = fmt::format(
+      "{} linears rounded with second moments: output error {:.1f} % of rounding to the nearest (geometric mean), at "
+      "most {:.1f} % ({})\n",
+      linears.size(), 100 * std::exp(logarithms / static_cast<double>(linears.size())), 100 * part(worst), worst.name);
+  text += fmt::format("of {} rows {} make up for changed inputs, {} keep the nearest codes", rows, corrected, nearest);
+  if (dead > 0) text += fmt::format("; {} columns never had an input", dead);
+  if (damped > 0) text += fmt::format("; {} linears took more damping than asked for", damped);
+  return text + "\n";
+}
+
 }  // namespace
 
 std::string ReportText(const QuantizeResult& result) {
@@ -140,6 +166,7 @@ std::string ReportText(const QuantizeResult& result) {
   text +=
       "error: norm of a position's differences over that of its float values; median and 99th percentile of "
       "positions\n";
+  if (!result.linears.empty()) text += "\n" + LinearsText(result.linears);
   if (result.agreement) text += fmt::format("\n{}\n", AgreementText(*result.agreement));
   if (result.perplexity) text += PerplexityText(*result.perplexity);
   if (const auto& captions = result.captions)
@@ -197,6 +224,17 @@ std::string ReportJson(const QuantizeResult& result) {
     json["stages"].push_back({{"stage", stage.stage},
                               {"alone", ToJson(stage.alone, stage.alone_by_position)},
                               {"accumulated", ToJson(stage.accumulated, stage.accumulated_by_position)}});
+  if (!result.linears.empty()) json["linears"] = nlohmann::json::array();
+  for (const RoundedLinear& linear : result.linears)
+    json["linears"].push_back({{"name", linear.name},
+                               {"shape", {linear.rows, linear.columns}},
+                               {"positions", linear.positions},
+                               {"dead_columns", linear.dead_columns},
+                               {"damping", linear.damping},
+                               {"loss", Number(linear.loss)},
+                               {"nearest_loss", Number(linear.nearest_loss)},
+                               {"rows_to_nearest", linear.rows_to_nearest},
+                               {"rows_corrected", linear.rows_corrected}});
   if (result.perplexity) json["perplexity"] = ToJson(*result.perplexity);
   if (result.agreement) json["agreement"] = ToJson(*result.agreement);
   if (result.captions)

@@ -50,6 +50,28 @@ StageError RestoreError(const nlohmann::json& json) {
   return error;
 }
 
+nlohmann::json SaveLinear(const RoundedLinear& linear) {
+  const auto bits = [](double value) { return std::bit_cast<int64_t>(value); };
+  return {linear.name,          linear.rows,         linear.columns,    linear.positions,
+          linear.dead_columns,  bits(linear.damping), bits(linear.loss), bits(linear.nearest_loss),
+          linear.rows_to_nearest, linear.rows_corrected};
+}
+
+RoundedLinear RestoreLinear(const nlohmann::json& json) {
+  const auto number = [&](size_t i) { return json.at(i).get<int64_t>(); };
+  const auto real = [&](size_t i) { return std::bit_cast<double>(number(i)); };
+  return {.name = json.at(0),
+          .rows = number(1),
+          .columns = number(2),
+          .positions = number(3),
+          .dead_columns = number(4),
+          .damping = real(5),
+          .loss = real(6),
+          .nearest_loss = real(7),
+          .rows_to_nearest = number(8),
+          .rows_corrected = number(9)};
+}
+
 nlohmann::json SaveHead(const HeadResult& head) {
   nlohmann::json scatter = nlohmann::json::array();
   for (const auto& [f, q] : head.scatter) scatter.push_back({std::bit_cast<uint32_t>(f), std::bit_cast<uint32_t>(q)});
@@ -258,6 +280,7 @@ void RunState::Restore(const nlohmann::json& state, RunParts& parts,
     parts.calibration.Observers()[name] = Observer::FromState(observer);
   parts.units.Restore(state.at("units"));
   for (const nlohmann::json& error : state.at("errors")) parts.errors.push_back(RestoreError(error));
+  for (const nlohmann::json& linear : state.at("linears")) parts.linears.push_back(RestoreLinear(linear));
   if (!state.at("head").is_null()) parts.head = RestoreHead(state.at("head"));
   if (!state.at("change").is_null()) parts.change = RestoreChange(state.at("change"));
   parts.seconds = state.at("seconds").get<std::map<std::string, double>>();
@@ -301,8 +324,9 @@ bool RunState::Save(int done, RunParts& parts) {
   const auto now = std::chrono::steady_clock::now();
   if (now - last_save_ < interval_ && world_.Size() == 1) return false;
   if (!parts.calibration.Frozen()) SaveNewParams(done, parts.calibration.Params());
-  nlohmann::json errors = nlohmann::json::array(), observers = nlohmann::json::object();
+  nlohmann::json errors = nlohmann::json::array(), linears = nlohmann::json::array(), observers = nlohmann::json::object();
   for (const StageError& error : parts.errors) errors.push_back(SaveError(error));
+  for (const RoundedLinear& linear : parts.linears) linears.push_back(SaveLinear(linear));
   for (const auto& [name, observer] : parts.calibration.Observers()) observers[name] = observer->State();
   nlohmann::json state{{"done", done},
                        {"identity", identity_},
@@ -310,6 +334,7 @@ bool RunState::Save(int done, RunParts& parts) {
                        {"observers", observers},
                        {"units", parts.units.Save()},
                        {"errors", errors},
+                       {"linears", linears},
                        {"change", parts.change ? SaveChange(*parts.change) : nlohmann::json()},
                        {"head", parts.head ? SaveHead(*parts.head) : nlohmann::json()},
                        {"seconds", parts.seconds},

@@ -30,6 +30,7 @@ struct RunParts {
   ActivationStore& store;
   UnitWriter& units;
   std::vector<StageError>& errors;
+  std::vector<RoundedLinear>& linears;
   std::optional<HeadResult>& head;
   std::optional<ComputeChange>& change;
   std::map<std::string, double>& seconds;

@@ -12,6 +12,7 @@
 #include "circlet/base/threads.h"
 #include "circlet/io/json.h"
 #include "pipeline/exchange.h"
+#include "pipeline/step_rounding.h"
 
 namespace circlet {
 
@@ -27,15 +28,14 @@ WeightSource CachedFloat(WeightSource stored) {
       };
 }
 
-// The same source for several threads, one at a time.
+}  // namespace
+
 WeightSource Shared(WeightSource source) {
   return [source = std::move(source), mutex = std::make_shared<std::mutex>()](const std::string& name) {
     const std::lock_guard lock(*mutex);
     return source(name);
   };
 }
-
-}  // namespace
 
 void ForItems(int64_t count, bool side_by_side, const std::function<void(int64_t, int)>& body) {
   if (side_by_side) return ParallelItems(count, body);
@@ -152,7 +152,9 @@ int64_t StageRunner::Work(const Stage& stage) const {
   int64_t work = 0;
   for (const Item& item : c_.items)
     if (c_.IsMine(item)) work += c_.PassageOf(item).StageRuns();
-  return work * static_cast<int64_t>(stage.steps.size());
+  work *= static_cast<int64_t>(stage.steps.size());
+  for (const Step& step : stage.steps) work += StepRounding(c_, step).Work();
+  return work;
 }
 
 // With the outputs that are kept of some item.
@@ -181,15 +183,15 @@ void StageRunner::Keep(const Step& step, const Item& item, Chain chain, const st
   }
 }
 
-std::map<std::string, Tensor> StageRunner::RunItem(const Step& step, const Item& item, Chain chain, bool rounded,
-                                                   Executor& executor, const WeightSource& weights) const {
+std::map<std::string, Tensor> RunItem(const StageContext& context, const Step& step, const Item& item, Chain chain,
+                                      bool rounded, Executor& executor, const WeightSource& weights,
+                                      std::map<std::string, Tensor> inputs) {
   if (step.fresh) executor.ForgetWeights();
   return Within(item.label, [&] {
-    std::map<std::string, Tensor> inputs;
     for (const Input& input : step.inputs) {
       std::vector<Tensor> read;
       for (const Read& each : input.reads)
-        std::ranges::move(Fetch(c_.store, each, item, chain), std::back_inserter(read));
+        std::ranges::move(Fetch(context.store, each, item, chain), std::back_inserter(read));
       inputs[input.name] = input.make ? input.make(item, chain, read) : read.at(0);
     }
     return executor.RunInPlace(inputs, [&](const std::string& name) {
@@ -199,7 +201,7 @@ std::map<std::string, Tensor> StageRunner::RunItem(const Step& step, const Item&
   });
 }
 
-void StageRunner::Observe(const Step& step) {
+void StageRunner::Observe(const Step& step, StepRounding& rounding) {
   std::vector<const Item*> items;
   for (const Item& item : c_.items)
     if (c_.IsMine(item) && c_.PassageOf(item).in_float) items.push_back(&item);
@@ -229,12 +231,14 @@ void StageRunner::Observe(const Step& step) {
       return std::make_unique<ObserveReading>(c_.calibration, *observers);
     };
     ReadyGraph& plan = workers[w].For(
-        item, observers, c_.ComputeOf(item), [&] { return Build(step, item); }, reading_of);
+        item, observers, c_.ComputeOf(item), [&] { return rounding.WithInputs(Build(step, item), item); }, reading_of);
     PointReading* const reading = plan.reading.get();
     if (reading != nullptr) reading->Begin(item.index);
     const bool bf16 = c_.ComputeOf(item).compute == Compute::kBf16;
-    Keep(step, item, Chain::kFloat,
-         RunItem(step, item, Chain::kFloat, false, plan.executor, bf16 ? stored : float_weights));
+    const std::map<std::string, Tensor> results =
+        RunItem(c_, step, item, Chain::kFloat, false, plan.executor, bf16 ? stored : float_weights);
+    Keep(step, item, Chain::kFloat, results);
+    rounding.KeepInputs(item, results);
     if (reading != nullptr) reading->End();
     c_.advance();
   });
@@ -256,7 +260,7 @@ void StageRunner::RunInFloat(const Stage& stage, const std::function<std::unique
       const Item& item = *items[i];
       ReadyGraph& plan = workers[w].For(
           item, nullptr, c_.ComputeOf(item), [&] { return Build(step, item); }, make_reading);
-      Keep(step, item, Chain::kFloat, RunItem(step, item, Chain::kFloat, false, plan.executor, weights));
+      Keep(step, item, Chain::kFloat, RunItem(c_, step, item, Chain::kFloat, false, plan.executor, weights));
       c_.advance();
     });
   }
@@ -312,13 +316,13 @@ StageError StageRunner::Round(const Step& step) {
   std::vector<size_t> lone;
   std::ranges::copy_if(mine, std::back_inserter(lone), [&](size_t i) { return c_.PassageOf(c_.items[i]).alone; });
   for_items(lone, false, [&](size_t i, Executor& executor) {
-    if (compares) compare(c_.items[i], RunItem(step, c_.items[i], Chain::kFloat, true, executor, weights), alone[i]);
+    if (compares) compare(c_.items[i], RunItem(c_, step, c_.items[i], Chain::kFloat, true, executor, weights), alone[i]);
   });
   // The rounded chain runs from grid to grid, unless layers round their input once more.
   const bool from_grids = !c_.calibration.GetDialect().requantizing_points;
   for_items(mine, from_grids, [&](size_t i, Executor& executor) {
     const Item& item = c_.items[i];
-    const std::map<std::string, Tensor> results = RunItem(step, item, Chain::kQuant, true, executor, weights);
+    const std::map<std::string, Tensor> results = RunItem(c_, step, item, Chain::kQuant, true, executor, weights);
     if (compares && c_.PassageOf(item).measured) compare(item, results, accumulated[i]);
     Keep(step, item, Chain::kQuant, results);
   });
@@ -329,7 +333,8 @@ StageError StageRunner::Round(const Step& step) {
 }
 
 void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors) {
-  for (const Step& step : stage.steps) Observe(step);
+  std::vector<StepRounding> rounding;
+  for (const Step& step : stage.steps) Observe(step, rounding.emplace_back(c_, step));
   ShareObservers(c_.calibration, c_.world);
   // A variant may have points that others lack (the reference's fusion with pictures).
   for (const Step& step : stage.steps) {
@@ -338,7 +343,10 @@ void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors) {
       if ((c_.PassageOf(item).observed || c_.items.Frozen()) && frozen.insert(item.variant).second)
         c_.calibration.Freeze(step.build(item), c_.stored);
   }
-  for (const Step& step : stage.steps) errors.push_back(Round(step));
+  for (size_t i = 0; i < stage.steps.size(); ++i) {
+    rounding[i].Run();
+    errors.push_back(Round(stage.steps[i]));
+  }
 }
 
 }  // namespace circlet

@@ -35,6 +35,8 @@ class Captured {
   std::mutex mutex_;
 };
 
+class StepRounding;
+
 // What a run of stages works with. Every process has all items and computes those of its rank.
 struct StageContext {
   Calibration& calibration;
@@ -47,6 +49,7 @@ struct StageContext {
   Compute compute;
   ComputeChange* change;          // gathers what the control items tell; null without them
   std::function<void()> advance;  // called once an item and reading
+  std::vector<RoundedLinear>* linears = nullptr;  // gathers what rounding methods tell; may be null
 
   bool IsMine(const Item& item) const { return item.rank == world.Rank(); }
   Passage PassageOf(const Item& item) const { return items.PassageOf(item); }
@@ -71,11 +74,9 @@ class StageRunner {
 
  private:
   class StepRuns;
-  void Observe(const Step& step);
+  void Observe(const Step& step, StepRounding& rounding);
   void CompareRanges(const ObserverMap& control, const ObserverMap& repeated);
   StageError Round(const Step& step);
-  std::map<std::string, Tensor> RunItem(const Step& step, const Item& item, Chain chain, bool rounded,
-                                        Executor& executor, const WeightSource& weights) const;
   bool Captures(const Step::Sink& sink) const { return c_.captured != nullptr && !sink.capture.empty(); }
   bool Keeps(const Step::Sink& sink) const { return !sink.keys.empty() || Captures(sink); }
   Graph Build(const Step& step, const Item& item) const;
@@ -91,6 +92,14 @@ struct ReadyGraph {
   std::unique_ptr<PointReading> reading;  // null: float
   Executor executor;
 };
+
+// The same source for several threads, one at a time.
+WeightSource Shared(WeightSource source);
+
+// A run of a step's graph, or of a part of it: `inputs` beside the step's own. Results as Executor::RunInPlace.
+std::map<std::string, Tensor> RunItem(const StageContext& context, const Step& step, const Item& item, Chain chain,
+                                      bool rounded, Executor& executor, const WeightSource& weights,
+                                      std::map<std::string, Tensor> inputs = {});
 
 // A value of the store as `read` asks for it: one tensor, or one of each item that it names.
 std::vector<Tensor> Fetch(const ActivationStore& store, const Read& read, const Item& item, Chain chain);

@@ -107,6 +107,12 @@ void Calibration::CheckFits(const Graph& graph, const WeightSource& weights) con
   }
 }
 
+void Calibration::SetGrid(const std::string& name, QParams grid) {
+  PointParams params = params_.Get(name);
+  params.qparams = std::move(grid);
+  params_.Set(std::move(params));
+}
+
 const PointParams& Calibration::ParamsOf(const std::string& name) const { return params_.Get(name); }
 
 const QParams* Calibration::GridOf(const std::string& name) const {

@@ -111,6 +111,11 @@ std::string UnusedText(const OverridePolicy& policy, std::span<const Point> poin
 
 bool OverridePolicy::Matches(const Point& point) const {
   const auto at = LayerPointOf(point.name);
+  if (outside) {
+    const auto names = [&](const std::string& module) { return PathNames(module, ModuleOf(point.name)); };
+    return !at && std::ranges::find(observers, LeafOf(point.name)) != observers.end() &&
+           (modules.empty() ? IsLinear(point.kind) : std::ranges::any_of(modules, names));
+  }
   if (!at) return false;
   if (component != Component::kAll && at->vision != (component == Component::kVision)) return false;
   if (layers && std::ranges::find(*layers, at->layer) == layers->end()) return false;

@@ -5,6 +5,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <utility>
 
 #include "circlet/base/error.h"
 #include "circlet/io/names.h"
@@ -162,6 +163,8 @@ class StageReader {
     } else {
       Choice(target, "op_type", "", {"linear"}, {});
     }
+    // The layer's own points stand in no module.
+    std::ranges::replace(policy.modules, std::string("layer"), std::string());
     if (OneOf(target, {"observers", "observer_role"}) == "observers") {
       policy.observers = target.Required<std::vector<std::string>>("observers");
       if (policy.observers.empty()) target.FailAt("observers", "is empty; name at least one point");
@@ -180,6 +183,12 @@ class StageReader {
   static void ReadLayers(const JsonObject& target, OverridePolicy& policy) {
     const json& value = target.Raw("layers");
     if (value.is_null() || value == "all") return;
+    if (value == "none") {
+      policy.outside = true;
+      if (policy.component != OverridePolicy::Component::kAll)
+        target.FailAt("component", "parts are told apart by layers; with layers: none name the module's whole path");
+      return;
+    }
     if (value.is_array()) {
       policy.layers = target.Required<std::vector<int64_t>>("layers");
       if (policy.layers->empty()) target.FailAt("layers", "is empty; name at least one layer");
@@ -211,7 +220,7 @@ class StageReader {
     }
     if (!good || slice.begin < 0 || slice.end <= slice.begin || slice.step < 1)
       target.FailAt("layers",
-                    fmt::format("\"{}\" selects no layers; write all, 3, [0, 3] or \"begin:end:step\"", text));
+                    fmt::format("\"{}\" selects no layers; write all, none, 3, [0, 3] or \"begin:end:step\"", text));
     return slice;
   }
 
@@ -221,6 +230,20 @@ class StageReader {
   Recipe& recipe_;
   NamedSpecs specs_;
 };
+
+// The ptq stage says of what type weights are, weight_bits of the gptq stage how many codes of a 4-bit one are used.
+void FitWeightBits(Recipe& recipe, const std::string& file) {
+  if (!recipe.rounding || recipe.rounding->bits == 0) return;
+  const int bits = std::exchange(recipe.rounding->bits, 0);
+  const QuantSpec& linear = recipe.specs.linear_weight ? *recipe.specs.linear_weight : recipe.specs.weight;
+  const int held = linear.dtype ? static_cast<int>(BitWidth(*linear.dtype)) : 0;
+  if (bits == held) return;
+  if (held != 4 || bits < 2 || bits > 4)
+    Fail("{}: gptq: weight_bits is {}, but linear_weight of the ptq stage has {} bits; make them the same, or take 2 or 3 "
+         "bits of a 4-bit type",
+         file, bits, held);
+  recipe.rounding->bits = bits;
+}
 
 }  // namespace
 
@@ -235,12 +258,18 @@ void ReadPipeline(const JsonObject& root, const YamlNode& tree, const std::strin
     if (std::ranges::find(known, name) == known.end())
       stage.FailAt("name", fmt::format("unknown stage \"{}\"{}", name, NearestHint(name, known)));
     if (!stage.Optional<bool>("enabled", true)) continue;
+    if (name == "gptq") {
+      if (recipe.rounding || recipe.quantizes) stage.FailAt("name", "one gptq stage goes in front of the ptq stage");
+      recipe.rounding = ReadGptqStage(stage);
+      continue;
+    }
     if (name != "ptq")
       stage.FailAt("name", fmt::format("stage \"{}\" is not supported yet; remove it or set enabled: false", name));
     if (recipe.quantizes) stage.FailAt("name", "a second ptq stage; keep one");
     recipe.quantizes = true;
     StageReader(stage, list->items[i], file, recipe).Read();
   }
+  FitWeightBits(recipe, file);
 }
 
 }  // namespace circlet

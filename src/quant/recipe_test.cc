@@ -102,7 +102,7 @@ TEST(RecipeTest, SmokeU8IsEightBitsEverywhereButInThePositionTable) {
 TEST(RecipeTest, UnknownNamesNameTheNearest) {
   EXPECT_THAT(ErrorText([] { Recipe::Load("w4a61"); }),
               HasSubstr("unknown recipe \"w4a61\"; nearest: \"w4a16\"; known are default, w4a16, w8a8, mixed8, w8a16, "
-                        "smoke-u8, or give the path of a YAML file"));
+                        "w4a16-gptq, w3a16-gptq, w8a16-gptq, w4a16-mixed, w8a8-mixed, smoke-u8, or give the path of a YAML file"));
   EXPECT_THAT(ErrorText([] { Recipe::BuiltinText("w8a61"); }), HasSubstr("nearest: \"w8a16\""));
   EXPECT_THAT(ErrorText([] { Recipe::Load("/no/such/quant.yaml"); }), HasSubstr("/no/such/quant.yaml"));
 }
@@ -110,6 +110,37 @@ TEST(RecipeTest, UnknownNamesNameTheNearest) {
 TEST(RecipeTest, OtherSectionsOfAFileAreLeftToTheSettings) {
   const Recipe recipe = Recipe::Parse("runtime: {sed: 3}\npipeline: [{name: ptq, activation: uint8}]\n", "quant.yaml");
   EXPECT_EQ(recipe.specs.activation, QuantSpec::Affine(DType::kU8));
+}
+
+TEST(RecipeTest, AGptqStageSaysHowWeightsAreRounded) {
+  const auto method = [](const std::string& keys, const std::string& bits = "uint4") {
+    return *Recipe::Parse("pipeline:\n  - {name: gptq" + keys + "}\n  - {name: ptq, weight: int16, linear_weight: " +
+                              bits + "}\n",
+                          "quant.yaml")
+                .rounding;
+  };
+  EXPECT_EQ(method(""), WeightRounding());
+  EXPECT_EQ(*Recipe::Load("w4a16-gptq").rounding, WeightRounding());
+  EXPECT_EQ(*Recipe::Load("w3a16-gptq").rounding, WeightRounding{.bits = 3});
+  EXPECT_FALSE(Recipe::Load("w4a16").rounding);
+  // The reference's words.
+  using Range = WeightRounding::Range;
+  EXPECT_EQ(method(", mse: mse, percdamp: 0.01, actorder: false"),
+            (WeightRounding{.range = Range::kMse, .damping = 0.01, .order_by_moment = false}));
+  EXPECT_EQ(method(", mse: smse_for_gptq").solved_ranges, 10);
+  EXPECT_EQ(method(", weight_bits: 4").bits, 0);
+  EXPECT_EQ(method(", weight_bits: 8", "uint8").bits, 0);
+  const auto error = [&](const std::string& keys, const std::string& bits = "uint4") {
+    return ErrorText([&] { method(keys, bits); });
+  };
+  EXPECT_THAT(error(", weight_bits: 8"), HasSubstr("quant.yaml: gptq: weight_bits is 8, but linear_weight of the ptq "
+                                                   "stage has 4 bits; make them the same, or take 2 or 3"));
+  EXPECT_THAT(error(", percdamp: 1.5"), HasSubstr("percdamp: is 1.5, must be 0 to 1"));
+  EXPECT_THAT(error(", mse: min"), HasSubstr("mse: unknown \"min\""));
+  EXPECT_THAT(error(", groupsize: 128"), HasSubstr("groupsize: only -1 is possible: a Circle tensor has one scale a row"));
+  EXPECT_THAT(error(", perc_damp: 1"), HasSubstr("nearest: \"percdamp\""));
+  EXPECT_THAT(ErrorText([] { Recipe::Parse("pipeline: [{name: ptq, weight: uint8}, {name: gptq}]", "quant.yaml"); }),
+              HasSubstr("one gptq stage goes in front of the ptq stage"));
 }
 
 // ---- Overrides ------------------------------------------------------------------------------------------------------
@@ -204,6 +235,32 @@ TEST(RecipePolicyTest, SelectorsChooseComponentLayersModulesAndPoints) {
   EXPECT_THAT(Having(WithPolicy("{layers: \"0:9:2\", op_type: linear, observer_role: parameter}"), DType::kU8),
               ElementsAre("model.language_model.layers.0.mlp.down_proj.weight",
                           "model.vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight"));
+}
+
+TEST(RecipePolicyTest, NameALayersOwnPointsAndThoseOfNoLayer) {
+  EXPECT_THAT(Having(WithPolicy("{module: layer, observers: [act_in]}"), DType::kU8),
+              ElementsAre("model.language_model.layers.0.act_in"));
+  EXPECT_TRUE(WithPolicy("{layers: none, module: language_model, observers: [inputs_embeds]}")
+                  .policies[0]
+                  .Matches(PointNamed("model.language_model.inputs_embeds")));
+  const OverridePolicy linears = WithPolicy("{layers: none, op_type: linear, observer_role: parameter}").policies[0];
+  EXPECT_TRUE(linears.Matches(PointNamed("model.language_model.per_layer_model_projection.weight")));
+  EXPECT_FALSE(linears.Matches(PointNamed("model.language_model.layers.0.mlp.down_proj.weight")));
+  EXPECT_FALSE(linears.Matches(PointNamed("model.language_model.embed_tokens.weight")));
+  EXPECT_THAT(ErrorText([] { WithPolicy("{component: text, layers: none, module: x, observers: [y]}"); }),
+              HasSubstr("with layers: none name the module's whole path"));
+}
+
+TEST(RecipePolicyTest, TheMixedRecipesSetApartWhatCostsMost) {
+  const Recipe four = Recipe::Load("w4a16-mixed"), eight = Recipe::Load("w8a8-mixed");
+  EXPECT_EQ(TypeOf(four, "model.language_model.layers.3.self_attn.k_proj.weight"), "uint8");
+  EXPECT_EQ(TypeOf(four, "model.language_model.layers.3.self_attn.q_proj.weight"), "uint4");
+  EXPECT_EQ(TypeOf(four, "model.language_model.layers.3.per_layer_projection.weight"), "uint8");
+  EXPECT_EQ(TypeOf(four, "model.language_model.per_layer_model_projection.weight"), "uint8");
+  EXPECT_EQ(TypeOf(eight, "model.language_model.layers.3.layer_scalar_out"), "int16");
+  EXPECT_EQ(TypeOf(eight, "model.language_model.layers.3.mlp.down_proj.act_out"), "int16");
+  EXPECT_EQ(TypeOf(eight, "model.language_model.layers.3.self_attn.q_proj.act_out"), "uint8");
+  EXPECT_EQ(TypeOf(eight, "model.language_model.inputs_embeds"), "int16");
 }
 
 TEST(RecipePolicyTest, TheMoreSpecificWinsThenTheLaterThenRawOverrides) {

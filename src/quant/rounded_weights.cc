@@ -1,4 +1,5 @@
 #include <map>
+#include <utility>
 
 #include "circlet/quant/calibration.h"
 
@@ -33,12 +34,18 @@ struct RoundedWeights::State {
 RoundedWeights::RoundedWeights(const Calibration& calibration, WeightSource stored, Use use, WeightSource made)
     : state_(std::make_shared<State>(State{calibration, std::move(stored), use, std::move(made), {}})) {}
 
+void RoundedWeights::Take(const std::string& name, const Tensor& codes) const {
+  State::Weight& weight = state_->weights[name];
+  CIRCLET_CHECK(weight.codes.Empty() && weight.operand.Empty(), "{} was rounded before", name);
+  weight.codes = codes;
+}
+
 Tensor RoundedWeights::operator()(const std::string& name) const {
   State& s = *state_;
   State::Weight& weight = s.weights[name];
   if (!weight.operand.Empty()) return weight.operand;
-  if (s.use == Use::kProductsAndFiles)
-    if (const Tensor& codes = s.Codes(name); !codes.Empty()) return weight.operand = s.calibration.OperandOf(codes);
+  const Tensor codes = s.use == Use::kProductsAndFiles ? s.Codes(name) : std::exchange(weight.codes, {});
+  if (!codes.Empty()) return weight.operand = s.calibration.OperandOf(codes);
   return weight.operand = s.calibration.RoundedRows(name, s.stored(name), 0);
 }
 

@@ -147,8 +147,8 @@ TEST(SettingsTest, KnownKeysThatAskForMoreThanThereIsAreRefusedByName) {
   EXPECT_THAT(LoadError("evaluation: {ppl: {mode: chat-prefix}}"), HasSubstr("is not supported yet; use raw"));
   EXPECT_THAT(LoadError("calibration: {seed: 3}"), HasSubstr("has no effect; set runtime.seed"));
   EXPECT_THAT(
-      LoadError("pipeline:\n  - name: gptq\n"),
-      HasSubstr("quant.yaml:2: pipeline.0.name: stage \"gptq\" is not supported yet; remove it or set enabled: false"));
+      LoadError("pipeline:\n  - name: cle\n"),
+      HasSubstr("quant.yaml:2: pipeline.0.name: stage \"cle\" is not supported yet; remove it or set enabled: false"));
   EXPECT_THAT(LoadError("pipeline: [{name: pqt}]"), HasSubstr("unknown stage \"pqt\"; nearest: \"ptq\""));
   EXPECT_THAT(LoadError("pipeline: [{name: ptq}, {name: ptq}]"), HasSubstr("a second ptq stage; keep one"));
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <map>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -74,6 +75,11 @@ std::vector<Point> PointsOf(const Graph& graph);
 
 // The same graph with only some of its outputs.
 Graph WithOutputs(Graph graph, const std::vector<std::string>& names);
+
+// What of a graph computes `wanted` from `given`: its inputs are "given.0", "given.1", ... and those of the graph that it
+// still reads, its outputs "wanted.0", "wanted.1", ... A given value that a point has put on its grid passes that point
+// again as a boundary, so that readings know the grid.
+Graph PartOf(const Graph& graph, std::span<const ValueId> given, std::span<const ValueId> wanted);
 
 // The same graph with each fused operator replaced by its expansion.
 Graph Expanded(const Graph& graph);

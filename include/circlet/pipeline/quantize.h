@@ -81,6 +81,19 @@ struct StageError {
   PositionSummary alone_by_position, accumulated_by_position;
 };
 
+// A linear whose weight a rounding method has made (quant/weight_rounding.h). Losses are sums over the calibration
+// positions of squared errors of its outputs.
+struct RoundedLinear {
+  std::string name;
+  int64_t rows = 0, columns = 0;
+  int64_t positions = 0;     // that the moments are taken from
+  int64_t dead_columns = 0;  // whose inputs are all zero
+  double damping = 0;        // that was used
+  double loss = 0;           // before correction
+  double nearest_loss = 0;   // of rounding to the nearest
+  int64_t rows_to_nearest = 0, rows_corrected = 0;
+};
+
 struct UnitFile {
   std::string name;  // "decoder_layer_prefill_0"
   std::string file;  // "decoder_layer_prefill_0.q.circle"
@@ -147,6 +160,7 @@ struct QuantizeResult {
   std::string shortened;              // "3 of 32 samples cut to 64 tokens"
   std::string dated;                  // "chat_template.jinja:3": the prompts hold the date, written there
   std::vector<StageError> stages;     // in order of computation
+  std::vector<RoundedLinear> linears;  // in order of rounding
   ErrorMetrics output;                // of the last stage's output
   PositionSummary output_by_position;
   bool output_on_calibration_data = false;

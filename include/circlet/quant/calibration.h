@@ -57,6 +57,9 @@ class Calibration final {
   // sample reached or that met a NaN or an infinity, or, with frozen points, one whose grids are not the parameter's.
   void Freeze(const Graph& graph, const WeightSource& weights);
 
+  // Replaces the grid of a parameter that is frozen: a rounding method has found a better one.
+  void SetGrid(const std::string& name, QParams grid);
+
   // The grid of a point; throws Error when it is not frozen. Null: the recipe leaves the point in float (or MX).
   const QParams* GridOf(const std::string& name) const;
   const PointParams& ParamsOf(const std::string& name) const;
@@ -96,6 +99,9 @@ class RoundedWeights {
   enum class Use : uint8_t { kProducts, kProductsAndFiles };
   // `stored` must stay valid. `made`: codes that an earlier object made, empty for others.
   RoundedWeights(const Calibration& calibration, WeightSource stored, Use use = Use::kProducts, WeightSource made = {});
+
+  // Codes that a rounding method has made, with their grid. Before anybody asks for the parameter.
+  void Take(const std::string& name, const Tensor& codes) const;
 
   // What products take (Calibration::RoundedRows).
   Tensor operator()(const std::string& name) const;

@@ -14,6 +14,7 @@
 #include "circlet/io/json.h"
 #include "circlet/io/yaml.h"
 #include "circlet/quant/spec.h"
+#include "circlet/quant/weight_rounding.h"
 #include "circlet/quant/widening.h"
 
 namespace circlet {
@@ -34,7 +35,8 @@ struct OverridePolicy {
   };
   std::optional<std::vector<int64_t>> layers;  // explicit indices
   std::optional<Slice> slice;                  // "a:b:c"; neither = every layer
-  std::vector<std::string> modules;            // within a layer: "self_attn", "mlp.down_proj"; empty: every linear
+  bool outside = false;             // points of no layer; `modules` are paths then: "per_layer_model_projection"
+  std::vector<std::string> modules;  // within a layer: "self_attn", "mlp.down_proj", "": the layer; empty: every linear
   bool several_modules = false;                // `modules`, less specific than `module`
   std::vector<std::string> observers;          // leaf names
   bool by_observer_role = false;               // observer_role, less specific than `observers`
@@ -72,6 +74,7 @@ class Recipe {
   // The whole recipe as read, assignments included, for the manifest and effective_config.yaml.
   const std::string& EffectiveYaml() const { return effective_yaml_; }
 
+  std::optional<WeightRounding> rounding;  // its gptq stage
   bool quantizes = true;  // whether the pipeline has its ptq stage
   BuilderSpecs specs;
   std::optional<WideningOption> widen;   // of the residual stream; not given: off

@@ -115,6 +115,25 @@ void Moment::Merge(const Moment& other) {
   added_ += other.added_;
 }
 
+void Moment::MergeRaw(int64_t first, std::span<const std::byte> raw, int64_t positions) {
+  const auto count = static_cast<int64_t>(raw.size() / sizeof(int64_t));
+  CIRCLET_CHECK(first >= 0 && first + count <= static_cast<int64_t>(sums_.size()), "{} sums from {} of {}", count, first,
+                sums_.size());
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t sum;
+    std::memcpy(&sum, raw.data() + i * sizeof(sum), sizeof(sum));
+    sums_[first + i] += sum;
+  }
+  added_ += positions;
+}
+
+std::vector<double> Moment::Values() const {
+  CIRCLET_CHECK(kind_ == Kind::kCross, "a symmetric moment is stored by half");
+  std::vector<double> values(sums_.size());
+  std::ranges::transform(sums_, values.begin(), [&](int64_t sum) { return static_cast<double>(sum) * quantum_; });
+  return values;
+}
+
 void Moment::Restore(std::span<const std::byte> raw, int64_t positions) {
   if (raw.size() != sums_.size() * sizeof(int64_t) || positions < 0 || positions > limit_)
     Fail("second moments of {} bytes over {} positions, expected {} bytes and at most {}", raw.size(), positions,

@@ -42,9 +42,14 @@ class Moment {
 
   // Adds what another one of the same shape, bound and positions has summed up.
   void Merge(const Moment& other);
+  // The same, of another process: a part of its Raw() from sum number `first` on; its positions with one of the parts.
+  void MergeRaw(int64_t first, std::span<const std::byte> raw, int64_t positions);
 
   // One element.
   double At(int64_t row, int64_t column) const;
+
+  // All elements of a cross moment, row-major.
+  std::vector<double> Values() const;
 
   // The sums as bytes, for other processes and for a saved run, and back. Throws Error when they are of another moment.
   std::span<const std::byte> Raw() const { return std::as_bytes(std::span(sums_)); }

@@ -292,8 +292,8 @@ RowGrids GridsOf(const RoundingOptions& options, const std::vector<float>& low, 
 
 float FactorAt(const RoundingOptions& options, int index, int count) {
   if (count <= 1) return 1;
-  const double step = (1 - options.lowest_factor) / (count - 1);
-  return static_cast<float>(index == count - 1 ? 1 : options.lowest_factor + index * step);
+  const double step = (1 - options.method.lowest_factor) / (count - 1);
+  return static_cast<float>(index == count - 1 ? 1 : options.method.lowest_factor + index * step);
 }
 
 // Where `better` says so, row r of `to` becomes that of `from`.
@@ -373,25 +373,25 @@ class MatrixRounding {
 
     RowGrids grids = BestRanges(group, weight, low, high);
     std::vector<double> loss;
-    if (options_.compensate) {
+    if (options_.method.compensate) {
       loss = group.Compensate(grids);
-      for (int i = 0; i < options_.solved_ranges; ++i) {
-        const RowGrids other = GridsOf(options_, low, high, FactorAt(options_, i, options_.solved_ranges));
+      for (int i = 0; i < options_.method.solved_ranges; ++i) {
+        const RowGrids other = GridsOf(options_, low, high, FactorAt(options_, i, options_.method.solved_ranges));
         const std::vector<double> other_loss = group.Compensate(other);
         std::vector<bool> better(loss.size());
         for (size_t r = 0; r < loss.size(); ++r) better[r] = other_loss[r] < loss[r];
         TakeRows(grids, other, better);
         for (size_t r = 0; r < loss.size(); ++r) loss[r] = std::min(loss[r], other_loss[r]);
       }
-      if (options_.solved_ranges > 0) group.Compensate(grids);
+      if (options_.method.solved_ranges > 0) group.Compensate(grids);
     } else {
       group.RoundToNearest(grids);
       loss = group.Loss();
     }
     for (int refit = 0;; ++refit) {
-      for (int pass = 0; pass < options_.descent_passes && group.Descend(grids, loss); ++pass) {
+      for (int pass = 0; pass < options_.method.descent_passes && group.Descend(grids, loss); ++pass) {
       }
-      if (refit == options_.scale_refits) break;
+      if (refit == options_.method.scale_refits) break;
       group.Refit(grids, loss);
     }
     loss = group.Loss();
@@ -409,12 +409,12 @@ class MatrixRounding {
   RowGrids BestRanges(RowGroup& group, Panels& weight, const std::vector<float>& low,
                       const std::vector<float>& high) const {
     RowGrids best = GridsOf(options_, low, high, 1);
-    if (options_.range == RoundingOptions::Range::kMinMax) return best;
+    if (options_.method.range == WeightRounding::Range::kMinMax) return best;
     const float* const diagonal =
-        options_.range == RoundingOptions::Range::kMoments ? metric_.Diagonal().data() : nullptr;
+        options_.method.range == WeightRounding::Range::kMoments ? metric_.Diagonal().data() : nullptr;
     std::vector<double> least = group.DiagonalLoss(best, weight, diagonal);
-    for (int i = 0; i + 1 < options_.range_factors; ++i) {
-      const RowGrids grids = GridsOf(options_, low, high, FactorAt(options_, i, options_.range_factors));
+    for (int i = 0; i + 1 < options_.method.range_factors; ++i) {
+      const RowGrids grids = GridsOf(options_, low, high, FactorAt(options_, i, options_.method.range_factors));
       const std::vector<double> loss = group.DiagonalLoss(grids, weight, diagonal);
       std::vector<bool> better(loss.size());
       for (size_t r = 0; r < loss.size(); ++r) {
@@ -451,16 +451,16 @@ class MatrixRounding {
 
 }  // namespace
 
-Metric::Metric(const Moment& moment, const Options& options) : n_(moment.Columns()) {
+Metric::Metric(const Moment& moment, const WeightRounding& method) : n_(moment.Columns()) {
   order_.resize(static_cast<size_t>(n_));
   std::iota(order_.begin(), order_.end(), 0);
-  if (options.order_by_moment)
+  if (method.order_by_moment)
     std::stable_sort(order_.begin(), order_.end(),
                      [&](int32_t a, int32_t b) { return moment.At(a, a) > moment.At(b, b); });
   for (const int32_t column : order_) diagonal_.push_back(static_cast<float>(moment.At(column, column)));
   dead_ = std::count(diagonal_.begin(), diagonal_.end(), 0.0f);
   const double mean = MeanDiagonal(moment);
-  damping_ = UntilPositive(options.damping, [&](double damping) {
+  damping_ = UntilPositive(method.damping, [&](double damping) {
     if (n_ > kFloat64Columns) {
       factor_ = DampedMatrix<float>(moment, order_, Added(damping, mean));
       return Factorize(std::span(factor_), n_) < 0;
@@ -480,18 +480,16 @@ RoundedMatrix Round(const Tensor& weight, const Tensor* target, const Metric& me
   return MatrixRounding(weight, target, metric, options).Run();
 }
 
-Tensor CorrectedTarget(const Tensor& weight, const Moment& change, const Moment& moment, double damping) {
-  const int64_t rows = change.Rows(), n = moment.Columns();
-  CIRCLET_CHECK(weight.GetShape() == Shape({rows, n}) && change.Columns() == n, "a change [{},{}] of a weight {}", rows,
-                change.Columns(), weight.GetShape().ToString());
+Tensor CorrectedTarget(const Tensor& weight, std::span<const double> change, const Moment& moment, double damping) {
+  const int64_t rows = weight.GetShape()[0], n = moment.Columns();
+  CIRCLET_CHECK(weight.GetShape() == Shape({rows, n}) && static_cast<int64_t>(change.size()) == rows * n,
+                "{} changes of a weight {}", change.size(), weight.GetShape().ToString());
   const Tensor target = ToF32(weight).Clone();
   std::vector<int32_t> order(static_cast<size_t>(n));
   std::iota(order.begin(), order.end(), 0);
   const double mean = MeanDiagonal(moment);
   const auto solve = [&]<typename T>(T) {
-    std::vector<T> solution(static_cast<size_t>(rows * n));
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < n; ++j) solution[r * n + j] = static_cast<T>(change.At(r, j));
+    std::vector<T> solution(change.begin(), change.end());
     std::vector<T> factor;
     UntilPositive(damping, [&](double added) {
       factor = DampedMatrix<T>(moment, order, Added(added, mean));
@@ -504,7 +502,7 @@ Tensor CorrectedTarget(const Tensor& weight, const Moment& change, const Moment&
   return target;
 }
 
-int64_t TakeBetterRows(const Tensor& weight, const Moment& change, const Metric& metric, RoundedMatrix& a,
+int64_t TakeBetterRows(const Tensor& weight, std::span<const double> change, const Metric& metric, RoundedMatrix& a,
                        const RoundedMatrix& b) {
   const int64_t rows = weight.GetShape()[0], n = metric.Columns();
   const Tensor w = ToF32(weight);
@@ -520,7 +518,7 @@ int64_t TakeBetterRows(const Tensor& weight, const Moment& change, const Metric&
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < n; ++i) {
         sums[r] += static_cast<double>(products[r * n + i]) * ordered[r * n + i];
-        sums[r] -= 2.0 * errors[r * n + i] * change.At(r, i);
+        sums[r] -= 2.0 * errors[r * n + i] * change[r * n + i];
       }
     return sums;
   };

@@ -14,31 +14,22 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "circlet/base/dtype.h"
 #include "circlet/base/tensor.h"
 #include "circlet/quant/affine.h"
+#include "circlet/quant/weight_rounding.h"
 #include "quant/weights/moments.h"
 
 namespace circlet::weights {
 
 struct RoundingOptions {
-  enum class Range : uint8_t {
-    kMinMax,
-    kMse,      // all columns count the same. Ruin beside rounding to the nearest where inputs have outliers
-    kMoments,  // column j counts H_jj
-  };
   DType dtype = DType::kU4;        // element type of the codes
   std::optional<CodeRange> codes;  // fewer codes than the type holds: {0, 7} are 3 bits
   bool symmetric = false;
-  Range range = Range::kMoments;
-  int range_factors = 25;  // from lowest_factor to 1, both ends of the range alike
-  double lowest_factor = 0.4;
-  bool compensate = true;  // step 2; without it columns are rounded to the nearest
-  int solved_ranges = 0;   // so many ranges more, from lowest_factor to 1, go through step 2; the best is kept
-  int descent_passes = 2;  // step 3, before and after each refit
-  int scale_refits = 1;    // step 4
+  WeightRounding method;
 
   CodeRange Codes() const { return codes.value_or(CodesOf(dtype)); }
 };
@@ -47,11 +38,7 @@ struct RoundingOptions {
 // inputs. 8 bytes an element while it is made for up to 4096 columns, 4 beyond, and 8 kept (two float32 matrices).
 class Metric {
  public:
-  struct Options {
-    double damping = 0.05;        // of the mean of the diagonal, added to it
-    bool order_by_moment = true;  // columns by descending H_jj; else as they are
-  };
-  Metric(const Moment& moment, const Options& options);
+  Metric(const Moment& moment, const WeightRounding& method);
 
   int64_t Columns() const { return n_; }
   double Damping() const { return damping_; }    // that was used: ten times more when the matrix was not positive
@@ -80,13 +67,14 @@ struct RoundedMatrix {
 RoundedMatrix Round(const Tensor& weight, const Tensor* target, const Metric& metric, const RoundingOptions& options);
 
 // The target that also takes up what the inputs' own rounding has changed: with x the inputs and x_f those of the float
-// model, W* = W + (sum_t W (x_f - x) x^T) (H + damping mean(diag H) I)^-1. `change` is that sum, [rows, columns].
-// Little damping extrapolates from few positions; 0.3 is known to be safe on real weights. float32 [rows, columns].
-Tensor CorrectedTarget(const Tensor& weight, const Moment& change, const Moment& moment, double damping);
+// model, W* = W + (sum_t W (x_f - x) x^T) (H + damping mean(diag H) I)^-1. `change` is that sum, [rows, columns]
+// row-major. Little damping extrapolates from few positions; 0.3 is known to be safe on real weights. float32 [rows,
+// columns].
+Tensor CorrectedTarget(const Tensor& weight, std::span<const double> change, const Moment& moment, double damping);
 
 // Of two roundings of a matrix the better one, row by row: by the true loss E |W x_f - Q x|^2, which differs from
 // e H' e - 2 e . change (e = Q - W) by nothing that depends on Q. Returns how many rows `b` won.
-int64_t TakeBetterRows(const Tensor& weight, const Moment& change, const Metric& metric, RoundedMatrix& a,
+int64_t TakeBetterRows(const Tensor& weight, std::span<const double> change, const Metric& metric, RoundedMatrix& a,
                        const RoundedMatrix& b);
 
 }  // namespace circlet::weights

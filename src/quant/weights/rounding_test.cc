@@ -125,20 +125,20 @@ TEST(RoundingTest, CodesAreThoseOfTheFloat64Reference) {
     RoundingOptions options{.dtype = DTypeFromName(o["dtype"].get<std::string>()),
                             .codes = CodeRange{o["qmin"], o["qmax"]},
                             .symmetric = o["symmetric"],
-                            .range_factors = o["factors"],
-                            .lowest_factor = o["lowest"],
-                            .compensate = o["compensate"],
-                            .descent_passes = o["passes"],
-                            .scale_refits = o["refits"]};
-    options.range = o["range"] == "minmax" ? RoundingOptions::Range::kMinMax
-                    : o["range"] == "mse"  ? RoundingOptions::Range::kMse
-                                           : RoundingOptions::Range::kMoments;
+                            .method = {.range_factors = o["factors"],
+                                       .lowest_factor = o["lowest"],
+                                       .compensate = o["compensate"],
+                                       .descent_passes = o["passes"],
+                                       .scale_refits = o["refits"]}};
+    options.method.range = o["range"] == "minmax" ? WeightRounding::Range::kMinMax
+                           : o["range"] == "mse"  ? WeightRounding::Range::kMse
+                                                  : WeightRounding::Range::kMoments;
     std::optional<Tensor> target;
     if (problem.contains("target")) {
       const Tensor a = TensorOf(problem["change_rows"]);
       Moment change = Moment::Cross(weight.GetShape()[0], weight.GetShape()[1], 1000, x.GetShape()[0]);
       change.Add(a, x);
-      target = CorrectedTarget(weight, change, moment, 0.3);
+      target = CorrectedTarget(weight, change.Values(), moment, 0.3);
       const Tensor wanted = TensorOf(problem["target"]);
       for (int64_t i = 0; i < wanted.Elements(); ++i) ASSERT_NEAR(target->F32()[i], wanted.F32()[i], 2e-6) << n;
     }
@@ -164,7 +164,7 @@ TEST(RoundingTest, NeverWorseThanToTheNearestOnTwoHundredProblems) {
   for (unsigned seed = 0; seed < 200; ++seed) {
     const Problem problem = RandomProblem(seed);
     const Metric metric(problem.moment, {});
-    RoundingOptions options{.dtype = seed % 3 == 0 ? DType::kU8 : DType::kU4, .solved_ranges = seed % 5 == 0 ? 3 : 0};
+    RoundingOptions options{.dtype = seed % 3 == 0 ? DType::kU8 : DType::kU4, .method = {.solved_ranges = seed % 5 == 0 ? 3 : 0}};
     if (seed % 3 == 1) options.codes = CodeRange{0, 7};
     const RoundedMatrix rounded = Round(problem.weight, nullptr, metric, options);
     const std::vector<double> loss = LossOf(problem.weight, rounded.weight, problem.moment, metric.Damping());
@@ -203,7 +203,7 @@ TEST(RoundingTest, DeadColumnsAreRoundedToTheNearest) {
   const Metric metric(MomentOf(x), {});
   EXPECT_EQ(metric.DeadColumns(), 3);
   const RoundedMatrix rounded =
-      Round(weight, nullptr, metric, {.range = RoundingOptions::Range::kMinMax, .scale_refits = 0});
+      Round(weight, nullptr, metric, {.method = {.range = WeightRounding::Range::kMinMax, .scale_refits = 0}});
   const QParams& grid = rounded.weight.qparams;
   for (int64_t i = 0; i < 4; ++i)
     EXPECT_NEAR(
@@ -240,7 +240,7 @@ TEST(RoundingTest, TheBetterOfTwoTargetsIsTakenRowByRow) {
   change.Add(differences, problem.x);
   const Metric metric(problem.moment, {});
   RoundedMatrix plain = Round(problem.weight, nullptr, metric, {});
-  const Tensor target = CorrectedTarget(problem.weight, change, problem.moment, 0.3);
+  const Tensor target = CorrectedTarget(problem.weight, change.Values(), problem.moment, 0.3);
   const RoundedMatrix corrected = Round(problem.weight, &target, metric, {});
   const auto true_loss = [&](const RoundedMatrix& rounded) {
     std::vector<double> loss = LossOf(problem.weight, rounded.weight, problem.moment, metric.Damping());
@@ -252,7 +252,7 @@ TEST(RoundingTest, TheBetterOfTwoTargetsIsTakenRowByRow) {
     return loss;
   };
   const std::vector<double> a = true_loss(plain), b = true_loss(corrected);
-  const int64_t taken = TakeBetterRows(problem.weight, change, metric, plain, corrected);
+  const int64_t taken = TakeBetterRows(problem.weight, change.Values(), metric, plain, corrected);
   const std::vector<double> best = true_loss(plain);
   int64_t expected = 0;
   for (int64_t r = 0; r < rows; ++r) {

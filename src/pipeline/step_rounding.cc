@@ -1,0 +1,389 @@
+#include "pipeline/step_rounding.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <set>
+#include <tuple>
+
+#include "circlet/base/threads.h"
+#include "circlet/quant/weight_rounding.h"
+#include "ops/gemm.h"
+#include "pipeline/estimate.h"
+#include "pipeline/exchange.h"
+#include "quant/weights/moments.h"
+#include "quant/weights/rounding.h"
+
+namespace circlet {
+namespace {
+
+std::string CutKey(size_t group, size_t place) { return fmt::format("rounding.cut.{}.{}", group, place); }
+std::string FloatKey(const Step& step, size_t group) { return fmt::format("rounding.float.{}.{}", step.name, group); }
+std::string InputName(size_t group) { return fmt::format("linear.{}", group); }
+
+// The positions that are no padding, [rows, width]; all of a tensor without positions.
+Tensor RealRows(const Item& item, const Tensor& tensor) {
+  const Shape& shape = tensor.GetShape();
+  const int64_t width = shape[-1], rows = tensor.Elements() / width;
+  if (shape.Rank() < 3 || shape[1] != item.length || rows != item.length) return tensor.Reshaped({rows, width});
+  int64_t count = 0;
+  for (const auto& [begin, end] : item.real) count += end - begin;
+  const Tensor real = Tensor::Uninitialized({DType::kF32, {count, width}});
+  float* to = real.F32().data();
+  for (const auto& [begin, end] : item.real)
+    to = std::copy(tensor.F32().data() + begin * width, tensor.F32().data() + end * width, to);
+  return real;
+}
+
+float LargestOf(const Tensor& tensor) {
+  float largest = 0;
+  for (const float value : tensor.F32()) largest = std::max(largest, std::abs(value));
+  return largest;
+}
+
+Tensor Difference(const Tensor& a, const Tensor& b) {
+  const Tensor difference = Tensor::Uninitialized(a.Type());
+  std::ranges::transform(a.F32(), b.F32(), difference.F32().begin(), std::minus<float>());
+  return difference;
+}
+
+// x [.., columns] times the transpose of weight [rows, columns], float32.
+Tensor Product(const Tensor& x, const Tensor& weight) {
+  const int64_t columns = weight.GetShape()[1], rows = weight.GetShape()[0], count = x.Elements() / columns;
+  const Tensor product = Tensor::Uninitialized({DType::kF32, {count, rows}});
+  gemm::Linear(x.F32().data(), weight.F32().data(), nullptr, count, rows, columns, product.F32().data());
+  return product;
+}
+
+// The largest sum of magnitudes of a row: how much larger than its inputs a product can be.
+float LargestRowSum(const Tensor& weight) {
+  float largest = 0;
+  const int64_t columns = weight.GetShape()[1];
+  for (int64_t row = 0; row < weight.GetShape()[0]; ++row) {
+    float sum = 0;
+    for (const float value : weight.F32().subspan(row * columns, columns)) sum += std::abs(value);
+    largest = std::max(largest, sum);
+  }
+  return largest;
+}
+
+// Adds up what all processes have; pieces keep what is sent small.
+void Share(weights::Moment& moment, Communicator& world) {
+  if (world.Size() == 1) return;
+  constexpr size_t kPieceBytes = size_t{32} << 20;
+  const std::string mine(reinterpret_cast<const char*>(moment.Raw().data()), moment.Raw().size());
+  const std::string positions = std::to_string(moment.Positions());
+  const std::vector<std::string> all_positions = world.AllGather(positions);
+  for (size_t begin = 0; begin < mine.size(); begin += kPieceBytes) {
+    const std::vector<std::string> pieces = world.AllGather(mine.substr(begin, kPieceBytes));
+    for (int rank = 0; rank < world.Size(); ++rank)
+      if (rank != world.Rank())
+        moment.MergeRaw(static_cast<int64_t>(begin / sizeof(int64_t)), std::as_bytes(std::span(pieces[rank])),
+                        begin == 0 ? std::stoll(all_positions[rank]) : 0);
+  }
+}
+
+weights::RoundingOptions OptionsOf(const PointSpec& spec, const WeightRounding& method) {
+  weights::RoundingOptions options{.dtype = spec.dtype, .symmetric = spec.scheme.symmetric, .method = method};
+  if (method.bits > 0 && BitWidth(spec.dtype) == 4) {
+    const int64_t half = int64_t{1} << (method.bits - 1);
+    options.codes = CodesOf(spec.dtype).min < 0 ? CodeRange{-half, half - 1} : CodeRange{0, 2 * half - 1};
+  }
+  return options;
+}
+
+}  // namespace
+
+std::vector<LinearGroup> LinearGroupsOf(const Graph& graph, const Calibration& calibration) {
+  std::vector<LinearGroup> groups;
+  if (!calibration.GetRecipe().rounding || calibration.Frozen()) return groups;
+  std::set<std::string> seen;
+  for (const Node& node : graph.Nodes()) {
+    if (!std::holds_alternative<FullyConnected>(node.op.kind)) continue;
+    const Value& weight = graph.At(node.in[1]);
+    if (weight.kind != ValueKind::kWeight || !IsLinear(weight.weight_point.kind) || !seen.insert(weight.name).second)
+      continue;
+    const PointSpec spec = calibration.GetRecipe().SpecFor(weight.weight_point, calibration.GetDialect());
+    if (spec.kind != QuantKind::kAffine || spec.axis != 0 || BitWidth(spec.dtype) > 8) continue;
+    // Behind a point that only says again what grid the value lies on.
+    ValueId input = node.in[0];
+    while (graph.At(input).kind == ValueKind::kNode) {
+      const Node& producer = graph.Nodes()[graph.At(input).node];
+      if (!std::holds_alternative<QuantPoint>(producer.op.kind) || producer.points[0].use != PointUse::kBoundary) break;
+      input = producer.in[0];
+    }
+    const auto group = std::ranges::find(groups, input, &LinearGroup::input);
+    if (group != groups.end())
+      group->weights.push_back(weight.name);
+    else
+      groups.push_back({input, {weight.name}});
+  }
+  return groups;
+}
+
+void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& calibration, int rank,
+                 StageEstimate& estimate) {
+  if (!calibration.GetRecipe().rounding) return;
+  const WeightRounding& method = *calibration.GetRecipe().rounding;
+  // Products with the moments: to the nearest, in order, descent, refits, the loss.
+  const int solves = (method.correct_inputs ? 2 : 1) * (3 + method.solved_ranges + method.scale_refits +
+                                                        method.descent_passes * (method.scale_refits + 1));
+  for (const Step& step : stage.steps) {
+    const Item* longest = nullptr;
+    double positions = 0;
+    for (const Item& item : items) {
+      if (item.rank != rank || !items.PassageOf(item).observed) continue;
+      positions += static_cast<double>(item.length);
+      if (longest == nullptr || item.length > longest->length) longest = &item;
+    }
+    if (longest == nullptr) continue;
+    const Graph graph = step.build(*longest);
+    const std::vector<LinearGroup> groups = LinearGroupsOf(graph, calibration);
+    // Once more up to the last group, on average of all positions.
+    if (!groups.empty()) estimate.flops += ProductFlops(graph) * positions / static_cast<double>(longest->length);
+    for (const LinearGroup& group : groups) {
+      double n = 0, rows = 0;
+      for (const Value& value : graph.Values())
+        if (value.kind == ValueKind::kWeight && std::ranges::find(group.weights, value.name) != group.weights.end()) {
+          rows += static_cast<double>(value.type.shape[0]);
+          n = static_cast<double>(value.type.shape[1]);
+        }
+      const bool square = n <= 2 * rows;  // as Gather chooses
+      estimate.flops += positions * n * n + n * n * n / 3 + 2 * solves * rows * n * n;
+      if (method.correct_inputs) estimate.flops += positions * (square ? 2 * n * n : 4 * n * rows);
+      double bytes = 12 * n * n + (n <= 4096 ? 8 * n * n : 0) + 16 * rows * n;
+      if (method.correct_inputs) bytes += (square ? 12 * n * n : 8 * rows * n) + 8 * rows * n;
+      estimate.working_bytes = std::max(estimate.working_bytes, static_cast<int64_t>(bytes));
+    }
+  }
+}
+
+// Of one group.
+struct StepRounding::Moments {
+  std::optional<weights::Moment> inputs;               // sum x x^T; none: no calibration item reaches the step
+  std::optional<weights::Moment> differences;          // sum x (x_f - x)^T, where that is the cheaper form
+  std::map<std::string, weights::Moment> corrections;  // else by weight: sum W (x_f - x) x^T
+};
+
+StepRounding::StepRounding(const StageContext& context, const Step& step) : c_(context), step_(step) {
+  std::vector<LinearGroup> groups;
+  for (const Item& item : c_.items) {
+    if (!c_.PassageOf(item).observed) continue;
+    if (c_.IsMine(item)) items_.push_back(&item);
+    if (groups.empty()) groups = LinearGroupsOf(step.build(item), c_.calibration);
+  }
+  for (LinearGroup& group : groups) weights_.push_back(std::move(group.weights));
+}
+
+int64_t StepRounding::Work() const { return static_cast<int64_t>(items_.size() * weights_.size()); }
+
+bool StepRounding::Corrects() const { return c_.calibration.GetRecipe().rounding->correct_inputs; }
+
+std::vector<ValueId> StepRounding::CutBefore(const Graph& graph, const std::vector<LinearGroup>& groups, size_t group) {
+  // By node: the first group that needs it.
+  std::vector<size_t> needed_by(graph.Nodes().size(), groups.size());
+  for (size_t g = groups.size(); g-- > 0;) {
+    std::vector<ValueId> asked{groups[g].input};
+    while (!asked.empty()) {
+      const Value& value = graph.At(asked.back());
+      asked.pop_back();
+      if (value.kind != ValueKind::kNode || needed_by[value.node] == g) continue;
+      needed_by[value.node] = g;
+      const std::vector<ValueId>& in = graph.Nodes()[value.node].in;
+      asked.insert(asked.end(), in.begin(), in.end());
+    }
+  }
+  std::vector<ValueId> cut{groups[group].input};
+  for (size_t i = 0; i < graph.Nodes().size(); ++i) {
+    if (needed_by[i] <= group || needed_by[i] == groups.size()) continue;
+    for (const ValueId id : graph.Nodes()[i].in) {
+      const Value& value = graph.At(id);
+      if (value.kind == ValueKind::kNode && needed_by[value.node] <= group && std::ranges::find(cut, id) == cut.end())
+        cut.push_back(id);
+    }
+  }
+  return cut;
+}
+
+Graph StepRounding::WithInputs(Graph graph, const Item& item) const {
+  if (weights_.empty() || !Corrects() || !c_.PassageOf(item).observed) return graph;
+  const std::vector<LinearGroup> groups = LinearGroupsOf(graph, c_.calibration);
+  for (size_t g = 0; g < groups.size(); ++g) graph.AddOutput(InputName(g), groups[g].input);
+  return graph;
+}
+
+void StepRounding::KeepInputs(const Item& item, const std::map<std::string, Tensor>& results) {
+  if (weights_.empty() || !Corrects() || !c_.PassageOf(item).observed) return;
+  for (size_t g = 0; g < weights_.size(); ++g)
+    c_.store.Put(item.id, Chain::kFloat, FloatKey(step_, g), RealRows(item, results.at(InputName(g))).Clone(),
+                 ActivationStore::Read::kLate);
+}
+
+Graph StepRounding::Segment(const Item& item, size_t group) const {
+  const Graph graph = step_.build(item);
+  const std::vector<LinearGroup> groups = LinearGroupsOf(graph, c_.calibration);
+  CIRCLET_CHECK(groups.size() == weights_.size(), "{}: {} groups of linears in one graph, {} in another", item.label,
+                groups.size(), weights_.size());
+  const std::vector<ValueId> to = CutBefore(graph, groups, group);
+  return PartOf(graph, group == 0 ? std::vector<ValueId>{} : CutBefore(graph, groups, group - 1), to);
+}
+
+void StepRounding::Advance(size_t group) {
+  if (items_.empty()) return;
+  const Item& longest = **std::ranges::max_element(items_, {}, &Item::length);
+  const bool side_by_side = SideBySide(step_.build(longest));
+  using Plans = std::map<std::tuple<int64_t, std::string>, std::unique_ptr<ReadyGraph>>;
+  std::vector<Plans> workers(Threads());
+  const WeightSource weights = Shared(c_.rounded);
+  const auto outputs_of = [](const Graph& graph) { return graph.Outputs().size(); };
+  std::vector<size_t> given(items_.size()), made(items_.size());
+  ForItems(static_cast<int64_t>(items_.size()), side_by_side, [&](int64_t i, int worker) {
+    const Item& item = *items_[i];
+    auto& plan = workers[worker][{item.length, item.variant}];
+    const Graph segment = Segment(item, group);
+    if (plan == nullptr)
+      plan = std::make_unique<ReadyGraph>(segment, std::make_unique<FakeQuantReading>(c_.calibration, true),
+                                          c_.ComputeOf(item));
+    std::map<std::string, Tensor> inputs;
+    for (size_t place = 0; group > 0 && c_.store.Has(item.id, Chain::kQuant, CutKey(group - 1, place)); ++place)
+      inputs[fmt::format("given.{}", place)] = c_.store.Get(item.id, Chain::kQuant, CutKey(group - 1, place));
+    given[i] = inputs.size();
+    const std::map<std::string, Tensor> results =
+        RunItem(c_, step_, item, Chain::kQuant, true, plan->executor, weights, std::move(inputs));
+    made[i] = outputs_of(segment);
+    for (size_t place = 0; place < made[i]; ++place)
+      c_.store.Put(item.id, Chain::kQuant, CutKey(group, place), results.at(fmt::format("wanted.{}", place)).Clone());
+    c_.advance();
+  });
+  for (size_t place = 0; place < std::ranges::max(given); ++place) c_.store.Drop(CutKey(group - 1, place));
+  if (group + 1 < weights_.size()) return;
+  for (size_t place = 1; place < std::ranges::max(made); ++place) c_.store.Drop(CutKey(group, place));
+}
+
+Tensor StepRounding::FloatRows(const Item& item, size_t group) const {
+  return c_.store.Get(item.id, Chain::kFloat, FloatKey(step_, group));
+}
+
+StepRounding::Moments StepRounding::Gather(size_t group) const {
+  struct Bounds {
+    float input = 0, difference = 0;
+    int64_t positions = 0;
+  };
+  const auto rows_of = [&](const Item& item) {
+    return RealRows(item, c_.store.Get(item.id, Chain::kQuant, CutKey(group, 0)));
+  };
+  Bounds mine;
+  for (const Item* item : items_) {
+    const Tensor rows = rows_of(*item);
+    mine.input = std::max(mine.input, LargestOf(rows));
+    if (Corrects()) mine.difference = std::max(mine.difference, LargestOf(Difference(FloatRows(*item, group), rows)));
+    mine.positions += rows.GetShape()[0];
+  }
+  Bounds all;
+  for (const auto& rank : AllGather<Bounds>(c_.world, std::span(&mine, 1))) {
+    all.input = std::max(all.input, rank[0].input);
+    all.difference = std::max(all.difference, rank[0].difference);
+    all.positions += rank[0].positions;
+  }
+  Moments moments;
+  if (all.positions == 0) return moments;
+  const std::vector<std::string>& names = weights_[group];
+  std::map<std::string, Tensor> weights;
+  int64_t rows = 0, columns = 0;
+  for (const std::string& name : names) {
+    const Shape shape = c_.stored(name).GetShape();
+    rows += shape[0];
+    columns = shape[1];
+  }
+  const auto bound = [](float largest) { return largest > 0 ? double{largest} : 1.0; };
+  moments.inputs = weights::Moment::Symmetric(columns, bound(all.input), all.positions);
+  if (Corrects() && columns <= 2 * rows) {
+    moments.differences =
+        weights::Moment::Cross(columns, columns, bound(std::max(all.input, all.difference)), all.positions);
+  } else if (Corrects()) {
+    for (const std::string& name : names) {
+      const Tensor weight = ToF32(c_.stored(name));
+      const double largest = bound(LargestRowSum(weight)) * bound(all.difference);
+      moments.corrections.emplace(name, weights::Moment::Cross(weight.GetShape()[0], columns,
+                                                               std::max(largest, bound(all.input)), all.positions));
+      weights[name] = weight;
+    }
+  }
+  for (const Item* item : items_) {
+    const Tensor x = rows_of(*item);
+    Within(item->label, [&] { moments.inputs->Add(x); });
+    if (!Corrects()) continue;
+    const Tensor difference = Difference(FloatRows(*item, group), x);
+    if (moments.differences) moments.differences->Add(x, difference);
+    for (auto& [name, correction] : moments.corrections) correction.Add(Product(difference, weights[name]), x);
+  }
+  Share(*moments.inputs, c_.world);
+  if (moments.differences) Share(*moments.differences, c_.world);
+  for (auto& [name, correction] : moments.corrections) Share(correction, c_.world);
+  return moments;
+}
+
+void StepRounding::Solve(size_t group, Moments moments) {
+  if (!moments.inputs) return;
+  const WeightRounding& method = *c_.calibration.GetRecipe().rounding;
+  Tensor differences;
+  if (moments.differences) {
+    const int64_t columns = moments.differences->Columns();
+    differences = Tensor::Uninitialized({DType::kF32, {columns, columns}});
+    for (int64_t i = 0; i < columns; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        differences.F32()[i * columns + j] = static_cast<float>(moments.differences->At(i, j));
+    moments.differences.reset();
+  }
+  const auto change_of = [&](const std::string& name) -> std::vector<double> {
+    if (differences.Empty()) return moments.corrections.at(name).Values();
+    const Tensor change = Product(ToF32(c_.stored(name)), differences);
+    return {change.F32().begin(), change.F32().end()};
+  };
+  std::map<std::string, Tensor> targets;
+  if (method.correct_inputs)
+    for (const std::string& name : weights_[group])
+      targets[name] =
+          weights::CorrectedTarget(c_.stored(name), change_of(name), *moments.inputs, method.correction_damping);
+  const weights::Metric metric(*moments.inputs, method);
+  const int64_t positions = moments.inputs->Positions();
+  moments.inputs.reset();
+  for (const std::string& name : weights_[group]) {
+    Within(name, [&] {
+      const Tensor weight = c_.stored(name);
+      const PointSpec& spec = c_.calibration.ParamsOf(name).spec;
+      const weights::RoundingOptions options = OptionsOf(spec, method);
+      weights::RoundedMatrix rounded = weights::Round(weight, nullptr, metric, options);
+      RoundedLinear report{.name = name,
+                           .rows = weight.GetShape()[0],
+                           .columns = weight.GetShape()[1],
+                           .positions = positions,
+                           .dead_columns = metric.DeadColumns(),
+                           .damping = metric.Damping(),
+                           .rows_to_nearest = rounded.rows_to_nearest};
+      for (const double loss : rounded.loss) report.loss += loss;
+      for (const double loss : rounded.nearest_loss) report.nearest_loss += loss;
+      if (const auto target = targets.find(name); target != targets.end()) {
+        const weights::RoundedMatrix corrected = weights::Round(weight, &target->second, metric, options);
+        report.rows_corrected = weights::TakeBetterRows(weight, change_of(name), metric, rounded, corrected);
+        target->second = {};
+      }
+      c_.calibration.SetGrid(name, rounded.weight.qparams);
+      c_.rounded.Take(name, rounded.weight.codes.WithGrid(std::make_shared<QParams>(rounded.weight.qparams)));
+      if (c_.linears != nullptr) c_.linears->push_back(std::move(report));
+    });
+  }
+}
+
+void StepRounding::Run() {
+  for (size_t group = 0; group < weights_.size(); ++group) {
+    Advance(group);
+    Solve(group, Gather(group));
+    c_.store.Drop(FloatKey(step_, group));
+  }
+  if (!weights_.empty()) c_.store.Drop(CutKey(weights_.size() - 1, 0));
+}
+
+}  // namespace circlet

@@ -1,0 +1,66 @@
+#pragma once
+
+// Rounds the weights of a step's linears with the second moments of what they are multiplied with (quant/weights),
+// where the recipe asks for it. Linears that read the same values are one group. Groups are rounded in the order in
+// which they compute: what a group reads is computed from codes as far as they are made, so that each makes up for
+// those before it.
+//
+// The chain of rounded values is cut in front of each group. Calibration items run from cut to cut, what lies on a cut
+// waits in the store, and no linear is computed twice for that.
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "circlet/graph/graph.h"
+#include "pipeline/stage.h"
+
+namespace circlet {
+
+// Linears of one graph that read the same value, by the names of their weights.
+struct LinearGroup {
+  ValueId input;
+  std::vector<std::string> weights;
+};
+
+// What is to be rounded with moments, in order of computation; none where the recipe does not ask for it.
+std::vector<LinearGroup> LinearGroupsOf(const Graph& graph, const Calibration& calibration);
+
+// What that adds to a stage's memory and products.
+void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& calibration, int rank,
+                 StageEstimate& estimate);
+
+class StepRounding {
+ public:
+  // `context` and `step` must stay valid.
+  StepRounding(const StageContext& context, const Step& step);
+
+  // Items times cuts that Run will count.
+  int64_t Work() const;
+
+  // The float chain is only computed once: with these outputs more, whose values KeepInputs takes.
+  Graph WithInputs(Graph graph, const Item& item) const;
+  void KeepInputs(const Item& item, const std::map<std::string, Tensor>& results);
+
+  // Behind Calibration::Freeze, in front of the first run that multiplies rounded weights. Collective.
+  void Run();
+
+ private:
+  struct Moments;
+
+  // What stands between the nodes that a group needs and all others that later groups need; its input first.
+  static std::vector<ValueId> CutBefore(const Graph& graph, const std::vector<LinearGroup>& groups, size_t group);
+  bool Corrects() const;
+  Graph Segment(const Item& item, size_t group) const;
+  void Advance(size_t group);
+  Moments Gather(size_t group) const;
+  void Solve(size_t group, Moments moments);
+  Tensor FloatRows(const Item& item, size_t group) const;
+
+  const StageContext& c_;
+  const Step& step_;
+  std::vector<const Item*> items_;                 // of this process, that grids are taken from
+  std::vector<std::vector<std::string>> weights_;  // by group; none: nothing is to be done
+};
+
+}  // namespace circlet
