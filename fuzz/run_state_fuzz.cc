@@ -69,10 +69,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     store.UseFiles(folder.path / "rank.0/values", 0);
     UnitWriter units(folder.path, calibration, store);
     std::vector<StageError> errors;
+    std::vector<RoundedLinear> linears;
     std::optional<HeadResult> head;
     std::optional<ComputeChange> change;
     std::map<std::string, double> seconds;
-    RunParts parts{calibration, store, units, errors, head, change, seconds};
+    RunParts parts{calibration, store, units, errors, linears, head, change, seconds};
     RunState run(folder.path / "rank.0", nlohmann::json::object(), 0, World());
     run.Load(parts, [](const std::string& point) { return PointSpec{.point = point}; }, /*phases=*/2);
     units.WriteCodes();
