@@ -233,9 +233,9 @@ TEST_F(LongRunTest, FinishedStagesAreNotComputedAgain) {
   std::erase(resume, "--quiet");
   const ProgramResult result = RunProgram(resume);
   EXPECT_EQ(result.exit_code, 0) << result.err;
-  for (const char* stage : {"vision.tables: ", "vision.patch_embed: ", "embeddings: "})
+  for (const char* stage : {"] vision.tables ", "] vision.patch_embed ", "] embeddings "})
     EXPECT_THAT(result.err, Not(HasSubstr(stage)));
-  EXPECT_THAT(result.err, HasSubstr("logits: "));
+  EXPECT_THAT(result.err, HasSubstr("] logits "));
 }
 
 // Which channels stand how often is measured before the first stage, and once.
