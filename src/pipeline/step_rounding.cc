@@ -237,22 +237,20 @@ void StepRounding::Advance(size_t group) {
   using Plans = std::map<std::tuple<int64_t, std::string>, std::unique_ptr<ReadyGraph>>;
   std::vector<Plans> workers(Threads());
   const WeightSource weights = Shared(c_.rounded);
-  const auto outputs_of = [](const Graph& graph) { return graph.Outputs().size(); };
   std::vector<size_t> given(items_.size()), made(items_.size());
   ForItems(static_cast<int64_t>(items_.size()), side_by_side, [&](int64_t i, int worker) {
     const Item& item = *items_[i];
     auto& plan = workers[worker][{item.length, item.variant}];
-    const Graph segment = Segment(item, group);
     if (plan == nullptr)
-      plan = std::make_unique<ReadyGraph>(segment, std::make_unique<FakeQuantReading>(c_.calibration, true),
-                                          c_.ComputeOf(item));
+      plan = std::make_unique<ReadyGraph>(
+          Segment(item, group), std::make_unique<FakeQuantReading>(c_.calibration, true), c_.ComputeOf(item));
     std::map<std::string, Tensor> inputs;
     for (size_t place = 0; group > 0 && c_.store.Has(item.id, Chain::kQuant, CutKey(group - 1, place)); ++place)
       inputs[fmt::format("given.{}", place)] = c_.store.Get(item.id, Chain::kQuant, CutKey(group - 1, place));
     given[i] = inputs.size();
     const std::map<std::string, Tensor> results =
         RunItem(c_, step_, item, Chain::kQuant, true, plan->executor, weights, std::move(inputs));
-    made[i] = outputs_of(segment);
+    made[i] = results.size();
     for (size_t place = 0; place < made[i]; ++place)
       c_.store.Put(item.id, Chain::kQuant, CutKey(group, place), results.at(fmt::format("wanted.{}", place)).Clone());
     c_.advance();
