@@ -597,6 +597,8 @@ TEST_F(CliTest, VerifyRefusesHostilePipelines) {
   WriteJson(fs::path(out_) / "manifest.json", manifest);
   expect([](nlohmann::json& json) { json.erase("units"); }, HasSubstr("units"));
   expect([](nlohmann::json& json) { json["units"] = 3; }, HasSubstr("units"));
+  expect([](nlohmann::json& json) { json["schema_version"] = 3; },
+         HasSubstr("schema_version: 3; this circlet reads 1 to 2"));
   expect([](nlohmann::json& json) { json["units"][0].erase("file"); }, HasSubstr("file"));
   expect([](nlohmann::json& json) { json["units"][0]["inputs"][0]["dtype"] = 7; }, HasSubstr("dtype"));
   expect([](nlohmann::json& json) { json["units"][0]["file"] = "../../etc/passwd"; }, HasSubstr("../../etc/passwd"));

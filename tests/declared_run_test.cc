@@ -7,6 +7,7 @@
 #include <set>
 
 #include "circlet/io/json.h"
+#include "circlet/io/safetensors.h"
 #include "error_text.h"
 #include "golden.h"
 #include "pipeline/estimate.h"
@@ -124,6 +125,48 @@ TEST_F(DeclaredRun, PipelineJsonTellsWholeGraphsFromTheirParts) {
   }
   EXPECT_THAT(whole, testing::UnorderedElementsAre("gemma4_model", "gemma4_model_full", "vision_encoder", "vision_model",
                                                    "vision_prefill"));
+}
+
+TEST_F(DeclaredRun, PipelineJsonTellsHowUnitsAreRun) {
+  options_.output = directory_.Path() / "out";
+  Quantize(options_);
+  const nlohmann::json pipeline = ReadJson(options_.output / "pipeline.json");
+  EXPECT_EQ(pipeline.at("schema_version"), 2);
+  std::map<std::string, nlohmann::json> units;
+  for (const nlohmann::json& unit : pipeline.at("units")) units[unit.at("name")] = unit;
+  // Each unit has its place in a phase, or stands for some that have.
+  std::set<std::string> run;
+  for (const nlohmann::json& phase : pipeline.at("phases"))
+    for (const nlohmann::json& name : phase) run.insert(name);
+  for (const auto& [name, unit] : units) EXPECT_NE(run.contains(name), unit.contains("replaces")) << name;
+  for (const std::string& name : run) EXPECT_TRUE(units.contains(name)) << name;
+  const std::vector<std::string> prefill = pipeline.at("phases").at("prefill");
+  EXPECT_THAT(std::vector(prefill.begin(), prefill.begin() + 5),
+              testing::ElementsAre("token_embedding", "ple_embedding", "multimodal_fusion_prefill",
+                                   "ple_projection_prefill", "decoder_layer_prefill_0"));
+  EXPECT_EQ(prefill.back(), "lm_head");
+  EXPECT_THAT(pipeline.at("phases").at("decode").get<std::vector<std::string>>(),
+              testing::IsSupersetOf({"token_embedding", "ple_projection_decode", "decoder_layer_decode_0", "lm_head"}));
+
+  const int64_t context = pipeline.at("context");
+  EXPECT_EQ(pipeline.at("cache").at("newest_slot"), context - 1);
+  EXPECT_EQ(pipeline.at("mask").at("unseen"), -120);
+  EXPECT_THAT(pipeline.at("picture").at("patch_grid").size(), 2u);
+  const SafetensorsFile tables = SafetensorsFile::Open(options_.output / std::string(pipeline.at("tables")));
+  for (const auto& [name, unit] : units) {
+    if (!name.starts_with("decoder_layer")) continue;
+    const nlohmann::json& layer = unit.at("layer");
+    const std::string type = layer.at("attention");
+    EXPECT_EQ(layer.at("window").get<int>() == 0, type == "full_attention");
+    EXPECT_TRUE(name.ends_with("_" + layer.at("index").dump()));
+    // The layer that the keys come from is the one that the key of the end names.
+    for (const nlohmann::json& end : unit.at("inputs")) {
+      if (end.at("name") == "shared_key")
+        EXPECT_EQ(end.at("key"), fmt::format("kv.{}.key", layer.at("kv_source").get<int>()));
+      if (end.at("name") == "cos" && name.find("prefill") != name.npos)
+        EXPECT_EQ(tables.Get("cos." + type).GetShape(), Shape(end.at("shape").get<std::vector<int64_t>>()));
+    }
+  }
 }
 
 }  // namespace

@@ -87,9 +87,8 @@ int64_t OutputRun::Bytes() const {
 
 fs::path OutputRun::StateDirectory() const { return directory_.State() / fmt::format("rank.{}", world_.Rank()); }
 
-void OutputRun::Finish(const Settings& settings, const Calibration& calibration, const UnitWriter& units,
-                       const QuantizeResult& result) {
-  nlohmann::json pipeline = units.Pipeline();
+void OutputRun::Finish(const Settings& settings, const Calibration& calibration, nlohmann::json pipeline,
+                       const UnitWriter& units, const QuantizeResult& result) {
   nlohmann::json grids = {{"model", result.model}, {"recipe", result.recipe}, {"dialect", result.dialect}};
   if (result.grids) grids["grids"] = ToJson(*result.grids);
   const bool widened = result.widening && !result.widening->Empty();

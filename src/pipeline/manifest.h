@@ -35,8 +35,8 @@ class OutputRun {
   bool Begin(const nlohmann::json& identity);
   // Writes pipeline.json, qparams.json, report.json, timings.json, effective_config.yaml and manifest.json; then the
   // directory takes its name.
-  void Finish(const Settings& settings, const Calibration& calibration, const UnitWriter& units,
-              const QuantizeResult& result);
+  void Finish(const Settings& settings, const Calibration& calibration, nlohmann::json pipeline,
+              const UnitWriter& units, const QuantizeResult& result);
 
  private:
   bool IsDone() const;

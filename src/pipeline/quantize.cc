@@ -393,7 +393,9 @@ QuantizeResult Run::Compute() {
       units_->WriteCodes();
       if (captured_) WriteSafetensors(output->Directory() / "stages.safetensors", captured_->Values());
     });
-    output->Finish(settings_.file, calibration, *units_, result_);
+    std::vector<std::string> names;
+    for (const Unit& unit : units_->Units()) names.push_back(unit.file.name);
+    output->Finish(settings_.file, calibration, units_->Pipeline(job_.Contract(names)), *units_, result_);
   }
   const double run_seconds = SecondsSince(begin);
   if (options.timings)

@@ -69,6 +69,10 @@ class ModelJob {
   // Memory that the largest unit takes when it is run in one piece.
   virtual int64_t WholeGraphBytes() const = 0;
 
+  // What a host must know to run the units of these names, for pipeline.json: keys of the whole and, in "units", by
+  // name, of single units.
+  virtual nlohmann::json Contract(const std::vector<std::string>& units) const = 0;
+
   // Throws Error when the checkpoint has changed since it was opened.
   virtual void RequireUnchanged() const = 0;
 

@@ -211,7 +211,7 @@ void UnitWriter::Restore(const nlohmann::json& state) {
   first_with_ = state.at("first_with").get<std::map<std::string, std::string>>();
 }
 
-nlohmann::json UnitWriter::Pipeline() const {
+nlohmann::json UnitWriter::Pipeline(const nlohmann::json& contract) const {
   nlohmann::json units = nlohmann::json::array(), boundaries = nlohmann::json::array();
   std::map<std::string, std::vector<std::string>> producers;
   for (const Unit& unit : units_) {
@@ -223,6 +223,8 @@ nlohmann::json UnitWriter::Pipeline() const {
                      {"kind", unit.whole_graph ? kWholeGraph : "part"},
                      {"inputs", inputs},
                      {"outputs", outputs}});
+    const nlohmann::json& of_units = contract.at("units");
+    if (const auto more = of_units.find(unit.file.name); more != of_units.end()) units.back().update(*more);
     for (size_t k = 0; k < unit.outputs.size(); ++k)
       if (!unit.outputs[k].key.empty())
         producers[unit.outputs[k].key].push_back(fmt::format("{}.out.{}", unit.file.name, k));
@@ -233,7 +235,9 @@ nlohmann::json UnitWriter::Pipeline() const {
         boundaries.push_back({{"key", unit.inputs[k].key},
                               {"producer", producer},
                               {"consumer", fmt::format("{}.in.{}", unit.file.name, k)}});
-  return {{"schema_version", 1}, {"units", units}, {"boundaries", boundaries}};
+  nlohmann::json pipeline = contract;
+  pipeline.update({{"schema_version", kPipelineVersion}, {"units", units}, {"boundaries", boundaries}});
+  return pipeline;
 }
 
 }  // namespace circlet

@@ -53,8 +53,8 @@ class UnitWriter {
   // verify.safetensors: UNIT.in.K and UNIT.out.K as codes of the tensor's type; one that equals an earlier one is named
   // in the metadata instead ("UNIT.in.K": "OTHER.out.K").
   void WriteCodes() const;
-  // pipeline.json: the units, their ends, and the boundaries between them.
-  nlohmann::json Pipeline() const;
+  // pipeline.json: the units, their ends, the boundaries between them, and what the family adds (ModelJob::Contract).
+  nlohmann::json Pipeline(const nlohmann::json& contract) const;
 
   // What was written, for another process that goes on with the same directory and store. Restore throws Error for a
   // file that is not what was written.
@@ -88,6 +88,7 @@ class UnitWriter {
 inline constexpr char kUnitSuffix[] = ".q.circle";
 inline constexpr char kCodesFile[] = "verify.safetensors";
 inline constexpr char kPipelineFile[] = "pipeline.json";
+inline constexpr int kPipelineVersion = 2;  // written; 1, which does not say how units are run, is read too
 // "kind" of a unit in it: one graph of many layers, or "part".
 inline constexpr char kWholeGraph[] = "whole_graph";
 

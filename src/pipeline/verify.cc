@@ -231,6 +231,8 @@ Listing ReadListing(const fs::path& directory, std::vector<std::string>& notes) 
     notes.push_back(fmt::format("{} is not listed in {}: its hash was not compared", kPipelineFile, kManifestFile));
   const nlohmann::json pipeline_json = ReadJson(directory / kPipelineFile);
   const JsonObject pipeline(pipeline_json, (directory / kPipelineFile).string());
+  if (const auto version = pipeline.Optional<int64_t>("schema_version", 1); version < 1 || version > kPipelineVersion)
+    pipeline.FailAt("schema_version", fmt::format("{}; this circlet reads 1 to {}", version, kPipelineVersion));
   for (const JsonObject& unit : pipeline.Objects("units")) {
     Listing::Unit listed{.name = unit.Required<std::string>("name"),
                          .file = unit.Required<std::string>("file"),

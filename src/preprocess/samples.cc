@@ -77,6 +77,17 @@ Processor LoadProcessor(const std::filesystem::path& directory) {
   return {Tokenizer::Load(directory), ChatTemplate::Load(directory), LoadImageRules(directory)};
 }
 
+std::vector<std::string> ProcessorFiles(const std::filesystem::path& directory) {
+  std::vector<std::string> files;
+  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                           "chat_template.jinja", "chat_template.json", "processor_config.json",
+                           "preprocessor_config.json", "generation_config.json"}) {
+    std::error_code error;
+    if (std::filesystem::is_regular_file(directory / name, error)) files.emplace_back(name);
+  }
+  return files;
+}
+
 Sample ChatSample(std::string_view conversation, const Processor& processor, const std::filesystem::path& directory,
                   const SampleOptions& options, std::string source) {
   const ChatPrompt prompt = RenderChat(processor.chat, conversation);

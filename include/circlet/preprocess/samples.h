@@ -34,6 +34,8 @@ struct Processor {
   ImageRules images;
 };
 Processor LoadProcessor(const std::filesystem::path& directory);
+// The files in `directory` that LoadProcessor reads, and generation_config.json, by name; without chat_templates/.
+std::vector<std::string> ProcessorFiles(const std::filesystem::path& directory);
 
 // What becomes of a sample that is longer than SampleOptions.max_length: an error that counts them, its beginning
 // alone, or parts of that length, each with <bos> in front when the sample has it. Pictures must lie in the first part.

@@ -11,6 +11,7 @@
 #include "circlet/io/names.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/model/gemma4/widening.h"
+#include "pipeline/gemma4/contract.h"
 #include "pipeline/gemma4/items.h"
 #include "pipeline/gemma4/stream.h"
 #include "pipeline/gemma4/verification.h"
@@ -139,6 +140,10 @@ nlohmann::json Gemma4Job::Prepare(const nlohmann::json& saved, const Preparation
   return ToJson(*widening_);
 }
 
+nlohmann::json Gemma4Job::Contract(const std::vector<std::string>& units) const {
+  return ContractOf(context_, units, profile_);
+}
+
 WeightSource Gemma4Job::Stored() const {
   if (picture_tables_) return picture_tables_->Parameters();
   return [this](const std::string& name) { return weights_.Stored(name); };
@@ -169,6 +174,10 @@ std::vector<PhaseSpec> Gemma4Job::Phases() {
   head.units.push_back(text_units_->LmHead());
   if (whole_) head.units.push_back(text_units_->Model());
   if (whole_ && vision_units_ && !context_.GetDialect().fusion_points) head.units.push_back(vision_units_->Full());
+  AddProcessorFiles(settings_.options.model, head);
+  head.files[kTextTablesFile] = [this](const auto& path) {
+    WriteSafetensors(path, RopeTablesOf(context_.max_seq_len, text_tables_));
+  };
   if (profile_)
     head.files["vision_profile.json"] = [profile = profile_->ToJson()](const auto& path) { WriteJson(path, profile); };
   phases.push_back(std::move(head));
@@ -199,9 +208,7 @@ void Gemma4Job::AddVisionUnits(PhaseSpec& phase) {
   };
   if (whole_ || granularity != Granularity::kMonolithic) {
     add(vision_units_->Split());
-    phase.files["vision_context.safetensors"] = [this](const auto& path) {
-      WriteSafetensors(path, vision_units_->Tables());
-    };
+    phase.files[kVisionTablesFile] = [this](const auto& path) { WriteSafetensors(path, vision_units_->Tables()); };
   }
   if (whole_ || granularity != Granularity::kLayer) phase.units.push_back(vision_units_->Prefill());
   phase.units.push_back(vision_units_->Fusion());
@@ -275,6 +282,10 @@ void Gemma4Job::DescribeUnused(QuantizeResult& result) const {
   const bool runs_vision = !context_.images.Empty();
   const Inventory& inventory = weights_.GetInventory();
   result.notes = inventory.notes;
+  if (std::error_code none;
+      settings_.Writes() && std::filesystem::is_directory(settings_.options.model / "chat_templates", none))
+    result.notes.emplace_back(
+        "chat_templates/ is not copied to the output; prompts take the template named default there");
   result.unknown_keys = config_.unknown_keys;
   std::vector<std::string> keys, tensors;
   for (const std::string& key : config_.unknown_keys)

@@ -35,6 +35,7 @@ class Gemma4Job final : public ModelJob {
   void Release(const std::string& parameter) const override { weights_.Release(parameter); }
   void RequireUnchanged() const override { weights_.GetCheckpoint().RequireUnchanged(); }
   int64_t WholeGraphBytes() const override;
+  nlohmann::json Contract(const std::vector<std::string>& units) const override;
   std::span<const DataFile> Files() const override { return data_.files; }
   std::string SamplesHash() const override { return samples_hash_; }
   void Describe(QuantizeResult& result) const override;
