@@ -12,6 +12,7 @@
 #include "circlet/base/error.h"
 #include "circlet/io/json.h"
 #include "circlet/io/names.h"
+#include "circlet/io/packed/quantization_config.h"
 
 namespace circlet {
 namespace {
@@ -146,14 +147,14 @@ std::map<int, LayerOverride> ParsePerLayerConfig(const JsonObject& object, int n
   return overrides;
 }
 
-// Packed or scaled weights are no float tensors, whatever their names.
-void RefuseQuantized(const JsonObject& object) {
-  if (!object.Has("quantization_config")) return;
-  const JsonObject quantization = object.Object("quantization_config");
-  object.FailAt("quantization_config",
-                fmt::format("quant_method is {}: the checkpoint is quantized already; give the one with float weights "
-                            "that it was made from (bfloat16; names often end in -unquantized)",
-                            Shown(quantization.Raw("quant_method"))));
+// What is packed how stands at the root. MLX calls the section by another name as well.
+void CheckQuantization(const JsonObject& object, bool root) {
+  for (const char* key : {"quantization_config", "quantization"}) {
+    if (!object.Has(key)) continue;
+    RequireReadableMethod(object.Object(key));
+    if (!root || key != std::string_view("quantization_config"))
+      object.FailAt(key, "circlet reads the section quantization_config at the root of config.json; move it there");
+  }
 }
 
 // Which layers are full attention; the last one always is.
@@ -269,7 +270,7 @@ TextConfig ParseText(const JsonObject& text, const std::string& path, std::vecto
   Only(text, "use_bidirectional_attention", {"vision"},
        "bidirectional text is not supported; circlet runs models where this is null (E2B, E4B), and text where it is "
        "\"vision\" (31B)");
-  RefuseQuantized(text);
+  CheckQuantization(text, path.empty());
 
   TextConfig config;
   config.bidirectional_pictures = text.Has("use_bidirectional_attention");
@@ -298,7 +299,7 @@ TextConfig ParseText(const JsonObject& text, const std::string& path, std::vecto
 VisionConfig ParseVision(const JsonObject& vision, std::vector<std::string>& unknown) {
   Only(vision, "model_type", {"gemma4_vision"}, "circlet supports \"gemma4_vision\"");
   Only(vision, "hidden_activation", {"gelu_pytorch_tanh"}, kOnlyGelu);
-  RefuseQuantized(vision);
+  CheckQuantization(vision, false);
 
   VisionConfig config;
   config.hidden_size = Size(vision, "hidden_size", 768);
@@ -409,7 +410,7 @@ Gemma4Config ParseConfig(const json& object, const std::string& where) {
   config.has_audio = top.OptionalObject("audio_config").has_value();
   // The reference asks the top level alone; what text_config says is for Gemma4ForCausalLM.
   config.tie_word_embeddings = top.Optional<bool>("tie_word_embeddings", true);
-  RefuseQuantized(top);
+  CheckQuantization(top, true);
   ParseTokenIds(top, config);
   config.eos_token_ids = ParseEos(top);
   if (config.eos_token_ids.empty()) config.eos_token_ids = ParseEos(text);
@@ -422,6 +423,7 @@ Gemma4Config ParseConfig(const json& object, const std::string& where) {
 Gemma4Config ReadConfig(const std::filesystem::path& directory) {
   const std::filesystem::path path = directory / "config.json";
   Gemma4Config config = ParseConfig(ReadJson(path), path.string());
+  config.quantization = QuantizationConfig::Parse(ReadFile(path), path.string());
   const std::filesystem::path generation_path = directory / "generation_config.json";
   if (std::filesystem::exists(generation_path)) {
     const json generation = ReadJson(generation_path);

@@ -217,8 +217,11 @@ TEST(ConfigTest, UnsupportedFeaturesAreRefusedByFieldValueAndWhatIsSupported) {
                     HasSubstr("null")));
   for (const char* place : {"/quantization_config", "/text_config/quantization_config", "/vision_config/quantization_config"})
     EXPECT_THAT(ErrorWith(place, {{"quant_method", "gptq"}}),
-                AllOf(HasSubstr("quantization_config: quant_method is \"gptq\": the checkpoint is quantized already"),
+                AllOf(HasSubstr("quantization_config.quant_method: \"gptq\": the checkpoint is quantized already, by GPTQ"),
                       HasSubstr("-unquantized")));
+  EXPECT_THAT(ErrorWith("/text_config/quantization_config", {{"quant_method", "gemma"}}),
+              AllOf(HasSubstr("text_config.quantization_config: "), HasSubstr("at the root of config.json")));
+  EXPECT_THAT(ErrorWith("/quantization", {{"group_size", 64}, {"bits", 4}}), HasSubstr("by MLX"));
   EXPECT_THAT(ErrorWith("/text_config/hidden_activation", "silu"),
               HasSubstr("text_config.hidden_activation: \"silu\"; circlet supports \"gelu_pytorch_tanh\" only"));
   EXPECT_THAT(ErrorWith("/vision_config/hidden_activation", "gelu"),

@@ -257,6 +257,17 @@ void SettleVision(Gemma4Config& config, const StoredNames& names, Inventory& inv
                   text, found, config.text.NumLayers()));
 }
 
+// Codes without what says how to read them.
+void RefuseLeftovers(const Gemma4Config& config, const Checkpoint& checkpoint, const StoredNames& names) {
+  if (config.quantization) return;
+  for (const auto& [canonical, stored] : names)
+    if (IsPackedPart(stored))
+      Fail(
+          "{}: tensor \"{}\" is part of a quantized checkpoint, but config.json has no quantization_config, which says "
+          "what the codes mean; give the config.json that belongs to these weights",
+          checkpoint.Find(stored) != nullptr ? checkpoint.FileOf(stored) : FilesOf(checkpoint), Shortened(stored));
+}
+
 }  // namespace
 
 std::vector<Parameter> Parameters(const Gemma4Config& config) {
@@ -296,6 +307,7 @@ bool IsAudioTensor(std::string_view checkpoint_name) {
 
 Inventory CheckInventory(Gemma4Config& config, const Checkpoint& checkpoint, bool text_only) {
   StoredNames names = NamesOf(checkpoint);
+  RefuseLeftovers(config, checkpoint, names);
   Inventory inventory;
   SettleHead(config, checkpoint, names, inventory);
   SettleVision(config, names, inventory);

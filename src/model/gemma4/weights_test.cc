@@ -101,6 +101,14 @@ TEST(ParametersTest, E2bCountsMatchTheCostModel) {
   EXPECT_EQ(ple, 27525120);
 }
 
+TEST(InventoryTest, ScalesOfCodesWithoutAQuantizationConfigAreRefused) {
+  std::map<std::string, Tensor> tensors = TensorsOf(ConfigA());
+  tensors.emplace("model.language_model.layers.0.mlp.up_proj.weight_scale", Zeros({96, 1}));
+  EXPECT_THAT(ErrorOf(ConfigA(), tensors),
+              AllOf(HasSubstr("model.safetensors: tensor \"model.language_model.layers.0.mlp.up_proj.weight_scale\""),
+                    HasSubstr("no quantization_config"), HasSubstr("give the config.json")));
+}
+
 TEST(InventoryTest, UnusedTensorsAreListedWithTheReason) {
   Gemma4Config config = ConfigA();
   std::map<std::string, Tensor> tensors = TensorsOf(config);

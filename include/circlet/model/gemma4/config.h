@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "circlet/io/packed/quantization_config.h"
+
 namespace circlet {
 
 struct RopeConfig {
@@ -97,6 +99,9 @@ struct Gemma4Config {
   // Ids that end generation: generation_config.json, else config.json (model.md 9). May be empty.
   std::vector<int> eos_token_ids;
 
+  // What config.json says of weights that are stored as codes; ReadConfig fills it.
+  std::optional<QuantizationConfig> quantization;
+
   // Keys that circlet does not know, with their place ("text_config.new_thing"), for the report.
   std::vector<std::string> unknown_keys;
 };
@@ -104,11 +109,11 @@ struct Gemma4Config {
 // Reads DIRECTORY/config.json and, when there is one, generation_config.json. Handles the four classes of model.md 1.1
 // and both spellings of the full layers' head sizes. null equals absent; the last layer is always full attention.
 // Throws Error naming file, field, value and what is supported: wrong types, sizes out of range or not fitting each
-// other, features that circlet lacks (mixture of experts, bidirectional text attention, attention biases, ...), and a
-// checkpoint that is quantized already.
+// other, features that circlet lacks (mixture of experts, bidirectional text attention, attention biases, ...), and
+// weights quantized by a method that circlet does not read.
 Gemma4Config ReadConfig(const std::filesystem::path& directory);
 
-// The same from parsed JSON, without generation_config.json; `where` stands for the file in errors.
+// The same from parsed JSON, without generation_config.json and quantization; `where` stands for the file in errors.
 Gemma4Config ParseConfig(const nlohmann::json& config, const std::string& where);
 
 }  // namespace circlet
