@@ -175,6 +175,8 @@ void QuantizationConfig::Rules::ReadCompressedTensors(const JsonObject& object) 
   RequireOnly(object, "format", {"pack-quantized"}, kOnlyPacked);
   RequireOnly(object, "quantization_status", {"compressed"}, "save the checkpoint compressed");
   RequireOnly(object, "kv_cache_scheme", {}, kOnlyPacked);
+  if (!object.Has("config_groups"))
+    object.FailAt("config_groups", "is missing; of quant_method \"compressed-tensors\" it says what is packed and how");
   const JsonObject list = object.Object("config_groups");
   for (const std::string& name : list.Keys()) {
     const JsonObject group = list.Object(name);

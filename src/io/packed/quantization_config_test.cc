@@ -47,8 +47,7 @@ TEST(PatternTest, TakesPolynomialTime) {
   EXPECT_EQ(Search("(a*)*b", name), std::nullopt);
   EXPECT_EQ(Search("(a|aa)+$b", name), std::nullopt);
   EXPECT_EQ(Search("(.*.*.*=)*", "x").value_or(9), 0u);
-  EXPECT_THAT(ErrorText([&] { Search("((((((((((b{0,200}a){200}){200}){200}){200}){200})*)*)*)*)*c", name); }),
-              HasSubstr("takes too long to match"));
+  EXPECT_THAT(ErrorText([&] { Search("(((a*){200}){200}){200}c", name); }), HasSubstr("takes too long to match"));
 }
 
 TEST(PatternTest, NamesWhatItDoesNotRead) {

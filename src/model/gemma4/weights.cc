@@ -13,6 +13,8 @@
 #include "circlet/io/file.h"
 #include "circlet/io/names.h"
 #include "io/mapped_file.h"
+#include "model/gemma4/packed_parameters.h"
+#include "ops/codes.h"
 
 namespace circlet {
 namespace {
@@ -20,6 +22,7 @@ namespace {
 constexpr std::string_view kText = "model.language_model.";
 constexpr std::string_view kVision = "model.vision_tower.";
 constexpr std::string_view kHead = "lm_head.weight";
+constexpr std::string_view kPleTable = "model.language_model.embed_tokens_per_layer.weight";
 constexpr std::string_view kEmbedding = "model.language_model.embed_tokens.weight";
 constexpr size_t kListedProblems = 12;
 
@@ -162,8 +165,6 @@ std::string FilesOf(const Checkpoint& checkpoint) {
   return files.empty() ? "model.safetensors" : *files.begin();
 }
 
-using StoredNames = std::map<std::string, std::string, std::less<>>;  // canonical -> stored
-
 StoredNames NamesOf(const Checkpoint& checkpoint) {
   StoredNames names;
   const auto add = [&](const std::string& stored) {
@@ -222,6 +223,20 @@ void SettleHead(Gemma4Config& config, const Checkpoint& checkpoint, StoredNames&
         "lm_head.weight differs from embed_tokens.weight and is used, although tie_word_embeddings is true");
 }
 
+// Google's mobile checkpoints say use_clipped_linears and hold no bounds.
+void SettleClips(Gemma4Config& config, const StoredNames& names, Inventory& inventory) {
+  if (!config.vision || !config.vision->use_clipped_linears || !config.quantization ||
+      config.quantization->GetMethod() != QuantizationConfig::Method::kGemma)
+    return;
+  const auto is_bound = [](const auto& entry) {
+    const std::string& name = entry.first;
+    return name.starts_with(kVision) && (name.ends_with("put_min") || name.ends_with("put_max"));
+  };
+  if (std::ranges::any_of(names, is_bound)) return;
+  config.vision->use_clipped_linears = false;
+  inventory.notes.push_back("use_clipped_linears is true, but the checkpoint holds no bounds: nothing is clipped");
+}
+
 void SettleVision(Gemma4Config& config, const StoredNames& names, Inventory& inventory) {
   if (!config.vision) return;
   if (std::ranges::any_of(names, [](const auto& name) { return IsVisionTensor(name.first); })) return;
@@ -268,6 +283,18 @@ void RefuseLeftovers(const Gemma4Config& config, const Checkpoint& checkpoint, c
           checkpoint.Find(stored) != nullptr ? checkpoint.FileOf(stored) : FilesOf(checkpoint), Shortened(stored));
 }
 
+// Parts of codes beside a weight that is none.
+void RefuseStrayParts(const Inventory& inventory, const StoredNames& names) {
+  for (const auto& [canonical, stored] : names) {
+    const std::string weight = canonical.substr(0, canonical.rfind('.')) + ".weight";
+    if (IsPackedPart(canonical) && inventory.name_in_checkpoint.contains(weight))
+      Fail(
+          "tensor \"{}\" belongs to codes, but quantization_config of config.json says otherwise of \"{}\"; do not mix "
+          "tensors of several checkpoints",
+          Shortened(stored), Shortened(weight));
+  }
+}
+
 }  // namespace
 
 std::vector<Parameter> Parameters(const Gemma4Config& config) {
@@ -289,10 +316,18 @@ std::string CanonicalName(std::string_view checkpoint_name) {
     return fmt::format("{}{}", kText, name);
   Strip(name, "model.");
   if (Strip(name, "language_model.")) return fmt::format("{}{}", kText, name);
-  if (name == kHead) return std::string(kHead);
+  if (name.starts_with("lm_head.")) return std::string(name);
   for (const char* part : {"vision_tower.", "embed_vision.", "audio_tower.", "embed_audio."})
     if (name.starts_with(part)) return fmt::format("model.{}", name);
   return fmt::format("{}{}", kText, name);
+}
+
+Gemma4Config RequireFloat(Gemma4Config config, const std::filesystem::path& directory) {
+  if (config.quantization && config.quantization->GetMethod() == QuantizationConfig::Method::kGemma)
+    Fail("{}: quantization_config: quant_method \"gemma\" holds codes with grids of activations, which this command does "
+         "not keep; give the checkpoint whose name ends in -qat-q4_0-unquantized",
+         (directory / "config.json").string());
+  return config;
 }
 
 bool IsVisionTensor(std::string_view checkpoint_name) {
@@ -311,9 +346,12 @@ Inventory CheckInventory(Gemma4Config& config, const Checkpoint& checkpoint, boo
   Inventory inventory;
   SettleHead(config, checkpoint, names, inventory);
   SettleVision(config, names, inventory);
+  SettleClips(config, names, inventory);
+  PackedFinder packed(config, checkpoint, names);
   std::vector<std::string> problems;
   for (const Parameter& parameter : Parameters(config)) {
     if (text_only && IsVisionTensor(parameter.name)) continue;
+    if (packed.Take(parameter, inventory, problems)) continue;
     auto entry = names.extract(parameter.name);
     if (entry.empty()) {
       problems.push_back(fmt::format("{}: tensor \"{}\" {} is missing", FilesOf(checkpoint), parameter.name,
@@ -325,6 +363,10 @@ Inventory CheckInventory(Gemma4Config& config, const Checkpoint& checkpoint, boo
     inventory.name_in_checkpoint.insert(std::move(entry));
   }
   if (!problems.empty()) FailInventory(config, checkpoint, names, problems);
+  packed.TakeCacheSteps(inventory);
+  if (const auto table = inventory.packed.find(kPleTable); table != inventory.packed.end())
+    config.text.ple_groups = static_cast<int>(table->second.shape[0] / config.text.ple_vocab_size);
+  RefuseStrayParts(inventory, names);
   for (const auto& [canonical, stored] : names) {
     const bool left_out = text_only && IsVisionTensor(canonical);
     inventory.unused.push_back(
@@ -360,10 +402,40 @@ Tensor ModelWeights::Stored(std::string_view name) const {
     for (const auto& entry : inventory_.name_in_checkpoint) names.push_back(entry.first);
     throw Error(fmt::format("the model has no parameter \"{}\"{}", name, NearestHint(name, names)));
   }
+  if (const PackedParameter* const packed = Packed(name)) {
+    const std::lock_guard lock(opened_->mutex);
+    Tensor& opened = opened_->tensors[packed->codes];
+    return opened.Empty() ? opened = Unpacked(checkpoint_, *packed) : opened;
+  }
   const Tensor& narrow = *checkpoint_.Find(*stored);
   if (!widened_) return narrow;
   if (const auto table = wide_tables_.find(Tied(name)); table != wide_tables_.end()) return table->second;
   return (*widened_)(name, narrow);
+}
+
+Tensor ModelWeights::Float(std::string_view name) const {
+  const Tensor stored = Stored(name);
+  if (stored.Grid() == nullptr) return ToF32(stored);
+  const Tensor values = Tensor::Uninitialized({DType::kF32, stored.GetShape()});
+  Dequantize(stored, *stored.Grid(), 0, values.F32());
+  return values;
+}
+
+int64_t ModelWeights::StoredBytes(std::string_view name) const {
+  const PackedParameter* const packed = Packed(name);
+  if (packed == nullptr) return Stored(name).Bytes();
+  return checkpoint_.Find(packed->codes)->Bytes() + checkpoint_.Find(packed->scales)->Bytes();
+}
+
+const PackedParameter* ModelWeights::Packed(std::string_view name) const {
+  const auto found = inventory_.packed.find(Tied(name));
+  return found == inventory_.packed.end() ? nullptr : &found->second;
+}
+
+std::optional<BlockWeight> ModelWeights::Blocks(std::string_view name) const {
+  if (const PackedParameter* const packed = Packed(name))
+    return packed->form.group == 0 ? std::nullopt : std::optional(BlocksOf(checkpoint_, *packed));
+  return RecoverQ40(Stored(name));
 }
 
 void ModelWeights::Widen(const Widening& widening, const std::filesystem::path& directory) {
@@ -398,6 +470,11 @@ float ModelWeights::ScalarOf(std::string_view name) const {
 }
 
 void ModelWeights::Release(std::string_view name) const {
+  if (const PackedParameter* const packed = Packed(name)) {
+    checkpoint_.Release(packed->scales);
+    const std::lock_guard lock(opened_->mutex);
+    opened_->tensors.erase(packed->codes);
+  }
   if (const std::string* stored = StoredName(name)) checkpoint_.Release(*stored);
 }
 

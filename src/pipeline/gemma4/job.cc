@@ -23,7 +23,7 @@ ModelWeights OpenWeights(const QuantizeOptions& options) {
   if (!std::filesystem::is_directory(options.model))
     Fail("{}: {}; give a checkpoint directory with config.json and safetensors", options.model.string(),
          std::filesystem::exists(options.model) ? "is no directory" : "does not exist");
-  return ModelWeights::Open(ReadConfig(options.model), options.model, options.text_only);
+  return ModelWeights::Open(RequireFloat(ReadConfig(options.model), options.model), options.model, options.text_only);
 }
 
 bool WritesWholeModel(const QuantizeOptions& options, const ModelWeights& weights) {

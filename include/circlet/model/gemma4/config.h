@@ -45,6 +45,7 @@ struct TextConfig {
   int num_heads = 0;
   int ple_dim = 0;         // hidden_size_per_layer_input; 0 = the model has no per-layer embeddings
   int ple_vocab_size = 0;  // 0 without per-layer embeddings
+  int ple_groups = 1;      // rows of the stored per-layer table that make up a token's: one a scale
   int max_positions = 0;   // max_position_embeddings, informative
   int pad_token_id = 0;
   int bos_token_id = 0;

@@ -7,11 +7,15 @@
 
 #include <filesystem>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "circlet/io/packed/packed_weight.h"
+#include "circlet/io/packed/quantization_config.h"
 #include "circlet/io/safetensors.h"
 #include "circlet/model/gemma4/config.h"
 #include "circlet/model/gemma4/widening.h"
@@ -51,8 +55,20 @@ struct UnusedTensor {
   bool operator==(const UnusedTensor&) const = default;
 };
 
+// A parameter that is stored as codes.
+struct PackedParameter {
+  PackedForm form;
+  std::string codes, scales;  // names of the stored tensors
+  Shape shape;                // of the codes, a scale a row: a table with several scales a row has a row for each
+  // The int8 steps that a linear's input and output were trained with; none: that side is not rounded.
+  std::optional<float> input_step, output_step;
+};
+
 struct Inventory {
   std::map<std::string, std::string, std::less<>> name_in_checkpoint;  // canonical -> stored name, of used tensors
+  std::map<std::string, PackedParameter, std::less<>> packed;          // by canonical name
+  // int8 steps of caches that layers store ("...layers.3.self_attn.k_cache_scale").
+  std::map<std::string, float, std::less<>> cache_steps;
   std::vector<UnusedTensor> unused;                                    // for the report
   std::vector<std::string> notes;  // where the tensors decided and not config.json, for the terminal
 };
@@ -60,10 +76,16 @@ struct Inventory {
 // Compares a checkpoint with its config, and corrects `config` where the stored tensors decide, as in the reference:
 // * a stored lm_head.weight that differs from embed_tokens.weight is used, although tie_word_embeddings is true; of
 //   equal ones the table serves both, and so does either one that stands alone;
-// * a checkpoint without any vision tensor is one without a vision tower.
+// * a checkpoint without any vision tensor is one without a vision tower;
+// * the per-layer table of a packed checkpoint has as many scales a token as are stored;
+// * a packed checkpoint of quant_method "gemma" without bounds of clipped linears clips nothing.
 // With `text_only` the vision tensors may be missing. Throws one Error that lists every parameter that is missing or
-// has another shape or a type that is no float, with its file, the expected and the found shape, and what to check.
+// has another shape or a type that is no float, with its file, the expected and the found shape, and what to check; and
+// of packed parameters every missing, misshapen or impossible scale.
 Inventory CheckInventory(Gemma4Config& config, const Checkpoint& checkpoint, bool text_only = false);
+
+// The config; throws Error when the weights are codes of quant_method "gemma", which hold more than float weights do.
+Gemma4Config RequireFloat(Gemma4Config config, const std::filesystem::path& directory);
 
 // Whether a tensor, by its name in the checkpoint, belongs to the vision tower with its projector; to the audio tower.
 bool IsVisionTensor(std::string_view checkpoint_name);
@@ -83,11 +105,19 @@ class ModelWeights {
   // The config that was given, corrected by the stored tensors.
   const Gemma4Config& GetConfig() const { return config_; }
 
-  // The tensor as stored (mapped; bf16, f16 or f32), or what the wider stream makes of it. Throws Error naming the
-  // nearest parameter.
+  // The tensor as stored (mapped; bf16, f16 or f32), or what the wider stream makes of it. Of a packed parameter the
+  // codes with their grid, a scale a row (uint4 with zero point 8, or int8), and of one in blocks the float32 values:
+  // made at the first call and kept until Release. Throws Error naming the nearest parameter.
   Tensor Stored(std::string_view name) const;
   // The same as float32; converted anew at each call unless stored so.
-  Tensor Float(std::string_view name) const { return ToF32(Stored(name)); }
+  Tensor Float(std::string_view name) const;
+  // Bytes that it takes in the checkpoint.
+  int64_t StoredBytes(std::string_view name) const;
+  // How a parameter is packed; null: it is an ordinary tensor.
+  const PackedParameter* Packed(std::string_view name) const;
+  // The codes and scales of a parameter in blocks: one that is stored so, or one whose bfloat16 values lie on the grid of
+  // Q4_0 (RecoverQ40).
+  std::optional<BlockWeight> Blocks(std::string_view name) const;
   bool Has(std::string_view name) const;
   // A scalar or one-element parameter, e.g. a clip bound.
   float ScalarOf(std::string_view name) const;
@@ -109,9 +139,16 @@ class ModelWeights {
   const std::string* StoredName(std::string_view name) const;
   Tensor InFile(std::string_view name, const std::filesystem::path& directory) const;
 
+  // Packed parameters in the form of Stored, until they are released.
+  struct Opened {
+    std::mutex mutex;
+    std::map<std::string, Tensor, std::less<>> tensors;
+  };
+
   Gemma4Config config_;
   Checkpoint checkpoint_;
   Inventory inventory_;
+  std::unique_ptr<Opened> opened_ = std::make_unique<Opened>();
   std::optional<WidenedParameters> widened_;
   std::map<std::string, Tensor, std::less<>> wide_tables_;
 };

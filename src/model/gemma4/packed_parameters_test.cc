@@ -1,0 +1,226 @@
+// Packed checkpoints that the reference has read (tests/data/qat): their codes, scales and values by checksum, and what
+// is refused of damaged ones.
+
+#include <gmock/gmock.h>
+
+#include <cstring>
+
+#include "circlet/base/error.h"
+#include "circlet/io/file.h"
+#include "circlet/model/gemma4/weights.h"
+#include "error_text.h"
+#include "ops/codes.h"
+#include "packed_checkpoint.h"
+
+namespace circlet {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+ModelWeights Open(const PackedCheckpoint& checkpoint, bool text_only = false) {
+  return ModelWeights::Open(ReadConfig(checkpoint.Path()), checkpoint.Path(), text_only);
+}
+
+template <typename T>
+std::string Hash(std::span<const T> values) {
+  return Sha256(std::as_bytes(values));
+}
+
+// Signed codes, a byte each.
+std::string HashOfCodes(const Tensor& codes, int32_t zero_point) {
+  std::vector<int8_t> values;
+  for (int64_t i = 0; i < codes.Elements(); ++i) values.push_back(static_cast<int8_t>(CodeAt(codes, i) - zero_point));
+  return Hash<int8_t>(values);
+}
+
+std::string ParameterOf(const std::string& module) { return module + ".weight"; }
+
+TEST(PackedParametersTest, MobileCodesScalesAndValuesAreTheReferences) {
+  for (const char* name : {"e2b", "w48"}) {
+    const PackedCheckpoint checkpoint(name);
+    const bool text_only = name == std::string("w48");
+    const ModelWeights weights = Open(checkpoint, text_only);
+    size_t compared = 0;
+    const nlohmann::json recorded = checkpoint.Weights();
+    for (const auto& [module, expected] : recorded.items()) {
+      if (text_only && module.find("vision") != module.npos) continue;
+      const std::string parameter = ParameterOf(module);
+      if (!weights.Has(parameter)) {  // keys and values of layers that share them
+        EXPECT_TRUE(module.ends_with("k_proj") || module.ends_with("v_proj")) << module;
+        continue;
+      }
+      SCOPED_TRACE(name + (" " + module));
+      const PackedParameter* const packed = weights.Packed(parameter);
+      ASSERT_NE(packed, nullptr);
+      EXPECT_EQ(packed->form.bits, expected.at("bits"));
+      const Tensor codes = weights.Stored(parameter);
+      ASSERT_NE(codes.Grid(), nullptr);
+      EXPECT_EQ(HashOfCodes(codes, codes.Grid()->zero_point[0]), expected.at("codes_sha256"));
+      EXPECT_EQ(Hash<float>(codes.Grid()->scale), expected.at("scale_sha256"));
+      EXPECT_EQ(Hash<float>(weights.Float(parameter).F32()), expected.at("dequantized_sha256"));
+      if (expected.contains("input_activation_scale")) {
+        EXPECT_EQ(packed->input_step.value_or(0), expected.at("input_activation_scale").get<float>());
+        EXPECT_EQ(packed->output_step.value_or(0), expected.at("output_activation_scale").get<float>());
+      }
+      weights.Release(parameter);
+      ++compared;
+    }
+    EXPECT_EQ(compared, text_only ? 83u : 111u);
+    EXPECT_EQ(weights.GetInventory().packed.size(), compared);
+    EXPECT_EQ(weights.GetInventory().cache_steps.size(), 10u);
+    EXPECT_EQ(weights.GetConfig().text.ple_groups, 10);
+  }
+}
+
+TEST(PackedParametersTest, GroupsOfCompressedTensorsAreTheReferences) {
+  const PackedCheckpoint checkpoint("w4a16-ct");
+  const ModelWeights weights = Open(checkpoint);
+  size_t compared = 0;
+  const nlohmann::json recorded = checkpoint.Weights();
+  for (const auto& [module, expected] : recorded.items()) {
+    SCOPED_TRACE(module);
+    const std::optional<BlockWeight> blocks = weights.Blocks(ParameterOf(module));
+    ASSERT_TRUE(blocks);
+    EXPECT_EQ(blocks->block, 32);
+    EXPECT_EQ(HashOfCodes(blocks->codes, 8), expected.at("codes_sha256"));
+    EXPECT_EQ(Hash<float>(blocks->scales.F32()), expected.at("scale_f32_sha256"));
+    EXPECT_EQ(Hash<float>(weights.Stored(ParameterOf(module)).F32()), expected.at("dequantized_sha256"));
+    ++compared;
+  }
+  EXPECT_EQ(compared, 70u);
+  EXPECT_EQ(weights.Packed("model.language_model.layers.0.per_layer_projection.weight"), nullptr) << "ignored";
+}
+
+TEST(PackedParametersTest, AllBlocksOfTheQ40CheckpointAreRecovered) {
+  const PackedCheckpoint checkpoint("q4_0-unquantized");
+  const ModelWeights weights = Open(checkpoint);
+  const SafetensorsFile steps = OpenGolden("qat/q4_0-unquantized/true.safetensors.xz");
+  int64_t recovered = 0;
+  const nlohmann::json recorded = checkpoint.Weights();
+  for (const auto& [module, expected] : recorded.items()) {
+    SCOPED_TRACE(module);
+    const std::optional<BlockWeight> blocks = weights.Blocks(ParameterOf(module));
+    ASSERT_TRUE(blocks);
+    EXPECT_EQ(HashOfCodes(blocks->codes, 8), expected.at("codes_sha256"));
+    const Tensor d = ToF32(steps.Get(module + ".d"));
+    EXPECT_EQ(Hash<float>(blocks->scales.F32()), Hash<float>(d.F32()));
+    recovered += blocks->scales.Elements();
+  }
+  EXPECT_EQ(recovered, 60544);
+  for (const char* off : {"model.language_model.per_layer_model_projection.weight", "model.language_model.norm.weight",
+                          "model.language_model.embed_tokens.weight"})
+    EXPECT_FALSE(weights.Blocks(off)) << off;
+}
+
+// ---- Damage
+// -----------------------------------------------------------------------------------------------------------
+
+constexpr char kUp[] = "model.language_model.layers.0.mlp.up_proj";
+
+// What opening says of the checkpoint after `change`.
+std::string ErrorAfter(const char* name, const std::function<void(std::map<std::string, Tensor>&)>& change) {
+  PackedCheckpoint checkpoint(name);
+  change(checkpoint.Tensors());
+  checkpoint.Write();
+  return ErrorText([&] { Open(checkpoint, /*text_only=*/true); });
+}
+
+Tensor With(const Tensor& tensor, int64_t at, float value) {
+  const Tensor copy = tensor.Clone();
+  copy.F32()[static_cast<size_t>(at)] = value;
+  return copy;
+}
+
+TEST(PackedParametersTest, MissingPartsAreNamed) {
+  for (const char* part : {".weight", ".weight_scale", ".input_activation_scale", ".output_activation_scale"})
+    EXPECT_THAT(ErrorAfter("e2b", [&](auto& tensors) { tensors.erase(kUp + std::string(part)); }),
+                AllOf(HasSubstr(fmt::format("tensor \"{}{}\"", kUp, part)), HasSubstr("is missing"),
+                      HasSubstr("its scales left out")));
+  for (const char* part : {".weight_packed", ".weight_scale", ".weight_shape"})
+    EXPECT_THAT(ErrorAfter("w4a16-ct", [&](auto& tensors) { tensors.erase(kUp + std::string(part)); }),
+                HasSubstr(fmt::format("tensor \"{}{}\"", kUp, part)));
+  for (const char* part : {"embedding_quantized", "embedding_scale"})
+    EXPECT_THAT(ErrorAfter("e2b",
+                           [&](auto& tensors) {
+                             tensors.erase(std::string("model.language_model.embed_tokens_per_layer.") + part);
+                           }),
+                AllOf(HasSubstr(part), HasSubstr("is missing")));
+}
+
+TEST(PackedParametersTest, ScalesThatNobodyCanMeanAreNamedWithPlaceAndValue) {
+  const std::string scale = kUp + std::string(".weight_scale"), step = kUp + std::string(".input_activation_scale");
+  const auto with = [&](const std::string& tensor, int64_t at, float value) {
+    return ErrorAfter("e2b", [&](auto& tensors) { tensors.at(tensor) = With(tensors.at(tensor), at, value); });
+  };
+  EXPECT_THAT(with(scale, 7, 0.0f),
+              AllOf(HasSubstr(scale), HasSubstr("the scale at [7,0] is 0"), HasSubstr("positive")));
+  EXPECT_THAT(with(scale, 255, -0.5f), HasSubstr("the scale at [255,0] is -0.5"));
+  EXPECT_THAT(with(scale, 0, NAN), HasSubstr("the scale at [0,0] is nan"));
+  EXPECT_THAT(with("model.language_model.embed_tokens_per_layer.embedding_scale", 13, INFINITY),
+              HasSubstr("the scale at [1,3] is inf"));
+  EXPECT_THAT(with(step, 0, -0.1f), AllOf(HasSubstr(step), HasSubstr("is -0.1"), HasSubstr("or 0 where")));
+  EXPECT_THAT(with(step, 0, INFINITY), HasSubstr("is inf"));
+  EXPECT_THAT(with("model.language_model.layers.2.self_attn.k_cache_scale", 0, NAN), HasSubstr("is nan"));
+}
+
+TEST(PackedParametersTest, StorageThatIsNotWhatTheConfigSaysIsNamed) {
+  const std::string weight = kUp + std::string(".weight"), scale = kUp + std::string(".weight_scale");
+  const auto become = [&](const std::string& tensor, TensorType type) {
+    return ErrorAfter("e2b", [&](auto& tensors) { tensors[tensor] = Tensor(type); });
+  };
+  EXPECT_THAT(become(weight, {DType::kI8, {256, 128}}),
+              AllOf(HasSubstr("model.safetensors: tensor \"" + weight + "\" is int8[256,128]"),
+                    HasSubstr("expected uint8[256,64], as quantization_config")));
+  EXPECT_THAT(become(weight, {DType::kU8, {256, 32}}), HasSubstr("expected uint8[256,64]"));
+  EXPECT_THAT(become(weight, {DType::kBF16, {256, 128}}), HasSubstr("is bfloat16[256,128]"));
+  EXPECT_THAT(become(scale, {DType::kF32, {256}}), HasSubstr("expected float32 or bfloat16 or float16[256,1]"));
+  EXPECT_THAT(become(kUp + std::string(".output_activation_scale"), {DType::kF32, {1}}), HasSubstr("is float32[1]"));
+  EXPECT_THAT(become("model.language_model.embed_tokens_per_layer.embedding_scale", {DType::kF32, {2048, 3}}),
+              HasSubstr("has 3 scales a row of 160 columns; expected a number that divides"));
+  EXPECT_THAT(become("model.language_model.embed_tokens.embedding_scale", {DType::kF32, {2048, 2}}),
+              HasSubstr("expected one"));
+  EXPECT_THAT(
+      ErrorAfter("w4a16-ct", [](auto& tensors) { Tensor& shape = tensors.at(kUp + std::string(".weight_shape"));
+                shape = shape.Clone();
+                shape.I64()[1] = 96; }),
+      HasSubstr("says [256,96], config.json [256,128]"));
+  EXPECT_THAT(ErrorAfter("w4a16-ct",
+                         [](auto& tensors) {
+                           tensors[kUp + std::string(".weight_g_idx")] = Tensor({DType::kI32, {128}});
+                         }),
+              HasSubstr("columns in another order"));
+}
+
+TEST(PackedParametersTest, PartsOfAnotherFamilyAreRefused) {
+  EXPECT_THAT(ErrorAfter("q4_0-unquantized",
+                         [](auto& tensors) {
+                           tensors[kUp + std::string(".weight_scale")] = Tensor({DType::kF32, {256, 1}});
+                         }),
+              HasSubstr("no quantization_config"));
+  EXPECT_THAT(
+      ErrorAfter(
+          "e2b",
+          [](auto& tensors) {
+            tensors["model.language_model.per_layer_model_projection.weight_scale"] = Tensor({DType::kF32, {160, 1}});
+          }),
+      AllOf(HasSubstr("per_layer_model_projection.weight_scale\" belongs to codes"), HasSubstr("do not mix")));
+  EXPECT_THAT(ErrorAfter("e2b",
+                         [](auto& tensors) {
+                           tensors[kUp + std::string(".weight_packed")] = Tensor({DType::kI32, {256, 16}});
+                         }),
+              HasSubstr("up_proj.weight_packed\" belongs to codes"));
+}
+
+TEST(PackedParametersTest, WithoutBoundsNothingIsClipped) {
+  PackedCheckpoint checkpoint("e2b");
+  std::erase_if(checkpoint.Tensors(),
+                [](const auto& entry) { return entry.first.ends_with("put_min") || entry.first.ends_with("put_max"); });
+  checkpoint.Write();
+  const ModelWeights weights = Open(checkpoint);
+  EXPECT_FALSE(weights.GetConfig().vision->use_clipped_linears);
+  EXPECT_THAT(weights.GetInventory().notes, testing::Contains(HasSubstr("holds no bounds: nothing is clipped")));
+}
+
+}  // namespace
+}  // namespace circlet

@@ -1,0 +1,49 @@
+#pragma once
+
+// The recorded packed checkpoints of tests/data/qat, put together: what they share with examples/tiny-gemma4 is stored
+// there alone.
+
+#include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "circlet/io/json.h"
+#include "circlet/io/safetensors.h"
+#include "golden.h"
+
+namespace circlet {
+
+class PackedCheckpoint {
+ public:
+  // "e2b", "w48" (without a vision tower), "w4a16-ct" or "q4_0-unquantized".
+  explicit PackedCheckpoint(const std::string& name) : name_("qat/" + name + "/") {
+    namespace fs = std::filesystem;
+    const fs::path example = SourcePath("examples/tiny-gemma4");
+    for (const fs::path& file : EntriesOf(example))
+      if (fs::is_regular_file(file) && file.extension() != ".safetensors" && file.filename() != "config.json")
+        fs::copy_file(file, Path() / file.filename());
+    fs::copy_file(TestData(name_ + "config.json"), Path() / "config.json");
+    const SafetensorsFile packed = OpenGolden(name_ + "packed.safetensors.xz");
+    tensors_ = packed.Tensors();
+    const SafetensorsFile shared = SafetensorsFile::Open(example / "model.safetensors");
+    std::ifstream names(TestData(name_ + "shared.txt"));
+    for (std::string tensor; std::getline(names, tensor);)
+      if (!tensor.empty()) tensors_.emplace(tensor, shared.Get(tensor));
+    Write();
+  }
+
+  const std::filesystem::path& Path() const { return directory_.Path(); }
+  SafetensorsFile Goldens() const { return OpenGolden(name_ + "goldens.safetensors.xz"); }
+  nlohmann::json Weights() const { return nlohmann::json::parse(GoldenText(name_ + "weights.json.xz")); }
+  // For a damaged one.
+  std::map<std::string, Tensor>& Tensors() { return tensors_; }
+  void Write() const { WriteSafetensors(Path() / "model.safetensors", tensors_); }
+
+ private:
+  std::string name_;
+  TempDirectory directory_;
+  std::map<std::string, Tensor> tensors_;
+};
+
+}  // namespace circlet
