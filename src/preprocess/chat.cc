@@ -70,7 +70,13 @@ class Conversation {
         Fail("messages[{}]: expected an object, found {}", i, jinja::ToJson((*list)[i], {}, meter_));
       messages_.push_back(WithoutNulls(*(*list)[i].AsDict()));
     }
+    TakePicturesOfLine();
     for (size_t i = 0; i < messages_.size(); ++i) TakeParts(i);
+    if (placed_ < of_line_.size())
+      Fail(
+          "images: names {} pictures, and the messages have {} parts {{\"type\": \"image\"}} without a name of their "
+          "own; add a part where each picture belongs",
+          of_line_.size(), placed_);
   }
 
   const std::vector<std::string>& Images() const { return images_; }
@@ -107,6 +113,21 @@ class Conversation {
     return kept;
   }
 
+  // Pictures named beside the messages go, in their order, to the parts that name none.
+  void TakePicturesOfLine() {
+    const Value images = Given(Object(), "images");
+    if (images.IsNone()) return;
+    const std::vector<Value>* list = AsList(&images);
+    if (list == nullptr) Fail("images: expected a list of pictures, found {}", jinja::ToJson(images, {}, meter_));
+    for (size_t i = 0; i < list->size(); ++i) {
+      const Value& image = (*list)[i];
+      const std::string place = fmt::format("images[{}]", i);
+      if (image.AsText() == nullptr && image.AsDict() == nullptr)
+        Fail("{}: expected the name of a picture, found {}", place, jinja::ToJson(image, {}, meter_));
+      of_line_.push_back(image.AsText() != nullptr ? *image.AsText() : Picture(*image.AsDict(), place));
+    }
+  }
+
   void TakeParts(size_t index) {
     const std::vector<Value>* parts = AsList(messages_[index].Find("content"));
     if (parts == nullptr) return;
@@ -136,7 +157,12 @@ class Conversation {
 
   std::string Picture(const Dict& part, const std::string& place) {
     const json tree = json::parse(jinja::ToJson(MakeDict(part, meter_), {}, meter_));
-    return PictureOf(JsonObject(tree, place));
+    const JsonObject object(tree, place);
+    if (NamesPicture(object) || of_line_.empty()) return PictureOf(object);
+    if (placed_ == of_line_.size())
+      Fail("{}: names no picture, and images has {}, which stand in the parts before it; add one to images", place,
+           of_line_.size());
+    return of_line_[placed_++];
   }
 
   // Reasoning stands under each name that templates read; beside pictures a message always has a list or a text.
@@ -155,8 +181,14 @@ class Conversation {
   }
 
   void RejectUnknownKeys() const {
-    static const std::vector<std::string> known{"type",      "messages", "add_generation_prompt", "enable_thinking",
-                                                "documents", "tools",    "chat_template_kwargs"};
+    static const std::vector<std::string> known{"type",
+                                                "messages",
+                                                "images",
+                                                "add_generation_prompt",
+                                                "enable_thinking",
+                                                "documents",
+                                                "tools",
+                                                "chat_template_kwargs"};
     for (const auto& [key, value] : Object().Entries()) {
       if (std::ranges::find(known, *key.AsText()) != known.end()) continue;
       Fail("unknown key \"{}\"{}; a chat line has {}, and variables of the template in chat_template_kwargs",
@@ -204,7 +236,9 @@ class Conversation {
   jinja::Meter meter_;
   Value value_;
   std::vector<Dict> messages_;
-  std::vector<std::string> images_;
+  std::vector<std::string> images_;   // of all parts
+  std::vector<std::string> of_line_;  // of the key "images"
+  size_t placed_ = 0;                 // of them, in parts
   bool has_audio_ = false, has_video_ = false;
 };
 

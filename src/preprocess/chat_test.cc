@@ -152,6 +152,33 @@ TEST(ChatTest, OnlyPromptsWithPicturesMayGetSpecialTokens) {
   EXPECT_FALSE(RenderChat(own, pictured).add_special_tokens);
 }
 
+// As data sets for training name them: parts say where, the line says which.
+TEST(ChatTest, PicturesBesideTheMessagesGoToThePartsThatNameNone) {
+  const ChatTemplate chat = ChatTemplate::Parse("{% for m in messages %}{{ m.content | length }}{% endfor %}", "t");
+  const std::string part = R"({"type": "image"})", named = R"({"type": "image", "path": "own.png"})";
+  const auto line = [](const std::string& images, const std::string& first, const std::string& second) {
+    return fmt::format(R"({{"images": {}, "messages": [{{"content": [{}]}}, {{"content": [{}]}}]}})", images, first,
+                       second);
+  };
+  EXPECT_THAT(RenderChat(chat, line(R"(["a.png", {"path": "b.png"}])", part + "," + named, part)).images,
+              ElementsAre("a.png", "own.png", "b.png"));
+  EXPECT_TRUE(HasPictures(line(R"(["a.png"])", "", part)));
+  EXPECT_THAT(RenderChat(chat, line("null", named, "")).images, ElementsAre("own.png"));
+  EXPECT_THAT(RenderChat(chat, line("[]", "", named)).images, ElementsAre("own.png"));
+  const auto error = [&](const std::string& text) { return ErrorText([&] { RenderChat(chat, text); }); };
+  EXPECT_EQ(
+      error(line(R"(["a.png", "b.png"])", named, part)),
+      "images: names 2 pictures, and the messages have 1 parts {\"type\": \"image\"} without a name of their own; "
+      "add a part where each picture belongs");
+  EXPECT_EQ(
+      error(line(R"(["a.png"])", part, part)),
+      "messages[1].content[0]: names no picture, and images has 1, which stand in the parts before it; add one to "
+      "images");
+  EXPECT_EQ(error(line(R"("a.png")", part, "")), "images: expected a list of pictures, found \"a.png\"");
+  EXPECT_EQ(error(line("[5]", part, "")), "images[0]: expected the name of a picture, found 5");
+  EXPECT_THAT(error(line("[{}]", part, "")), HasSubstr("images[0]: path: is missing"));
+}
+
 TEST(ChatTest, WhatIsNoConversationIsNamed) {
   const ChatTemplate chat = ChatTemplate::Load(kTiny);
   const auto error = [&](const char* text) { return ErrorText([&] { Render(chat, text); }); };
@@ -159,7 +186,7 @@ TEST(ChatTest, WhatIsNoConversationIsNamed) {
   EXPECT_EQ(error(R"({"messages": []})"), "messages: expected a list of messages, found []");
   EXPECT_EQ(error(R"({"messages": ["x"]})"), "messages[0]: expected an object, found \"x\"");
   EXPECT_THAT(error(R"({"messages": [{}], "imagse": 1})"),
-              HasSubstr("unknown key \"imagse\"; a chat line has type, messages"));
+              HasSubstr("unknown key \"imagse\"; nearest: \"images\"; a chat line has type, messages, images"));
   EXPECT_THAT(error(R"({"messages": [{}], "tool": []})"), HasSubstr("unknown key \"tool\"; nearest: \"tools\""));
   EXPECT_EQ(error(R"({"messages": [{}], "tools": [5]})"), "tools[0]: expected an object, found 5");
   EXPECT_EQ(error(R"({"messages": [{}], "documents": "x"})"), "documents: expected a list of objects, found \"x\"");

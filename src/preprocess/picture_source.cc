@@ -89,6 +89,10 @@ std::string_view HeadOf(std::string_view uri) { return uri.substr(0, std::min(ur
 
 }  // namespace
 
+bool NamesPicture(const JsonObject& part) {
+  return std::ranges::any_of(kKeys, [&](std::string_view key) { return part.Has(key); });
+}
+
 std::string PictureOf(const JsonObject& part) {
   std::string_view found;
   for (const std::string_view key : kKeys) {
@@ -97,7 +101,10 @@ std::string PictureOf(const JsonObject& part) {
     found = key;
   }
   if (found.empty())
-    part.FailAt("path", "is missing, and so are image, url and base64; name the picture in one of them");
+    part.FailAt(
+        "path",
+        "is missing, and so are image, url and base64; name the picture in one of them, or beside the messages in "
+        "images");
   return part.Raw(found).is_object() ? PictureOf(part.Object(found)) : part.Required<std::string>(found);
 }
 

@@ -12,6 +12,8 @@ namespace circlet {
 // The picture that a part of a message names: exactly one of "path", "image", "url", "base64" and "image_url", each a
 // text or an object with one of them (null = not given). Throws Error naming the part for none or several.
 std::string PictureOf(const JsonObject& part);
+// Whether it names any.
+bool NamesPicture(const JsonObject& part);
 
 // Reads a picture: a path (relative to `directory`), a file: URL, a data: URI or bare base64. Throws Error for anything
 // else, for http and https, and for a picture that cannot be read.

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstring>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -186,6 +187,25 @@ TEST(JsonlTest, KeysOfALineReachTheTemplateAndUnknownOnesAreNamed) {
               HasSubstr("data.jsonl:1: unknown key \"documnts\"; nearest: \"documents\""));
   EXPECT_THAT(JsonlError(R"({"type": "text", "text": "x", "txt": "y"})"), HasSubstr("data.jsonl:1: "));
   EXPECT_THAT(JsonlError(R"({"type": "text", "text": "x", "txt": "y"})"), HasSubstr("\"text\""));
+}
+
+TEST(JsonlTest, APictureBesideTheMessagesIsTheOneInItsPart) {
+  const TempDirectory directory;
+  std::filesystem::copy_file(kTiny / "eval/images/calib_00.png", directory.Path() / "a.png");
+  const std::string beside =
+      R"({"type": "chat", "images": ["a.png"], "messages": [{"role": "user", "content": [{"type": "image"}]}]})";
+  const std::string inside =
+      R"({"type": "chat", "messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}]})";
+  WriteFile(directory.Path() / "data.jsonl", beside + "\n" + inside + "\n");
+  const SampleSet set = LoadJsonl(directory.Path() / "data.jsonl", Tiny(), {});
+  ASSERT_THAT(set.samples, SizeIs(2));
+  EXPECT_EQ(set.samples[0].input_ids, set.samples[1].input_ids);
+  const Tensor &beside_it = set.samples[0].pixel_values, &in_it = set.samples[1].pixel_values;
+  ASSERT_EQ(beside_it.Type(), in_it.Type());
+  EXPECT_EQ(std::memcmp(beside_it.Raw(), in_it.Raw(), static_cast<size_t>(in_it.Bytes())), 0);
+  WriteFile(directory.Path() / "data.jsonl", beside + "\n" + R"({"type": "text", "text": "x"})");
+  EXPECT_THAT(LoadJsonl(directory.Path() / "data.jsonl", Tiny(), {.text_only = true}).skipped,
+              ElementsAre("data.jsonl:1"));
 }
 
 // The template of the directory is run, whatever it is, and no <bos> is added.
