@@ -27,8 +27,9 @@ std::string HashOf(const Tensor& tensor) {
 
 }  // namespace
 
-// Append-only; gone with its last owner unless it was told to stay. With a name it is open only while something is
-// transferred: there is one for each key, and a process may have few descriptors.
+// Gone with its last owner unless it was told to stay. With a name it is append-only, and open only while something is
+// transferred: there is one for each key, and a process may have few descriptors. Without a name there is one for all
+// keys, and room that is given back is used again.
 class ActivationStore::File {
  public:
   File(fs::path path, int number, Files kind) : path_(std::move(path)), number_(number) {
@@ -67,13 +68,26 @@ class ActivationStore::File {
     size_ = size;
   }
 
-  int64_t Append(std::span<const std::byte> bytes) {
-    const int64_t offset = size_;
-    size_ += static_cast<int64_t>(bytes.size());
+  int64_t Add(std::span<const std::byte> bytes) {
+    const int64_t offset = Take(static_cast<int64_t>(bytes.size()));
     Transfer(offset, bytes.size(), "written", [&](int file, size_t done, off_t at) {
       return pwrite(file, bytes.data() + done, bytes.size() - done, at);
     });
     return offset;
+  }
+
+  // Room that nobody reads any more.
+  void GiveBack(int64_t offset, int64_t bytes) {
+    auto next = free_.lower_bound(offset);
+    if (next != free_.end() && next->first == offset + bytes) {
+      bytes += next->second;
+      next = free_.erase(next);
+    }
+    if (next != free_.begin() && std::prev(next)->first + std::prev(next)->second == offset) {
+      std::prev(next)->second += bytes;
+    } else {
+      free_.emplace_hint(next, offset, bytes);
+    }
   }
 
   void Read(int64_t offset, std::span<std::byte> bytes) const {
@@ -98,6 +112,16 @@ class ActivationStore::File {
     const int number;
   };
 
+  // The first free room that is large enough, or else the end.
+  int64_t Take(int64_t bytes) {
+    const auto room = std::ranges::find_if(free_, [&](const auto& free) { return free.second >= bytes; });
+    if (room == free_.end()) return std::exchange(size_, size_ + bytes);
+    const auto [offset, size] = *room;
+    free_.erase(room);
+    if (size > bytes) free_.emplace(offset + bytes, size - bytes);
+    return offset;
+  }
+
   template <typename Call>
   void Transfer(int64_t offset, size_t size, const char* verb, const Call& call) const {
     const Descriptor file(*this, verb);
@@ -118,6 +142,7 @@ class ActivationStore::File {
   int64_t size_ = 0;
   int64_t synced_ = -1;
   bool stays_ = false;
+  std::map<int64_t, int64_t> free_;  // offset -> bytes; no two touch
 };
 
 ActivationStore::~ActivationStore() {
@@ -127,16 +152,27 @@ ActivationStore::~ActivationStore() {
 }
 
 void ActivationStore::Write(Entry& entry, Slot& slot, const Tensor& tensor) {
-  if (entry.file == nullptr) {
-    if (files_ == Files::kNamed) CreateDirectories(directory_);
+  if (entry.file == nullptr && files_ == Files::kNameless) {
+    if (nameless_ == nullptr) nameless_ = OpenFile(0);
+    entry.file = nameless_;
+  } else if (entry.file == nullptr) {
+    CreateDirectories(directory_);
     entry.file = OpenFile(next_file_++);
   }
-  slot.offset = entry.file->Append({tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
+  slot.offset = entry.file->Add({tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
   if (files_ == Files::kNamed) slot.hash = HashOf(tensor);
 }
 
 std::shared_ptr<ActivationStore::File> ActivationStore::OpenFile(int number) const {
   return std::make_shared<File>(directory_ / fmt::format("{}.values", number), number, files_);
+}
+
+void ActivationStore::GiveUp(Entry& entry) {
+  if (entry.file == nullptr) return;
+  if (entry.file->Promised()) dropped_.push_back(entry.file);
+  if (files_ == Files::kNamed) return;
+  for (const auto& [owner, slot] : entry.slots)
+    if (slot.offset >= 0) entry.file->GiveBack(slot.offset, slot.type.Bytes());
 }
 
 // Late readers' tensors leave memory, until `bytes` fit.
@@ -228,7 +264,7 @@ void ActivationStore::Drop(const std::string& key, const std::set<int>& kept) {
     tensor = Tensor::Uninitialized(slot.type);
     entry.file->Read(slot.offset, {tensor.Raw(), static_cast<size_t>(tensor.Bytes())});
   }
-  if (entry.file && entry.file->Promised()) dropped_.push_back(entry.file);
+  GiveUp(entry);
   entries_.erase(it);
   for (const auto& [owner, tensor] : stay) {
     Entry& again = entries_[key];

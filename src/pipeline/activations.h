@@ -20,8 +20,8 @@ namespace circlet {
 // first stage on.
 enum class Chain { kFloat, kQuant };
 
-// Tensors by key, item and chain. One file for each key, so that a key's disk goes when the key does. All functions may
-// be called from several threads.
+// Tensors by key, item and chain. One named file for each key, so that a key's disk goes when the key does; without
+// names one file for all, whose room goes to later keys. All functions may be called from several threads.
 class ActivationStore {
  public:
   // Files go with the store, unless Save() has promised them to another process.
@@ -30,7 +30,7 @@ class ActivationStore {
   // Tensors past `memory_bytes` go to files in `directory`. Without it everything stays in memory.
   enum class Files {
     kNamed,    // for Save(); the directory is made when it is needed
-    kNameless  // unlinked while they are open, so that nothing is left of them however the process ends
+    kNameless  // one, unlinked while it is open, so that nothing is left of it however the process ends
   };
   void UseFiles(std::filesystem::path directory, int64_t memory_bytes, Files files = Files::kNamed) {
     directory_ = std::move(directory);
@@ -79,6 +79,7 @@ class ActivationStore {
   const Entry& EntryOf(const std::string& key, std::pair<int, Chain> owner) const;
   void Write(Entry& entry, Slot& slot, const Tensor& tensor);
   void MakeRoom(int64_t bytes);
+  void GiveUp(Entry& entry);
   void RestoreSlot(Entry& entry, const nlohmann::json& json, int64_t file_bytes);
 
   std::filesystem::path directory_;
@@ -87,6 +88,7 @@ class ActivationStore {
   bool restored_ = false;
   mutable std::mutex mutex_;
   std::map<std::string, Entry> entries_;
+  std::shared_ptr<File> nameless_;
   std::vector<std::shared_ptr<File>> dropped_;
   int64_t memory_bytes_ = 0, spilled_bytes_ = 0;
   int64_t held_bytes_ = 0, peak_bytes_ = 0;
