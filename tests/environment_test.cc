@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <fstream>
 #include <random>
+#include <thread>
 
 #include "circlet/base/threads.h"
 #include "circlet/io/safetensors.h"
@@ -121,6 +122,35 @@ TEST(ThreadsTest, AProductInAParallelRegionOfTheCallerIsWhole) {
   for (int i = 0; i < 3; ++i) gemm::Linear(x.data(), w.data(), nullptr, kM, kN, kK, found[i].data());
   for (const std::vector<float>& y : found) EXPECT_EQ(y, alone);
   SetThreads(2);
+}
+
+// A dry run measures products on the threads that a run would have.
+TEST_F(EnvironmentTest, AProcessTakesTheProcessorsThatItIsGranted) {
+  const auto threads = [&](const std::string& shell, std::vector<std::string> more = {}) {
+    more.push_back("--dry-run");
+    const std::string text = RunProgram(Quantize(more), shell).out;
+    const std::string word = "GFLOP/s (--threads ";
+    const size_t at = text.find(word);
+    return at == text.npos ? text : text.substr(at + word.size(), text.find(')', at) - at - word.size());
+  };
+  const int processors = omp_get_num_procs();
+  EXPECT_EQ(threads("unset OMP_NUM_THREADS; "), std::to_string(processors));
+  EXPECT_EQ(threads("unset OMP_NUM_THREADS; taskset -pc 0 $(exec sh -c 'echo $PPID') >&2; "), "1");
+  EXPECT_EQ(threads("export OMP_NUM_THREADS=3; taskset -pc 0 $(exec sh -c 'echo $PPID') >&2; "), "3");
+  EXPECT_EQ(threads("unset OMP_NUM_THREADS; ", {"--threads", "3"}), "3");
+}
+
+TEST_F(EnvironmentTest, AQuotaOfProcessorTimeBoundsTheThreads) {
+  const fs::path group = "/sys/fs/cgroup/cpu/circlet-test";  // version 1: any process may be put in
+  std::error_code error;
+  if (!fs::create_directory(group, error) || !std::ofstream(group / "cpu.cfs_quota_us").is_open())
+    GTEST_SKIP() << "a control group with a quota cannot be made here; ProcessorsTest reads written ones";
+  std::ofstream(group / "cpu.cfs_quota_us") << 100000;
+  const ProgramResult result = RunProgram(
+      Quantize({"--dry-run"}), fmt::format("unset OMP_NUM_THREADS; echo 0 > '{}'; ", (group / "tasks").string()));
+  EXPECT_THAT(result.out, HasSubstr("(--threads 1)")) << result.err;
+  for (int tries = 0; tries < 100 && !fs::remove(group, error); ++tries)
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
 }
 
 // ---- Instruction sets ----------------------------------------------------------------------------------------------

@@ -791,6 +791,42 @@ TEST(DryRun, SaysWhatIsNeededAndWritesNothing) {
   EXPECT_TRUE(fs::is_empty(directory.Path()));
 }
 
+// What a run leaves out, does not use or assumes is known before it.
+TEST(DryRun, HasTheNotesOfTheRun) {
+  const TempDirectory directory;
+  for (const char* file :
+       {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"})
+    fs::create_symlink(fs::path(kTiny) / file, directory.Path() / file);
+  nlohmann::json config = nlohmann::json::parse(ReadFile(fs::path(kTiny) / "config.json"));
+  config["text_config"]["colour"] = "blue";
+  WriteFile(directory.Path() / "config.json", config.dump());
+  WriteFile(directory.Path() / "data.jsonl",
+            R"({"type": "text", "text": "One two three four five six seven eight nine"}
+{"type": "chat", "messages": [{"role": "user", "content": [{"type": "image", "path": "none.png"}]}]})");
+  std::vector<std::string> arguments{"quantize",      directory.Path(),
+                                     "--data",        directory.Path() / "data.jsonl",
+                                     "--text-only",   "--truncate",
+                                     "--max-seq-len", "8",
+                                     "--output",      directory.Path() / "out",
+                                     "--units",       "deployment",
+                                     "--quiet"};
+  const auto notes = [&] {
+    const ProgramResult result = RunProgram(arguments);
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    std::istringstream text(result.out);
+    std::vector<std::string> found;
+    for (std::string line; std::getline(text, line);)
+      for (const char* begin : {"note: ", "left out: ", "1 of "})
+        if (line.starts_with(begin)) found.push_back(line);
+    return found;
+  };
+  const std::vector<std::string> of_run = notes();
+  arguments.insert(arguments.end(), {"--dry-run", "--force"});
+  EXPECT_EQ(notes(), of_run);
+  EXPECT_THAT(of_run, testing::ElementsAre(HasSubstr("cut to 8 tokens"), "left out: data.jsonl:2",
+                                           "note: vision units are left out: --text-only", HasSubstr("colour")));
+}
+
 // The files themselves, not the activations beside them: near what a run writes, and never a run that does not fit.
 TEST(DryRun, TheDiskIsWhatARunTakesAndATakenOutputIsRefused) {
   const TempDirectory directory;

@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <system_error>
 #include <thread>
 
 #include "base/mpi.h"
+#include "base/processors.h"
 #include "circlet/base/communicator.h"
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
@@ -113,7 +115,9 @@ int main(int argc, char** argv) {
   circlet::AddMadeOfParser(app, command);
   int threads = 0;
   const auto add_threads = [&threads](CLI::App& place) {
-    place.add_option("--threads", threads, "Threads to use (default: all cores); results do not depend on it")
+    place
+        .add_option("--threads", threads,
+                    "Threads to use (default: the processors that the process is granted); results do not depend on it")
         ->check(circlet::WholeNumber(1, 1024))
         ->group(circlet::kGeneralGroup);
     place.get_help_ptr()->group(circlet::kGeneralGroup)->description("This text");
@@ -134,7 +138,8 @@ int main(int argc, char** argv) {
       return shared && circlet::Launched().rank > 0 ? (error.get_exit_code() == 0 ? 0 : 2) : Refuse(app, error);
     }
     shared = app.got_subcommand("quantize") || app.got_subcommand("evaluate");
-    if (threads > 0) circlet::SetThreads(threads);
+    if (threads > 0 || std::getenv("OMP_NUM_THREADS") == nullptr)
+      circlet::SetThreads(threads > 0 ? threads : circlet::ProcessorsGranted());
     if (const int given = circlet::Threads(); given < threads)
       Tell(fmt::format("--threads {}: OpenMP gives {} (OMP_THREAD_LIMIT and OMP_MAX_ACTIVE_LEVELS bound it)", threads,
                        given));

@@ -161,6 +161,7 @@ class Run {
   void RunPhases(RunState* state, RunParts* parts, OutputRun* output);
   void RunPhase(int number);
   void ShareChange();
+  void Describe(QuantizeResult& result) const;
   void FillResult();
 
   const RunSettings& settings_;
@@ -243,9 +244,12 @@ std::string Run::DryRun() const {
                fmt::format("{:.1f}", estimate.flops / 1e9), fmt::format("{:.1f}", estimate.flops / rate)});
   }
   const int64_t activations = schedule_.PeakBytes(), memory = NeededMemory();
-  std::string text = table.ToString() + job_.PreparationText();
-  text += fmt::format("time: products of {:.1f} TFLOP at {:.0f} GFLOP/s take {:.0f} s, a run up to 1.5 times that\n",
-                      flops / 1e12, rate / 1e9, flops / rate);
+  QuantizeResult described;
+  Describe(described);
+  std::string text = table.ToString() + NotesText(described) + job_.PreparationText();
+  text += fmt::format(
+      "time: products of {:.1f} TFLOP at {:.0f} GFLOP/s (--threads {}) take {:.0f} s, a run up to 1.5 times that\n",
+      flops / 1e12, rate / 1e9, Threads(), flops / rate);
   text += fmt::format("memory: {} for the largest stage, {} of activations, limit {}: {}\n", HumanBytes(memory),
                       HumanBytes(activations), AskedBytes(settings_.options.memory_limit),
                       ActivationBudget() < 0             ? "too little, raise --memory-limit"
@@ -464,9 +468,15 @@ void Run::FillResult() {
     for (const Unit& unit : units_->Units()) result_.units.push_back(unit.file);
   result_.spilled_bytes = store_.SpilledBytes();
   result_.activation_bytes = store_.PeakBytes();
-  job_.Describe(result_);
+  Describe(result_);
+}
+
+// What is known before anything is computed.
+void Run::Describe(QuantizeResult& result) const {
+  job_.Describe(result);
   if (!settings_.recipe.quantizes)
-    result_.notes.push_back(fmt::format("{}: its pipeline has no ptq stage; every point is int16", result_.recipe));
+    result.notes.push_back(
+        fmt::format("{}: its pipeline has no ptq stage; every point is int16", settings_.recipe.Name()));
 }
 
 QuantizeOptions WithSettings(QuantizeOptions options, Settings& settings) {

@@ -87,6 +87,9 @@ class ModelJob {
 // What the store of a run holds when.
 Schedule ScheduleOf(std::span<const PhaseSpec> phases, const RunSettings& settings, const Calibration& calibration);
 
+// What the run left out, did not use or had to assume, a line each: part of ReportText and of a dry run.
+std::string NotesText(const QuantizeResult& result);
+
 QuantizeResult RunJob(const RunSettings& settings, ModelJob& job);
 std::string DryRunJob(const RunSettings& settings, ModelJob& job);
 

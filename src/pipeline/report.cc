@@ -8,6 +8,7 @@
 #include "circlet/pipeline/quantize.h"
 #include "circlet/report/terminal.h"
 #include "pipeline/manifest.h"
+#include "pipeline/quantize.h"
 
 namespace circlet {
 namespace {
@@ -124,6 +125,20 @@ std::string LinearsText(const std::vector<RoundedLinear>& linears) {
 
 }  // namespace
 
+std::string NotesText(const QuantizeResult& result) {
+  std::string text;
+  if (result.random_data) text += "The samples were RANDOM token ids: ranges of real text differ.\n";
+  if (!result.shortened.empty()) text += result.shortened + "\n";
+  if (!result.dated.empty()) {
+    text += fmt::format(
+        "{}: the prompts hold the date, so that another day gives other results; SOURCE_DATE_EPOCH fixes it\n",
+        result.dated);
+  }
+  for (const std::string& skipped : result.skipped) text += fmt::format("left out: {}\n", skipped);
+  for (const std::string& note : result.notes) text += fmt::format("note: {}\n", note);
+  return text;
+}
+
 std::string ReportText(const QuantizeResult& result) {
   const Shape shape(result.output_shape);
   std::string text = ErrorSummary("Quantization Error Summary", shape, shape, result.output, /*with_max=*/true);
@@ -135,15 +150,7 @@ std::string ReportText(const QuantizeResult& result) {
                         result.grids->recipe.empty() ? "a recipe that it does not name" : result.grids->recipe);
   if (result.widening) text += fmt::format("residual stream: {}\n", ToText(*result.widening));
   if (result.output.count == 0) text += "No sample was measured: nothing is known of the error.\n";
-  if (result.random_data) text += "The samples were RANDOM token ids: ranges of real text differ.\n";
-  if (!result.shortened.empty()) text += result.shortened + "\n";
-  if (!result.dated.empty()) {
-    text += fmt::format(
-        "{}: the prompts hold the date, so that another day gives other results; SOURCE_DATE_EPOCH fixes it\n",
-        result.dated);
-  }
-  for (const std::string& skipped : result.skipped) text += fmt::format("left out: {}\n", skipped);
-  for (const std::string& note : result.notes) text += fmt::format("note: {}\n", note);
+  text += NotesText(result);
 
   std::vector<float> reference, quantized;
   for (const auto& [f, q] : result.scatter) {

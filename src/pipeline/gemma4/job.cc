@@ -269,7 +269,7 @@ void Gemma4Job::Describe(QuantizeResult& result) const {
   result.shortened = data_.shortened;
   result.dated = data_.dated;
   result.max_seq_len = context_.max_seq_len;
-  if (settings_.recipe.widen.value_or(WideningOption{}) != WideningOption{} || !widening_->Empty())
+  if (widening_ && (settings_.recipe.widen.value_or(WideningOption{}) != WideningOption{} || !widening_->Empty()))
     result.widening = *widening_;
   for (const auto& [canonical, stored] : weights_.GetInventory().name_in_checkpoint)
     if (!context_.images.Empty() || !IsVisionTensor(canonical))
