@@ -73,6 +73,54 @@ TEST(TinyGemma4Test, LogitsOfTheTextSampleAreTheReferences) {
   }
 }
 
+// As a file of samples has them.
+Tensor PixelsOf(const Sample& sample) {
+  const Tensor& bytes = sample.pixel_values;
+  Tensor pixels(TensorType{DType::kF32, bytes.GetShape()});
+  std::transform(bytes.Raw(), bytes.Raw() + bytes.Bytes(), pixels.F32().data(),
+                 [](std::byte value) { return std::to_integer<int>(value) / 255.0f; });
+  return pixels;
+}
+
+// The second picture of a sample has stages of its own: those that it has alone.
+TEST(TinyGemma4Test, StagesOfEachPictureOfASampleAreKept) {
+  const Processor processor = LoadProcessor(kModel);
+  const std::string first = "calib_00.png", second = "calib_01.png";
+  std::map<std::string, Tensor> tensors;
+  const auto add = [&](const std::string& name, std::vector<std::string> images) {
+    const nlohmann::json line{{"messages", UserTurn("What is it?", images)}};
+    const Sample sample = ChatSample(line.dump(), processor, kModel / "eval/images", {}, name);
+    tensors[name + ".input_ids"] =
+        Tensor::Of<int64_t>({1, static_cast<int64_t>(sample.input_ids.size())}, sample.input_ids);
+    tensors[name + ".pixel_values"] = PixelsOf(sample);
+    tensors[name + ".image_position_ids"] = sample.image_position_ids;
+  };
+  add("calib.0", {first});
+  add("eval.0", {first, second});
+  add("eval.1", {second});
+  const TempDirectory directory;
+  WriteSafetensors(directory.Path() / "in.safetensors", tensors);
+  Quantize({.model = kModel,
+            .output = directory.Path() / "out",
+            .samples = directory.Path() / "in.safetensors",
+            .save_stages = true,
+            .units = QuantizeOptions::Units::kDeployment});
+  const SafetensorsFile stages = SafetensorsFile::Open(directory.Path() / "out/stages.safetensors");
+  int compared = 0;
+  for (const auto& [name, tensor] : stages.Tensors()) {
+    const size_t at = name.find(".eval.1.vision.");
+    if (at == name.npos) continue;
+    const std::string stage = name.substr(at + 8);
+    const std::string of_second = name.substr(0, at) + ".eval.0.image.1." + stage;
+    ASSERT_TRUE(stages.Tensors().contains(of_second)) << of_second;
+    const std::span<float> alone = stages.Get(name).F32(), beside = stages.Get(of_second).F32(),
+                           other = stages.Get(name.substr(0, at) + ".eval.0." + stage).F32();
+    EXPECT_TRUE(std::ranges::equal(alone, beside)) << of_second;
+    compared += !std::ranges::equal(beside, other);
+  }
+  EXPECT_GE(compared, 10);  // stages of both chains that tell the pictures apart
+}
+
 QuantizeResult Evaluate(int64_t windows, const std::string& recipe) {
   return Quantize({.model = kModel,
                    .data = kModel / "eval/calib.jsonl",
