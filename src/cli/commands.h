@@ -11,6 +11,7 @@ void AddEvaluate(CLI::App& app, std::function<int()>& command);
 void AddVerify(CLI::App& app, std::function<int()>& command);
 void AddMakeCheckpoint(CLI::App& app, std::function<int()>& command);
 void AddShow(CLI::App& app, std::function<int()>& command);
+void AddGenerate(CLI::App& app, std::function<int()>& command);
 void AddRun(CLI::App& app, std::function<int()>& command);
 void AddExample(CLI::App& app, std::function<int()>& command);
 void AddInspect(CLI::App& app, std::function<int()>& command);       // smoke, trace and their common spelling

@@ -110,6 +110,7 @@ int main(int argc, char** argv) {
   circlet::AddMakeCheckpoint(app, command);
   circlet::AddShow(app, command);
   circlet::AddRun(app, command);
+  circlet::AddGenerate(app, command);
   circlet::AddExample(app, command);
   circlet::AddInspect(app, command);
   circlet::AddMadeOfParser(app, command);

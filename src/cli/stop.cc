@@ -20,10 +20,15 @@ void Stop(int signal) {
   _exit(128 + signal);
 }
 
-void HandleUnlessIgnored(int signal) {
+std::atomic<bool> asked{false};
+
+void Ask(int) { asked = true; }
+
+void HandleUnlessIgnored(int signal, void (*handler)(int), int flags = 0) {
   struct sigaction action {};
   if (sigaction(signal, nullptr, &action) != 0 || action.sa_handler == SIG_IGN) return;
-  action.sa_handler = Stop;
+  action.sa_handler = handler;
+  action.sa_flags = flags;
   sigaction(signal, &action, nullptr);
 }
 
@@ -49,8 +54,17 @@ void TellWhenStopped(std::string text) {
   if (!text.empty()) text = (isatty(STDERR_FILENO) ? "\ncirclet: " : "circlet: ") + text + "\n";
   texts.push_back(std::move(text));
   if (told.exchange(&texts.back()) != nullptr) return;
-  HandleUnlessIgnored(SIGINT);
-  HandleUnlessIgnored(SIGTERM);
+  HandleUnlessIgnored(SIGINT, Stop);
+  HandleUnlessIgnored(SIGTERM, Stop);
+}
+
+bool StopAsked() {
+  static const bool handled = [] {
+    HandleUnlessIgnored(SIGINT, Ask, SA_RESETHAND);
+    HandleUnlessIgnored(SIGTERM, Ask, SA_RESETHAND);
+    return true;
+  }();
+  return handled && asked;
 }
 
 std::string CommandLine(const std::string& dropped, const std::string& added) {

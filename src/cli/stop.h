@@ -9,6 +9,10 @@ namespace circlet {
 // written needs no care: a run may be killed anywhere.
 void TellWhenStopped(std::string text);
 
+// From the first call on, the first Ctrl-C (SIGINT) or SIGTERM only makes this true, so that what was made so far can
+// be told; the second ends the program.
+bool StopAsked();
+
 // This process's command line for a shell, without `dropped` and with `added` at its end unless it is there.
 std::string CommandLine(const std::string& dropped, const std::string& added);
 

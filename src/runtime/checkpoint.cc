@@ -1,0 +1,243 @@
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <numeric>
+
+#include "circlet/base/error.h"
+#include "circlet/exec/executor.h"
+#include "circlet/model/gemma4/tables.h"
+#include "circlet/model/gemma4/text.h"
+#include "circlet/model/gemma4/vision.h"
+#include "circlet/model/gemma4/weights.h"
+#include "circlet/preprocess/image.h"
+#include "runtime/units.h"
+
+namespace circlet::runtime {
+namespace {
+
+// Keys of a checkpoint's values, as pipeline.json has them.
+std::string HiddenKey(int layer) { return layer == 0 ? "inputs_embeds" : fmt::format("hidden.{}", layer); }
+
+class GraphUnit : public RunnableUnit {
+ public:
+  GraphUnit(std::string unit, const Graph& graph, WeightSource weights,
+            const std::function<std::string(const std::string& end, bool output)>& key_of)
+      : weights_(std::move(weights)), executor_(graph, nullptr) {
+    name = std::move(unit);
+    for (const ValueId id : graph.Inputs()) inputs.push_back({graph.At(id).name, key_of(graph.At(id).name, false)});
+    for (const Graph::Output& output : graph.Outputs()) outputs.push_back({output.name, key_of(output.name, true)});
+  }
+  Values Run(const Values& given) override {
+    return Within(name, [&] { return executor_.Run(given, weights_); });
+  }
+
+ protected:
+  WeightSource weights_;
+  Executor executor_;
+};
+
+// A table is read by the rows that are asked for: its graph sees just those.
+class TableUnit final : public GraphUnit {
+ public:
+  TableUnit(std::string unit, const Graph& graph, Tensor table, std::string output_key)
+      : GraphUnit(std::move(unit), graph, nullptr,
+                  [&](const std::string&, bool output) { return output ? output_key : ""; }),
+        table_(std::move(table)) {}
+
+  Values Run(const Values& given) override {
+    const std::span<const int64_t> ids = given.at("ids").I64();
+    const auto count = static_cast<int64_t>(ids.size());
+    const int64_t row = table_.Bytes() / table_.GetShape()[0];
+    const Tensor rows(TensorType{table_.GetDType(), {count, table_.GetShape()[1]}});
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(rows.Raw() + i * row, table_.Raw() + ids[i] * row, static_cast<size_t>(row));
+    weights_ = [rows = ToF32(rows)](const std::string&) { return rows; };
+    executor_.ForgetWeights();
+    std::vector<int64_t> places(ids.size());
+    std::iota(places.begin(), places.end(), 0);
+    return GraphUnit::Run({{"ids", Tensor::Of<int64_t>({1, count}, places)}});
+  }
+
+ private:
+  Tensor table_;
+};
+
+class CheckpointUnits final : public UnitSource {
+ public:
+  CheckpointUnits(const std::filesystem::path& directory, const SessionOptions& options)
+      : weights_(ModelWeights::Open(ReadConfig(directory), directory, options.text_only)),
+        config_(weights_.GetConfig()),
+        dialect_(DialectFromName("default")),
+        vision_(config_.vision.has_value() && !options.text_only) {
+    constexpr int64_t kUsual = 2048;
+    const int64_t most = config_.text.max_positions > 0 ? config_.text.max_positions : kUsual;
+    facts_ = {.context = options.context > 0 ? options.context : std::min(kUsual, most),
+              .vocabulary = config_.text.vocab_size,
+              .bos = config_.text.bos_token_id,
+              .pad = config_.text.pad_token_id,
+              .stops = {config_.eos_token_ids.begin(), config_.eos_token_ids.end()},
+              .placeholders = {config_.image_token_id, config_.video_token_id, config_.audio_token_id},
+              .pictures = vision_};
+    head_ = Make(
+        "lm_head", [&](const BlockBuilder& b) { BuildHead(b, config_.text, 1); },
+        [&](const std::string&, bool output) {
+          return output ? std::string("logits") : HiddenKey(config_.text.NumLayers());
+        });
+    // The norm's own output is of no use here; the graph names the logits first.
+    std::ranges::sort(head_->outputs,
+                      [](const End& a, const End& b) { return a.name == "logits" && b.name != a.name; });
+    for (const LayerConfig& layer : config_.text.layers) types_.try_emplace(LayerTypeName(layer), layer);
+  }
+
+  const ModelFacts& Facts() const override { return facts_; }
+  // Graphs are made for a length; those of one prompt serve others that are about as long.
+  int64_t PaddedLength(int64_t length) const override {
+    constexpr int64_t kStep = 64;
+    return std::min(facts_.context, (length + kStep - 1) / kStep * kStep);
+  }
+  std::vector<RunnableUnit*> Prefill(int64_t length) override {
+    if (length != prefill_length_) prefill_ = Text(Phase::kPrefill, length, length);
+    prefill_length_ = length;
+    return Pointers(prefill_);
+  }
+  std::vector<RunnableUnit*> Decode() override {
+    if (decode_.empty()) decode_ = Text(Phase::kDecode, 1, facts_.context);
+    return Pointers(decode_);
+  }
+  RunnableUnit& Head() override { return *head_; }
+  float MaskFill() const override { return kMaskFill; }
+
+  Tensor Rope(const std::string& attention, bool cosine, int64_t first, int64_t count) override {
+    const LayerConfig& layer = types_.at(attention);
+    Turned& turned = rope_[attention];
+    if (turned.first != first || turned.count != count)
+      turned = {first, count, TextRopeTables(layer.rope, layer.head_dim, first, count, /*negated_sin=*/true)};
+    return cosine ? turned.tables.cos : turned.tables.sin;
+  }
+
+  Tensor Features(const Tensor& pixels, std::span<const int64_t> positions) override {
+    const VisionConfig& vision = *config_.vision;
+    // Padding patches change nothing that is read.
+    const int64_t valid = LayoutOf(vision, positions).valid;
+    const std::vector<int64_t> real(positions.begin(), positions.begin() + 2 * valid);
+    if (features_ == nullptr || real != positions_) {
+      const VisionWeights weights(
+          vision, [this](const std::string& name) { return Float(name); }, dialect_);
+      Graph graph;
+      BuildVisionPrefill(BlockBuilder(graph, dialect_), config_, real);
+      features_ = std::make_unique<GraphUnit>("vision_prefill", graph, weights.For(real),
+                                              [](const std::string&, bool) { return ""; });
+      positions_ = real;
+    }
+    return features_->Run({{"pixel_values", PixelValues(pixels.Slice(0, valid, 1))}}).at("projected");
+  }
+
+  Tensor Fused(const Tensor& text, std::span<const Tensor> features, std::span<const int64_t> places) override {
+    Tensor fused = text;
+    size_t used = 0;
+    for (const Tensor& visual : features) {
+      const int64_t rows = visual.GetShape()[0];
+      fused = FuseAt(fused, visual, places.subspan(used, rows));
+      used += rows;
+    }
+    return fused;
+  }
+
+ private:
+  using Units = std::vector<std::unique_ptr<RunnableUnit>>;
+
+  static std::vector<RunnableUnit*> Pointers(const Units& units) {
+    std::vector<RunnableUnit*> pointers;
+    for (const auto& unit : units) pointers.push_back(unit.get());
+    return pointers;
+  }
+
+  // A parameter as float32, once for all graphs.
+  Tensor Float(const std::string& name) {
+    Tensor& kept = floats_[name];
+    if (kept.Empty()) kept = weights_.Float(name);
+    return kept;
+  }
+
+  std::unique_ptr<RunnableUnit> Make(std::string name, const std::function<void(const BlockBuilder&)>& build,
+                                     const std::function<std::string(const std::string&, bool)>& key_of) {
+    Graph graph;
+    build(BlockBuilder(graph, dialect_));
+    return std::make_unique<GraphUnit>(
+        std::move(name), graph, [this](const std::string& weight) { return Float(weight); }, key_of);
+  }
+
+  // A unit that has an input "visual" only tells the session where pictures go (Fused).
+  struct FusionMark final : RunnableUnit {
+    FusionMark() {
+      name = "multimodal_fusion";
+      inputs = {{"text", HiddenKey(0)}, {"visual", ""}};
+      outputs = {{"fused", HiddenKey(0)}};
+    }
+    Values Run(const Values& given) override { return given; }
+  };
+
+  Units Text(Phase phase, int64_t length, int64_t slots) {
+    const TextConfig& text = config_.text;
+    Units units;
+    const auto table = [&](const char* name, const char* parameter, const std::string& key, const auto& build) {
+      Graph graph;
+      build(BlockBuilder(graph, dialect_));
+      units.push_back(std::make_unique<TableUnit>(name, graph, weights_.Stored(parameter), key));
+    };
+    table("token_embedding", "model.language_model.embed_tokens.weight", HiddenKey(0),
+          [&](const BlockBuilder& b) { BuildTokenEmbedding(b, text, length, length); });
+    if (phase == Phase::kPrefill && vision_) units.push_back(std::make_unique<FusionMark>());
+    if (text.HasPle()) {
+      table("ple_embedding", "model.language_model.embed_tokens_per_layer.weight", "ple.tokens",
+            [&](const BlockBuilder& b) { BuildPleEmbedding(b, text, length, length); });
+      units.push_back(Make(
+          "ple_projection", [&](const BlockBuilder& b) { BuildPleProjection(b, text, length); },
+          [](const std::string& end, bool output) {
+            return output ? std::string("ple") : end == "inputs_embeds" ? HiddenKey(0) : std::string("ple.tokens");
+          }));
+    }
+    for (int i = 0; i < text.NumLayers(); ++i) {
+      const LayerConfig& layer = text.layers[i];
+      units.push_back(Make(
+          fmt::format("decoder_layer_{}", i),
+          [&](const BlockBuilder& b) { BuildDecoderLayer(b, text, i, phase, slots); },
+          [&](const std::string& end, bool output) {
+            if (end == "hidden") return HiddenKey(output ? i + 1 : i);
+            if (end == "per_layer_input") return std::string("ple");
+            if (end.ends_with("_key") || end.ends_with("_value"))
+              return fmt::format("kv.{}{}", layer.kv_source, end.substr(end.find('_')));
+            return end;
+          }));
+      units.back()->layer = LayerPlace{i, LayerTypeName(layer), layer.window};
+    }
+    return units;
+  }
+
+  struct Turned {
+    int64_t first = -1, count = 0;
+    RopeTables tables;
+  };
+
+  ModelWeights weights_;
+  Gemma4Config config_;
+  Dialect dialect_;
+  bool vision_;
+  ModelFacts facts_;
+  std::map<std::string, Tensor> floats_;
+  std::map<std::string, LayerConfig> types_;
+  std::map<std::string, Turned> rope_;  // of the step that runs, by attention
+  std::unique_ptr<RunnableUnit> head_;
+  Units prefill_, decode_;
+  int64_t prefill_length_ = 0;
+  std::unique_ptr<GraphUnit> features_;
+  std::vector<int64_t> positions_;  // that features_ is made for
+};
+
+}  // namespace
+
+std::unique_ptr<UnitSource> OpenCheckpoint(const std::filesystem::path& directory, const SessionOptions& options) {
+  return std::make_unique<CheckpointUnits>(directory, options);
+}
+
+}  // namespace circlet::runtime

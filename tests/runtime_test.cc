@@ -1,0 +1,419 @@
+// Generation from exported files and from the checkpoint, on the trained example model and on random ones.
+
+#include <gmock/gmock.h>
+
+#include <nlohmann/json.hpp>
+
+#include "circlet/io/file.h"
+#include "circlet/io/json.h"
+#include "circlet/runtime/generate.h"
+#include "circlet/runtime/prompts.h"
+#include "error_text.h"
+#include "golden_run.h"
+#include "ops/codes.h"
+#include "program.h"
+
+namespace circlet::runtime {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+const fs::path kTiny = SourcePath("examples/tiny-gemma4");
+
+nlohmann::json Reference() { return ReadJson(kTiny / "eval/reference.json"); }
+
+// The example model, exported when a test first asks for it.
+class RuntimeTest : public testing::Test {
+ protected:
+  // With pictures, and 16-bit activations.
+  static fs::path Pictures() {
+    return Exported({.model = kTiny,
+                     .output = Made().Path() / "pictures",
+                     .data = kTiny / "eval/calib.jsonl",
+                     .units = QuantizeOptions::Units::kDeployment});
+  }
+  // Text alone with 400 positions and 8-bit activations, calibrated on a few samples.
+  static fs::path Text() {
+    const std::string data = ReadFile(kTiny / "eval/calib.jsonl");
+    size_t end = 0;
+    for (int line = 0; line < 4; ++line) end = data.find('\n', end) + 1;
+    WriteFile(Made().Path() / "few.jsonl", data.substr(0, end));
+    return Exported({.model = kTiny,
+                     .output = Made().Path() / "text",
+                     .data = Made().Path() / "few.jsonl",
+                     .recipe = "w8a8",
+                     .max_seq_len = 400,
+                     .units = QuantizeOptions::Units::kDeployment,
+                     .text_only = true});
+  }
+
+  // A copy of what text alone was exported to, to be damaged.
+  fs::path Copy() const {
+    const fs::path copy = own_.Path() / "copy";
+    fs::remove_all(copy);
+    fs::copy(Text(), copy);
+    return copy;
+  }
+
+  TempDirectory own_;
+
+ private:
+  static const TempDirectory& Made() {
+    static const TempDirectory directory;
+    return directory;
+  }
+  static fs::path Exported(const QuantizeOptions& options) {
+    if (!fs::exists(options.output)) Quantize(options);
+    return options.output;
+  }
+};
+
+Sample IdsPrompt(std::span<const int64_t> ids) {
+  Sample sample{.source = "ids"};
+  sample.input_ids.assign(ids.begin(), ids.end());
+  return sample;
+}
+
+// ---- Against the reference ------------------------------------------------------------------------------------------
+
+TEST_F(RuntimeTest, GreedyContinuationsAreTheReferencesFromFilesAndFromTheCheckpoint) {
+  const Processor processor = LoadProcessor(Pictures());
+  const nlohmann::json continuations = Reference().at("continuations");
+  ASSERT_EQ(continuations.size(), 5u);
+  for (const fs::path& model : {Pictures(), kTiny}) {
+    const auto session = OpenSession(model);
+    for (const nlohmann::json& wanted : continuations) {
+      const Sample prompt =
+          TextPrompt(wanted.at("prompt").get<std::string>(), processor, session->Facts(), "continuation");
+      EXPECT_EQ(prompt.input_ids, wanted.at("prompt_ids").get<std::vector<int64_t>>());
+      const auto ids = wanted.at("output_ids").get<std::vector<int64_t>>();
+      const Generation made = Generate(*session, processor.tokenizer, prompt,
+                                       {.sampling = {.temperature = 0}, .max_new_tokens = std::ssize(ids)});
+      EXPECT_EQ(made.ids, ids) << model;
+      EXPECT_EQ(made.text, wanted.at("output")) << model;
+    }
+  }
+}
+
+// The reference's 86 captions are of pictures of five shapes; vision units are made for one, so each shape has an
+// export with the same grids.
+TEST_F(RuntimeTest, CaptionsFromTheFilesAreAsManyAsTheReferences) {
+  std::map<std::pair<int64_t, int64_t>, std::vector<size_t>> by_shape;
+  std::vector<Sample> prompts;
+  std::vector<std::string> captions;
+  const Processor processor = LoadProcessor(kTiny);
+  for (CaptionTask& task : LoadCaptions(kTiny / "eval/captions.jsonl", processor, {})) {
+    int64_t width = 0, height = 0;
+    const std::span<const int64_t> positions = task.prompt.image_position_ids.I64();
+    for (size_t i = 0; i < positions.size(); i += 2) {
+      width = std::max(width, positions[i] + 1);
+      height = std::max(height, positions[i + 1] + 1);
+    }
+    by_shape[{height, width}].push_back(prompts.size());
+    prompts.push_back(std::move(task.prompt));
+    captions.push_back(task.caption);
+  }
+  ASSERT_EQ(prompts.size(), 100u);
+  // Grids are given; one picture makes the vision units.
+  const std::string data = ReadFile(kTiny / "eval/calib.jsonl");
+  WriteFile(own_.Path() / "one.jsonl", data.substr(data.rfind('\n', data.size() - 2) + 1));
+  fs::create_directory_symlink(kTiny / "eval/images", own_.Path() / "images");
+  int exact = 0;
+  for (const auto& [shape, members] : by_shape) {
+    nlohmann::json profile = ReadJson(Pictures() / "vision_profile.json");
+    profile["patch_grid_height"] = shape.first;
+    profile["patch_grid_width"] = shape.second;
+    profile["num_visual_tokens"] = shape.first * shape.second / 9;
+    const std::string name = fmt::format("{}x{}", shape.first, shape.second);
+    WriteJson(own_.Path() / (name + ".json"), profile);
+    Quantize({.model = kTiny,
+              .output = own_.Path() / name,
+              .data = own_.Path() / "one.jsonl",
+              .qparams = Pictures() / "qparams.json",
+              .units = QuantizeOptions::Units::kDeployment,
+              .vision_profile = own_.Path() / (name + ".json")});
+    const auto session = OpenSession(own_.Path() / name);
+    for (const size_t member : members)
+      exact += Generate(*session, processor.tokenizer, prompts[member],
+                        {.sampling = {.temperature = 0}, .max_new_tokens = 24, .stop_ids = session->Facts().stops})
+                   .text == captions[member];
+  }
+  EXPECT_GE(exact, 85);
+}
+
+// ---- Codes ----------------------------------------------------------------------------------------------------------
+
+std::vector<int64_t> Codes(const Tensor& logits) {
+  std::vector<int64_t> codes;
+  for (int64_t i = 0; i < logits.Elements(); ++i) codes.push_back(CodeAt(logits, i));
+  return codes;
+}
+
+// The codes that verify.safetensors holds are the simulation's.
+TEST_F(RuntimeTest, LogitsBehindAPromptAreTheSimulationsCodes) {
+  for (const fs::path& output : {Pictures(), Text()}) {
+    const SafetensorsFile codes = SafetensorsFile::Open(output / "verify.safetensors");
+    const auto get = [&](const std::string& name) {
+      const auto same = codes.Metadata().find(name);
+      return codes.Get(same == codes.Metadata().end() ? name : same->second);
+    };
+    const std::span<const int64_t> padded = get("token_embedding.in.0").I64();
+    // The head's position is the last one of the sample; its hidden state tells which.
+    const Tensor hidden = get(fmt::format("decoder_layer_prefill_{}.out.0", 9)), last = get("lm_head.in.0");
+    int64_t count = 0;
+    for (int64_t i = 0; i < hidden.GetShape()[1]; ++i)
+      if (std::memcmp(hidden.Slice(i, i + 1, 1).Raw(), last.Raw(), static_cast<size_t>(last.Bytes())) == 0)
+        count = i + 1;
+    ASSERT_GT(count, 10);
+    const auto session = OpenSession(output);
+    Sample prompt = IdsPrompt(padded.first(count));
+    if (output == Pictures()) {
+      // The chat of the calibration data that was the longest of its layout.
+      const SampleSet set = LoadJsonl(kTiny / "eval/calib.jsonl", LoadProcessor(output), {});
+      for (const Sample& sample : set.samples) {
+        std::vector<int64_t> ids = sample.input_ids;
+        std::ranges::replace(ids, session->Facts().placeholders.image, session->Facts().pad);
+        if (std::ranges::equal(ids, padded.first(count)) && !sample.pixel_values.Empty()) prompt = sample;
+      }
+      ASSERT_FALSE(prompt.pixel_values.Empty());
+    }
+    session->Prefill(prompt);
+    EXPECT_EQ(Codes(session->Logits()), Codes(get("lm_head.out.0")));
+  }
+}
+
+struct Difference {
+  int64_t codes = 0, different = 0, largest = 0;
+};
+
+// Codes at the positions behind `split`, decoded one by one, against those of one prefill.
+Difference SplitAt(Session& session, std::span<const int64_t> ids, int64_t split) {
+  const auto count = static_cast<int64_t>(ids.size());
+  session.Prefill(IdsPrompt(ids));
+  std::vector<std::vector<int64_t>> whole;
+  for (int64_t i = 0; i < count; ++i) whole.push_back(Codes(session.Logits(i)));
+  session.Prefill(IdsPrompt(ids.first(split)));
+  Difference difference;
+  for (int64_t i = split - 1;; ++i) {
+    const std::vector<int64_t> found = Codes(session.Logits(i));
+    for (size_t k = 0; k < found.size(); ++k) {
+      ++difference.codes;
+      const int64_t step = std::abs(found[k] - whole[i][k]);
+      difference.different += step > 0;
+      difference.largest = std::max(difference.largest, step);
+    }
+    if (i + 1 == count) return difference;
+    session.Decode(ids[i + 1]);
+  }
+}
+
+// The first ids of the held-out text.
+std::vector<int64_t> HeldOut(int64_t count) {
+  const Processor processor = LoadProcessor(kTiny);
+  std::vector<int64_t> ids = processor.tokenizer.Encode(ReadFile(kTiny / "eval/heldout.txt"), /*add_special=*/true);
+  ids.resize(count);
+  return ids;
+}
+
+// 8-bit products are sums of integers, so no order of positions tells in them.
+TEST_F(RuntimeTest, WithEightBitActivationsAnySplitIntoPrefillAndDecodeGivesTheSameCodes) {
+  const auto session = OpenSession(Text());
+  const std::vector<int64_t> ids = HeldOut(session->Facts().context);  // 336 positions past the sliding window
+  for (const int64_t split : {1, 64, 399, 400}) {
+    const Difference difference = SplitAt(*session, ids, split);
+    EXPECT_EQ(difference.codes, (401 - split) * 2048) << split;
+    EXPECT_EQ(difference.different, 0) << split << ": by " << difference.largest;
+  }
+}
+
+// Products of 16 by 16 bits and the sums of softmax are float32, and decoding has the newest key in another place of
+// them: last bits differ, and codes where they decide a tie. Measured: 17 % of the logits' codes, by 17 of 32767.
+TEST_F(RuntimeTest, WithSixteenBitActivationsASplitMovesCodesByLittle) {
+  const auto session = OpenSession(Pictures());
+  std::vector<int64_t> ids = HeldOut(session->Facts().context);
+  const Difference difference = SplitAt(*session, ids, 30);
+  EXPECT_EQ(difference.codes, (289 - 30) * 2048);
+  EXPECT_LE(difference.largest, 60);
+}
+
+// ---- Sequences ------------------------------------------------------------------------------------------------------
+
+GenerateOptions Greedy(int64_t most) { return {.sampling = {.temperature = 0}, .max_new_tokens = most}; }
+
+TEST_F(RuntimeTest, ASessionTakesPromptsOfAnyLengthOneAfterTheOther) {
+  const Processor processor = LoadProcessor(Text());
+  const std::vector<int64_t> ids = HeldOut(300);
+  for (const fs::path& model : {Text(), kTiny}) {
+    const auto session = OpenSession(model);
+    for (const int64_t length : {120, 1, 300, 64}) {
+      const Sample prompt = IdsPrompt(std::span(ids).first(length));
+      const auto fresh = OpenSession(model);
+      EXPECT_EQ(Generate(*session, processor.tokenizer, prompt, Greedy(6)).ids,
+                Generate(*fresh, processor.tokenizer, prompt, Greedy(6)).ids)
+          << model << " " << length;
+    }
+  }
+}
+
+TEST_F(RuntimeTest, SeveralPicturesAtOtherPlacesThanTheExportsSayWhatTheCheckpointSays) {
+  const nlohmann::json conversation{{"messages",
+                                     {{{"role", "system"}, {"content", "Look well."}},
+                                      {{"role", "user"},
+                                       {"content",
+                                        {{{"type", "image"}, {"path", "eval/images/eval_000.png"}},
+                                         {{"type", "image"}, {"path", "eval/images/eval_003.png"}},
+                                         {{"type", "text"}, {"text", "What is in the picture?"}}}}}}}};
+  std::vector<std::vector<int64_t>> said;
+  for (const fs::path& model : {Pictures(), kTiny}) {
+    const auto session = OpenSession(model);
+    const Processor processor = LoadProcessor(model);
+    const Sample prompt = ChatPromptSample(conversation.dump(), processor, session->Facts(), kTiny, "two");
+    EXPECT_EQ(prompt.pixel_values.GetShape()[0], 2);
+    said.push_back(Generate(*session, processor.tokenizer, prompt, Greedy(8)).ids);
+  }
+  EXPECT_EQ(said[0], said[1]);
+}
+
+TEST_F(RuntimeTest, AnAnswerEndsAtStopIdsStopStringsAndTheContext) {
+  const auto session = OpenSession(Text());
+  const Processor processor = LoadProcessor(Text());
+  const Sample prompt = TextPrompt("Emma saw", processor, session->Facts(), "");
+  GenerateOptions options = Greedy(30);
+  std::string said;
+  options.said = [&](std::string_view piece) {
+    said += piece;
+    return true;
+  };
+  const Generation whole = Generate(*session, processor.tokenizer, prompt, options);
+  EXPECT_EQ(whole.reason, StopReason::kMaxNewTokens);
+  EXPECT_EQ(said, whole.text);
+  EXPECT_EQ(processor.tokenizer.Decode(whole.ids, true), whole.text);
+
+  options.stop_ids = {whole.ids[7]};
+  const Generation by_id = Generate(*session, processor.tokenizer, prompt, options);
+  EXPECT_EQ(by_id.reason, StopReason::kStopId);
+  EXPECT_EQ(by_id.ids.back(), whole.ids[7]);
+
+  options.stop_ids.clear();
+  options.stop_strings = {"not there", whole.text.substr(10, 5)};
+  said.clear();
+  const Generation by_text = Generate(*session, processor.tokenizer, prompt, options);
+  EXPECT_EQ(by_text.reason, StopReason::kStopString);
+  EXPECT_EQ(by_text.text, whole.text.substr(0, whole.text.find(whole.text.substr(10, 5))));
+  EXPECT_EQ(said, by_text.text) << "nothing of the stop string was said before it was whole";
+
+  const Generation full =
+      Generate(*session, processor.tokenizer, IdsPrompt(HeldOut(session->Facts().context - 2)), Greedy(30));
+  EXPECT_EQ(full.reason, StopReason::kContextFull);
+  EXPECT_EQ(full.ids.size(), 3u) << "two more positions, and what follows the last";
+  EXPECT_EQ(Describe(full, session->Facts()), "the context of 400 positions is full");
+}
+
+// ---- What a user can mend -------------------------------------------------------------------------------------------
+
+TEST_F(RuntimeTest, PromptsThatDoNotFitNameTheExportsOption) {
+  const auto text = OpenSession(Text()), pictures = OpenSession(Pictures());
+  const std::vector<int64_t> long_ids = HeldOut(401), outside{2, 5000}, video{2, 2047};
+  const auto error = [](Session& session, const Sample& prompt) { return ErrorText([&] { session.Prefill(prompt); }); };
+  EXPECT_THAT(error(*text, IdsPrompt(long_ids)),
+              AllOf(HasSubstr("401 tokens"), HasSubstr("400 positions"), HasSubstr("--max-seq-len 402")));
+  EXPECT_THAT(error(*text, IdsPrompt({})), HasSubstr("the prompt is empty"));
+  EXPECT_THAT(error(*text, IdsPrompt(outside)), HasSubstr("token id 5000 is outside the vocabulary of 2048"));
+  EXPECT_THAT(error(*text, IdsPrompt(video)), HasSubstr("placeholder 2047 of a video"));
+  text->Prefill(IdsPrompt(std::span(long_ids).first(400)));
+  EXPECT_THAT(ErrorText([&] { text->Decode(5); }),
+              AllOf(HasSubstr("400 positions is full"), HasSubstr("--max-seq-len")));
+
+  const Processor processor = LoadProcessor(kTiny);
+  const std::vector<CaptionTask> tasks = LoadCaptions(kTiny / "eval/captions.jsonl", processor, {});
+  EXPECT_THAT(error(*pictures, tasks[1].prompt),
+              AllOf(HasSubstr("18x30 patches"), HasSubstr("24x24"), HasSubstr("--vision-profile")));
+  EXPECT_THAT(error(*text, tasks[0].prompt), AllOf(HasSubstr("picture"), HasSubstr("quantize with samples")));
+}
+
+TEST_F(RuntimeTest, DamagedDirectoriesAreNamed) {
+  const auto error = [](const fs::path& directory) {
+    return ErrorText([&] { OpenSession(directory)->Prefill(IdsPrompt(std::vector<int64_t>{2})); });
+  };
+  EXPECT_THAT(error(own_.Path() / "missing"), HasSubstr("there is no such directory"));
+  EXPECT_THAT(error(own_.Path()), HasSubstr("neither an output of quantize"));
+
+  fs::path copy = Copy();
+  nlohmann::json manifest = ReadJson(copy / "manifest.json"), pipeline = ReadJson(copy / "pipeline.json");
+  pipeline["schema_version"] = 1;
+  WriteJson(copy / "pipeline.json", pipeline);
+  EXPECT_THAT(error(copy), AllOf(HasSubstr("pipeline.json"), HasSubstr("quantize again")));
+  nlohmann::json::array_t& listed = manifest["outputs"].get_ref<nlohmann::json::array_t&>();
+  std::erase_if(listed, [](const nlohmann::json& entry) { return entry.at("file") == "pipeline.json"; });
+  WriteJson(copy / "manifest.json", manifest);
+  EXPECT_THAT(error(copy), HasSubstr("schema_version: 1; units are run by version 2; quantize again"));
+  pipeline["schema_version"] = 2;
+  pipeline["phases"]["prefill"].push_back("decoder_layer_prefill_77");
+  WriteJson(copy / "pipeline.json", pipeline);
+  EXPECT_THAT(error(copy), HasSubstr("phases.prefill: there is no unit \"decoder_layer_prefill_77\""));
+
+  copy = Copy();
+  fs::remove(copy / "decoder_layer_decode_3.q.circle");
+  EXPECT_THAT(error(copy), AllOf(HasSubstr("decoder_layer_decode_3.q.circle"), HasSubstr("No such file")))
+      << "before anything is run";
+  copy = Copy();
+  fs::resize_file(copy / "lm_head.q.circle", 1000);
+  EXPECT_THAT(error(copy), AllOf(HasSubstr("lm_head.q.circle: has 1000 bytes"), HasSubstr("quantize again")));
+  copy = Copy();
+  std::string bytes = ReadFile(copy / "decoder_layer_prefill_3.q.circle");
+  bytes[bytes.size() / 2] ^= 1;
+  WriteFile(copy / "decoder_layer_prefill_3.q.circle", bytes);
+  EXPECT_THAT(error(copy), AllOf(HasSubstr("decoder_layer_prefill_3.q.circle"), HasSubstr("SHA-256")));
+}
+
+// ---- The command ----------------------------------------------------------------------------------------------------
+
+TEST_F(RuntimeTest, GenerateTellsIdsAndTextsOfAFileOfPrompts) {
+  WriteFile(
+      own_.Path() / "prompts.jsonl",
+      "{\"prompt\": \"Emma saw\"}\n{\"type\": \"chat\", \"messages\": [{\"role\": \"user\", \"content\": \"Hm.\"}]}\n");
+  const ProgramResult result = RunProgram({"generate", Text(), "--prompt-file", own_.Path() / "prompts.jsonl",
+                                           "--max-new-tokens", "5", "--temperature", "0", "--json"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  const nlohmann::json results = nlohmann::json::parse(result.out).at("results");
+  ASSERT_EQ(results.size(), 2u);
+  EXPECT_EQ(results[0].at("source"), "prompts.jsonl:1");
+  const ProgramResult plain =
+      RunProgram({"generate", Text(), "--prompt", "Emma saw", "--max-new-tokens", "5", "--temperature", "0"});
+  EXPECT_EQ(plain.out, results[0].at("text").get<std::string>() + "\n");
+  EXPECT_THAT(plain.err, HasSubstr("5 new tokens"));
+  EXPECT_NE(RunProgram({"generate", Text(), "--prompt", "Emma", "--seed", "1", "--max-new-tokens", "20"}).out,
+            RunProgram({"generate", Text(), "--prompt", "Emma", "--seed", "2", "--max-new-tokens", "20"}).out)
+      << "the model's settings draw";
+}
+
+TEST_F(RuntimeTest, GenerateRefusesWhatHasNoEffect) {
+  const auto refused = [](const std::vector<std::string>& more, const char* text) {
+    std::vector<std::string> arguments{"generate", Text()};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const ProgramResult result = RunProgram(arguments);
+    EXPECT_EQ(result.exit_code, 2);
+    EXPECT_THAT(result.err, AllOf(StartsWith("circlet: "), HasSubstr(text)));
+  };
+  refused({}, "give a --prompt or a --prompt-file");
+  refused({"--prompt", "x", "--image", "cat.png"}, "give --chat too");
+  refused({"--prompt", "x", "--context", "100"}, "its units have a context of their own");
+  refused({"--prompt", "x", "--top-p", "0"}, "top_p: 0, expected more than 0");
+}
+
+TEST_F(RuntimeTest, CtrlCEndsWithWhatWasSaid) {
+  const ProgramResult result =
+      RunProgram({"--preserve-status", "-s", "INT", "2", kCircletBinary, "generate", kTiny, "--prompt", "Emma saw",
+                  "--temperature", "1", "--top-k", "0", "--max-new-tokens", "1000000", "--context", "200000", "--json"},
+                 "", "timeout");
+  EXPECT_EQ(result.exit_code, 130) << result.err;
+  const nlohmann::json said = nlohmann::json::parse(result.out).at("results").at(0);
+  EXPECT_EQ(said.at("stopped_by"), "interrupted");
+  EXPECT_GT(said.at("ids").size(), 0u);
+}
+
+}  // namespace
+}  // namespace circlet::runtime
