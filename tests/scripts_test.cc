@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <sstream>
 
 #include "paths.h"
 #include "program.h"
@@ -111,6 +112,18 @@ TEST_F(ScriptsTest, NothingIsInstalledWhenNothingIsMissing) {
   Stub("cmake", "echo configured; exit 99");
   const ProgramResult result = Run("test.sh");
   EXPECT_THAT(result.out + result.err, Not(HasSubstr("apt-get")));
+}
+
+// ctest alone is content with a build that has no tests.
+TEST(TestScript, NoTestsAreNoSuccess) {
+  std::istringstream script(ReadFile(SourcePath("scripts/test.sh")));
+  int calls = 0;
+  for (std::string line; std::getline(script, line);) {
+    if (!line.starts_with("ctest ")) continue;
+    ++calls;
+    EXPECT_THAT(line, HasSubstr(" --no-tests=error ")) << line;
+  }
+  EXPECT_EQ(calls, 2);
 }
 
 TEST_F(ScriptsTest, FreshMachineNeedsRootRights) {
