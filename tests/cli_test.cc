@@ -272,8 +272,8 @@ TEST_F(CliTest, AFailedRunLeavesTheEarlierResultAlone) {
 }
 
 TEST_F(CliTest, HelpNamesAWorkingCommandForEachVerb) {
-  for (const char* verb : {"quantize", "evaluate", "verify", "show", "run", "generate", "smoke", "trace", "example",
-                           "make-checkpoint", "inspect"}) {
+  for (const char* verb : {"quantize", "evaluate", "verify", "show", "run", "generate", "chat", "tokenize",
+                           "preprocess", "smoke", "trace", "example", "make-checkpoint", "inspect"}) {
     const ProgramResult result = RunProgram({verb, "--help"});
     EXPECT_EQ(result.exit_code, 0);
     EXPECT_THAT(result.out, HasSubstr(fmt::format("Example:\n  circlet {}", verb)));

@@ -1,12 +1,15 @@
 // Generation from exported files and from the checkpoint, on the trained example model and on random ones.
 
+#include <fmt/ranges.h>
 #include <gmock/gmock.h>
 
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
 #include "circlet/runtime/generate.h"
+#include "circlet/runtime/measure.h"
 #include "circlet/runtime/prompts.h"
 #include "error_text.h"
 #include "golden_run.h"
@@ -369,6 +372,98 @@ TEST_F(RuntimeTest, DamagedDirectoriesAreNamed) {
   EXPECT_THAT(error(copy), AllOf(HasSubstr("decoder_layer_prefill_3.q.circle"), HasSubstr("SHA-256")));
 }
 
+// ---- Measures -------------------------------------------------------------------------------------------------------
+
+TEST_F(RuntimeTest, PerplexityOfTheFilesIsTheSimulations) {
+  const fs::path out = own_.Path() / "out";
+  const QuantizeResult result = Quantize({.model = kTiny,
+                                          .output = out,
+                                          .data = kTiny / "eval/calib.jsonl",
+                                          .recipe = "w4a16",
+                                          .max_seq_len = 320,
+                                          .eval_text = kTiny / "eval/heldout.txt",
+                                          .eval_windows = 3,
+                                          .units = QuantizeOptions::Units::kDeployment,
+                                          .text_only = true});
+  const auto session = OpenSession(out), checkpoint = OpenSession(kTiny);
+  const MeasureOptions options{.text = kTiny / "eval/heldout.txt", .windows = 3};
+  const Measured alone = Measure(*session, nullptr, LoadProcessor(out), options);
+  EXPECT_EQ(alone.perplexity->tokens, 3 * 255);
+  EXPECT_NEAR(alone.perplexity->quantized_value / result.perplexity->quantized_value, 1, 1e-6);
+  EXPECT_FALSE(alone.agreement);
+  const Measured beside = Measure(*session, checkpoint.get(), LoadProcessor(out), options);
+  EXPECT_NEAR(beside.perplexity->float_value / result.perplexity->float_value, 1, 1e-6);
+  EXPECT_NEAR(beside.agreement->divergence.value / result.agreement->divergence.value, 1, 1e-4);
+  EXPECT_EQ(beside.agreement->tokens, 3 * 255);
+  EXPECT_GT(beside.agreement->divergence.value, 1e-3) << "4-bit weights tell";
+
+  const ProgramResult printed = RunProgram({"evaluate", "--files", out, "--eval-text", kTiny / "eval/heldout.txt",
+                                            "--eval-windows", "3", "--json", own_.Path() / "m.json", "--quiet"});
+  EXPECT_EQ(printed.exit_code, 0) << printed.err;
+  EXPECT_THAT(printed.out, AllOf(HasSubstr(fmt::format("files {:.4f}", alone.perplexity->quantized_value)),
+                                 HasSubstr("3 sequences, 765 tokens")));
+  EXPECT_EQ(ReadJson(own_.Path() / "m.json").at("perplexity").at("value"), alone.perplexity->quantized_value);
+  const ProgramResult refused =
+      RunProgram({"evaluate", "--files", out, "--eval-text", kTiny / "eval/heldout.txt", "--recipe", "w8a8"});
+  EXPECT_EQ(refused.exit_code, 2);
+  EXPECT_THAT(refused.err, HasSubstr("--recipe: has no effect with --files"));
+}
+
+TEST_F(RuntimeTest, OfAChatOnlyTheLastTurnOfTheModelCounts) {
+  const std::string question = R"({"role": "user", "content": "Who was glad?"})";
+  const auto write = [&](const std::string& answer) {
+    WriteFile(own_.Path() / "chat.jsonl", "{\"messages\": [" + question + ", " + answer + "]}\n");
+  };
+  write(R"({"role": "assistant", "content": "Emma was glad."})");
+  const auto session = OpenSession(kTiny, {.context = 128, .text_only = true});
+  const Processor processor = LoadProcessor(kTiny);
+  const MeasureOptions options{.chats = own_.Path() / "chat.jsonl"};
+  const Perplexity answer = Measure(*session, nullptr, processor, options).chat_perplexity.value();
+  // By hand: likelihoods of the tokens behind the generation prompt.
+  const Sample prompt = ChatPromptSample("{\"messages\": [" + question + "]}", processor, session->Facts(), "", "");
+  const Sample whole =
+      ChatPromptSample("{\"messages\": [" + question +
+                           R"(, {"role": "assistant", "content": "Emma was glad."}], "add_generation_prompt": false})",
+                       processor, session->Facts(), "", "");
+  session->Prefill(whole);
+  double loss = 0;
+  for (size_t i = prompt.input_ids.size(); i < whole.input_ids.size(); ++i) {
+    const std::vector<float> logits = ValuesOf(session->Logits(static_cast<int64_t>(i) - 1));
+    double sum = 0;
+    for (const float logit : logits) sum += std::exp(static_cast<double>(logit));
+    loss += std::log(sum) - logits[whole.input_ids[i]];
+  }
+  const auto tokens = static_cast<int64_t>(whole.input_ids.size() - prompt.input_ids.size());
+  EXPECT_EQ(answer.tokens, tokens);
+  EXPECT_NEAR(std::log(answer.quantized_value), loss / static_cast<double>(tokens), 1e-5);
+  write(question);
+  EXPECT_THAT(ErrorText([&] { Measure(*session, nullptr, processor, options); }),
+              AllOf(HasSubstr("chat.jsonl:1"), HasSubstr("the last turn is not the model's")));
+}
+
+TEST_F(RuntimeTest, BesideTellsWhereTextsPart) {
+  WriteFile(own_.Path() / "prompts.jsonl", "{\"prompt\": \"Emma saw\"}\n{\"prompt\": \"There was\"}\n");
+  const ProgramResult result =
+      RunProgram({"generate", Text(), "--prompt-file", own_.Path() / "prompts.jsonl", "--beside", kTiny,
+                  "--max-new-tokens", "30", "--temperature", "0", "--json"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  const nlohmann::json json = nlohmann::json::parse(result.out);
+  ASSERT_EQ(json.at("prompts").size(), 2u);
+  EXPECT_EQ(json.at("tokens"), 60);
+  double kl = 0;
+  for (const nlohmann::json& one : json.at("prompts")) {
+    const std::vector<int64_t> a = one.at("ids"), b = one.at("beside_ids");
+    const auto same = one.at("same_tokens").get<size_t>();
+    EXPECT_TRUE(std::equal(a.begin(), a.begin() + same, b.begin()));
+    EXPECT_EQ(one.at("diverges"), a != b);
+    if (a != b && same < a.size() && same < b.size()) EXPECT_NE(a[same], b[same]);
+    EXPECT_GT(one.at("kl"), 0) << "8 bits differ from float";
+    kl += one.at("kl").get<double>() / 2;
+  }
+  EXPECT_GE(json.at("prompts")[0].at("kl"), json.at("prompts")[1].at("kl")) << "the worst first";
+  EXPECT_NEAR(json.at("kl").get<double>(), kl, 1e-9);
+}
+
 // ---- The command ----------------------------------------------------------------------------------------------------
 
 TEST_F(RuntimeTest, GenerateTellsIdsAndTextsOfAFileOfPrompts) {
@@ -402,6 +497,52 @@ TEST_F(RuntimeTest, GenerateRefusesWhatHasNoEffect) {
   refused({"--prompt", "x", "--image", "cat.png"}, "give --chat too");
   refused({"--prompt", "x", "--context", "100"}, "its units have a context of their own");
   refused({"--prompt", "x", "--top-p", "0"}, "top_p: 0, expected more than 0");
+}
+
+TEST_F(RuntimeTest, ChatKeepsTheConversation) {
+  WriteFile(own_.Path() / "said", "Hello\nWhat is it?\n/new\nHello\n");
+  const std::string shell = "exec < " + (own_.Path() / "said").string() + "; ";
+  const ProgramResult result = RunProgram({"chat", Text(), "--temperature", "0", "--max-new-tokens", "6"}, shell);
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  // The same by hand.
+  const auto session = OpenSession(Text());
+  const Processor processor = LoadProcessor(Text());
+  GenerateOptions options = Greedy(6);
+  options.stop_ids = session->Facts().stops;
+  const auto answer = [&](const nlohmann::json& messages) {
+    return Generate(
+               *session, processor.tokenizer,
+               ChatPromptSample(nlohmann::json{{"messages", messages}}.dump(), processor, session->Facts(), "", ""),
+               options)
+        .text;
+  };
+  const auto user = [](const char* text) { return UserTurn(text)[0]; };
+  const std::string first = answer(nlohmann::json::array({user("Hello")}));
+  const std::string second = answer({user("Hello"), {{"role", "assistant"}, {"content", first}}, user("What is it?")});
+  EXPECT_EQ(result.out, first + "\n" + second + "\n" + first + "\n");
+}
+
+TEST_F(RuntimeTest, TokenizeAndPreprocessTellWhatTheModelReads) {
+  const ProgramResult ids = RunProgram({"tokenize", Text(), "--text", "Emma saw"});
+  EXPECT_EQ(ids.out, fmt::format("{}\n", fmt::join(LoadProcessor(kTiny).tokenizer.Encode("Emma saw", true), " ")));
+  WriteFile(own_.Path() / "lines.jsonl", "{\"text\": \"Emma\"}\n{\"text\": \"saw\"}\n");
+  const ProgramResult lines =
+      RunProgram({"tokenize", kTiny, "--file", own_.Path() / "lines.jsonl", "--no-special", "--json"});
+  const nlohmann::json first = nlohmann::json::parse(lines.out.substr(0, lines.out.find('\n')));
+  EXPECT_EQ(first.at("ids").get<std::vector<int64_t>>(), LoadProcessor(kTiny).tokenizer.Encode("Emma", false));
+  EXPECT_EQ(first.at("pieces").size(), first.at("ids").size());
+  EXPECT_EQ(std::ranges::count(lines.out, '\n'), 2);
+
+  const fs::path file = own_.Path() / "in.safetensors";
+  const ProgramResult picture =
+      RunProgram({"preprocess", Pictures(), kTiny / "eval/images/eval_000.png", "--output", file});
+  ASSERT_EQ(picture.exit_code, 0) << picture.err;
+  EXPECT_THAT(picture.out, HasSubstr("384x384 pixels, scaled to 384x384: 576 patches, 64 soft tokens"));
+  double sum = 0;
+  const SafetensorsFile written = SafetensorsFile::Open(file);
+  for (const float value : written.Get("pixel_values").F32()) sum += value;
+  const nlohmann::json wanted = Reference().at("captions").at("outputs")[0];
+  EXPECT_NEAR(sum, wanted.at("pixel_sum").get<double>(), 0.01);
 }
 
 TEST_F(RuntimeTest, CtrlCEndsWithWhatWasSaid) {

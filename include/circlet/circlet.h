@@ -16,6 +16,7 @@
 #include "circlet/quant/recipe.h"
 #include "circlet/report/metrics.h"
 #include "circlet/runtime/generate.h"
+#include "circlet/runtime/measure.h"
 #include "circlet/runtime/prompts.h"
 #include "circlet/runtime/sampler.h"
 #include "circlet/runtime/session.h"

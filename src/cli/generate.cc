@@ -1,12 +1,16 @@
 #include "circlet/runtime/generate.h"
 
 #include <fmt/core.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
 #include "circlet/io/json.h"
+#include "circlet/runtime/measure.h"
 #include "circlet/runtime/prompts.h"
 #include "cli/commands.h"
 #include "cli/flags.h"
@@ -20,7 +24,7 @@ using nlohmann::json;
 struct GenerateFlags {
   std::string directory;
   std::optional<std::string> prompt;
-  std::string prompt_file, system, tools;
+  std::string prompt_file, system, tools, beside;
   std::vector<std::string> images, stops;
   bool chat = false, as_json = false, timings = false;
   std::optional<double> temperature, top_p, repetition_penalty;
@@ -78,6 +82,71 @@ std::string TimingsText(const runtime::Generation& made, int64_t prompt) {
                      made.decode_seconds, made.decode_seconds > 0 ? others / made.decode_seconds : 0);
 }
 
+std::string Indented(const std::string& text) {
+  std::string indented = "    ";
+  for (const char c : text) indented += c == '\n' ? std::string("\n    ") : std::string(1, c);
+  return indented;
+}
+
+json ToJson(const runtime::Compared& one) {
+  const auto tokens = static_cast<double>(one.tokens);
+  return {{"source", one.source},
+          {"ids", one.first.ids},
+          {"text", one.first.text},
+          {"beside_ids", one.second.ids},
+          {"beside_text", one.second.text},
+          {"same_tokens", one.same_tokens},
+          {"diverges", one.diverges},
+          {"tokens", one.tokens},
+          {"kl", one.tokens == 0 ? json(nullptr) : json(one.divergence / tokens)},
+          {"same_top", one.tokens == 0 ? json(nullptr) : json(static_cast<double>(one.same_top) / tokens)}};
+}
+
+// Both texts of each prompt, those that differ most first.
+void TellBeside(std::vector<runtime::Compared> all, const GenerateFlags& flags) {
+  const auto mean = [](const runtime::Compared& one) { return one.divergence / std::max<double>(1, one.tokens); };
+  std::ranges::stable_sort(all, [&](const auto& a, const auto& b) { return mean(a) > mean(b); });
+  const Agreement agreement = runtime::AgreementOf(all);
+  if (flags.as_json) {
+    json prompts = json::array();
+    for (const runtime::Compared& one : all) prompts.push_back(ToJson(one));
+    fmt::print("{}", DumpJson({{"schema_version", 1},
+                               {"prompts", prompts},
+                               {"tokens", agreement.tokens},
+                               {"kl", agreement.divergence.value},
+                               {"same_top", agreement.same_top.value}}));
+    return;
+  }
+  int64_t parting = 0;
+  for (const runtime::Compared& one : all) {
+    parting += one.diverges;
+    fmt::print("== {}: KL {:.4g} nats a token, same top-1 at {} of {} tokens, {}\n  {}:\n{}\n", one.source, mean(one),
+               one.same_top, one.tokens,
+               one.diverges ? fmt::format("the texts part behind {} tokens", one.same_tokens) : "one text",
+               flags.directory, Indented(one.first.text));
+    if (one.diverges) fmt::print("  {}:\n{}\n", flags.beside, Indented(one.second.text));
+  }
+  fmt::print("{} of {} texts part; KL({} || {}) {:.4g} nats a token, same top-1 at {:.2f} % of {} tokens\n", parting,
+             all.size(), flags.beside, flags.directory, agreement.divergence.value, 100 * agreement.same_top.value,
+             agreement.tokens);
+}
+
+int RunBeside(const GenerateFlags& flags, runtime::Session& session, const Processor& processor,
+              const std::vector<Sample>& prompts, runtime::GenerateOptions options) {
+  runtime::SessionOptions other;
+  if (!runtime::IsOutputDirectory(flags.beside)) other.context = session.Facts().context;
+  const std::unique_ptr<runtime::Session> beside = runtime::OpenSession(flags.beside, other);
+  options.said = [](std::string_view) { return !StopAsked(); };
+  std::vector<runtime::Compared> all;
+  for (const Sample& prompt : prompts) {
+    if (StopAsked()) break;
+    all.push_back(Within(prompt.source,
+                         [&] { return runtime::Compare(session, *beside, processor.tokenizer, prompt, options); }));
+  }
+  if (!all.empty()) TellBeside(std::move(all), flags);
+  return StopAsked() ? 130 : 0;
+}
+
 int RunGenerate(const GenerateFlags& flags) {
   const std::unique_ptr<runtime::Session> session = runtime::OpenSession(flags.directory, {.context = flags.context});
   const runtime::ModelFacts& facts = session->Facts();
@@ -87,6 +156,7 @@ int RunGenerate(const GenerateFlags& flags) {
                                    .max_new_tokens = flags.max_new_tokens,
                                    .stop_ids = facts.stops,
                                    .stop_strings = flags.stops};
+  if (!flags.beside.empty()) return RunBeside(flags, *session, processor, prompts, options);
   options.said = [&](std::string_view piece) {
     if (!flags.as_json) {
       std::fwrite(piece.data(), 1, piece.size(), stdout);
@@ -119,6 +189,97 @@ int RunGenerate(const GenerateFlags& flags) {
 
 }  // namespace
 
+namespace {
+
+// Reads what the user says until the input ends; the whole conversation is a prompt anew each time, as its template
+// wants it.
+int RunChat(const GenerateFlags& flags) {
+  const std::unique_ptr<runtime::Session> session = runtime::OpenSession(flags.directory, {.context = flags.context});
+  const runtime::ModelFacts& facts = session->Facts();
+  const Processor processor = LoadProcessor(flags.directory);
+  runtime::GenerateOptions options{
+      .sampling = SamplingOf(flags), .max_new_tokens = flags.max_new_tokens, .stop_ids = facts.stops};
+  options.said = [](std::string_view piece) {
+    std::fwrite(piece.data(), 1, piece.size(), stdout);
+    std::fflush(stdout);
+    return !StopAsked();
+  };
+  const bool person = isatty(STDIN_FILENO) != 0;
+  if (person) Warn("/image FILE puts a picture in front of what you say next, /new begins again, Ctrl-D ends");
+  const auto begin = [&] {
+    json messages = json::array();
+    if (!flags.system.empty()) messages.push_back({{"role", "system"}, {"content", flags.system}});
+    return messages;
+  };
+  json messages = begin();
+  std::vector<std::string> images;
+  std::string line;
+  while (!StopAsked()) {
+    if (person) fmt::print(stderr, "> ");
+    if (!std::getline(std::cin, line)) break;
+    if (line.empty()) continue;
+    if (line == "/new") {
+      messages = begin();
+      images.clear();
+      continue;
+    }
+    if (line.starts_with("/image ")) {
+      images.push_back(line.substr(7));
+      continue;
+    }
+    json asked = messages;
+    for (const json& message : UserTurn(line, images)) asked.push_back(message);
+    images.clear();
+    try {
+      const Sample prompt = runtime::ChatPromptSample(json{{"messages", asked}}.dump(), processor, facts,
+                                                      std::filesystem::current_path(), "the conversation");
+      const runtime::Generation made = runtime::Generate(*session, processor.tokenizer, prompt, options);
+      fmt::print("\n");
+      if (made.reason == runtime::StopReason::kContextFull || made.reason == runtime::StopReason::kMaxNewTokens)
+        Warn(runtime::Describe(made, facts));
+      asked.push_back({{"role", "assistant"}, {"content", made.text}});
+      messages = std::move(asked);
+    } catch (const Error& error) {
+      if (!person) throw;
+      Warn(error.what());  // the turn did not happen
+    }
+  }
+  return StopAsked() ? 130 : 0;
+}
+
+void AddSampling(CLI::App& verb, GenerateFlags& flags) {
+  verb.option_defaults()->group("Answer");
+  verb.add_option("--max-new-tokens", flags.max_new_tokens, "Longest answer")
+      ->check(WholeNumber(1, int64_t{1} << 30))
+      ->capture_default_str();
+  verb.add_option("--temperature", flags.temperature, "0: always the likeliest token (default: the model's)")
+      ->check(Number(0, 1e6));
+  verb.add_option("--top-k", flags.top_k, "Draw among so many; 0: all (default: the model's)")
+      ->check(WholeNumber(0, int64_t{1} << 30));
+  verb.add_option("--top-p", flags.top_p, "Draw among the likeliest of this sum (default: the model's)")
+      ->check(Number(0, 1));
+  verb.add_option("--repetition-penalty", flags.repetition_penalty,
+                  "Makes tokens less likely that stand there already (default: the model's)")
+      ->check(Number(0, 1e6));
+  verb.add_option("--seed", flags.seed, "Of the drawing")->check(WholeNumber(0, INT64_MAX))->capture_default_str();
+  verb.add_option("--context", flags.context,
+                  "Positions of a checkpoint's caches (default 2048); files have those of their export")
+      ->check(WholeNumber(2, int64_t{1} << 20));
+}
+
+}  // namespace
+
+void AddChat(CLI::App& app, std::function<int()>& command) {
+  auto flags = std::make_shared<GenerateFlags>();
+  CLI::App* chat = app.add_subcommand("chat", "Talk with the exported files, or with a float checkpoint");
+  chat->footer("Example:\n  circlet chat out/ --system 'Be brief.'");
+  chat->add_option("DIR", flags->directory, "Output directory of quantize, or a checkpoint")->required();
+  chat->option_defaults()->group("Prompt");
+  chat->add_option("--system", flags->system, "System turn in front of the conversation");
+  AddSampling(*chat, *flags);
+  chat->callback([flags, &command] { command = [flags] { return RunChat(*flags); }; });
+}
+
 void AddGenerate(CLI::App& app, std::function<int()>& command) {
   auto flags = std::make_shared<GenerateFlags>();
   CLI::App* generate =
@@ -137,28 +298,12 @@ void AddGenerate(CLI::App& app, std::function<int()>& command) {
   generate->add_option("--system", flags->system, "System turn in front of it");
   generate->add_option("--tools", flags->tools, "Functions that the model may call, a JSON list")->type_name("FILE");
   generate->add_option("--image", flags->images, "Picture in front of the text (repeatable)")->type_name("FILE");
-  generate->option_defaults()->group("Answer");
-  generate->add_option("--max-new-tokens", flags->max_new_tokens, "Longest answer")
-      ->check(WholeNumber(1, int64_t{1} << 30))
-      ->capture_default_str();
-  generate->add_option("--temperature", flags->temperature, "0: always the likeliest token (default: the model's)")
-      ->check(Number(0, 1e6));
-  generate->add_option("--top-k", flags->top_k, "Draw among so many; 0: all (default: the model's)")
-      ->check(WholeNumber(0, int64_t{1} << 30));
-  generate->add_option("--top-p", flags->top_p, "Draw among the likeliest of this sum (default: the model's)")
-      ->check(Number(0, 1));
-  generate
-      ->add_option("--repetition-penalty", flags->repetition_penalty,
-                   "Makes tokens less likely that stand there already (default: the model's)")
-      ->check(Number(0, 1e6));
-  generate->add_option("--seed", flags->seed, "Of the drawing")
-      ->check(WholeNumber(0, INT64_MAX))
-      ->capture_default_str();
+  AddSampling(*generate, *flags);
   generate->add_option("--stop", flags->stops, "Text that ends the answer (repeatable)")->type_name("TEXT");
   generate
-      ->add_option("--context", flags->context,
-                   "Positions of a checkpoint's caches (default 2048); files have those of their export")
-      ->check(WholeNumber(2, int64_t{1} << 20));
+      ->add_option("--beside", flags->beside,
+                   "Another output directory, or a checkpoint: both texts, and how far the predictions differ")
+      ->type_name("DIR");
   generate->add_flag("--json", flags->as_json, "Ids and texts as JSON");
   generate->add_flag("--timings", flags->timings, "Tokens a second");
   generate->callback([flags, &command] { command = [flags] { return RunGenerate(*flags); }; });

@@ -111,6 +111,9 @@ int main(int argc, char** argv) {
   circlet::AddShow(app, command);
   circlet::AddRun(app, command);
   circlet::AddGenerate(app, command);
+  circlet::AddChat(app, command);
+  circlet::AddTokenize(app, command);
+  circlet::AddPreprocess(app, command);
   circlet::AddExample(app, command);
   circlet::AddInspect(app, command);
   circlet::AddMadeOfParser(app, command);

@@ -4,10 +4,13 @@
 
 #include <limits>
 #include <memory>
+#include <set>
 
 #include "circlet/base/communicator.h"
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
+#include "circlet/preprocess/samples.h"
+#include "circlet/runtime/measure.h"
 #include "cli/commands.h"
 #include "cli/flags.h"
 #include "cli/stop.h"
@@ -90,6 +93,35 @@ void TellWhenRunStopped(QuantizeOptions& options) {
   };
 }
 
+// What makes a quantized model has no say in one that is made.
+void RefuseBesideFiles(const CLI::App& evaluate) {
+  const std::set<std::string> taken{"MODEL_DIR",   "--files", "--eval-text", "--eval-windows", "--eval-captions",
+                                    "--eval-chat", "--json",  "--quiet",     "--threads"};
+  for (const CLI::Option* given : evaluate.parse_order())
+    if (!taken.contains(given->get_name()))
+      Fail("{}: has no effect with --files, whose units are made already; leave it out", given->get_name());
+}
+
+int EvaluateFiles(const std::string& files, const std::string& chats, const QuantizeOptions& options,
+                  const std::string& json) {
+  if (options.eval_text.empty() && options.eval_captions.empty() && chats.empty())
+    Fail("--files: nothing to measure; give --eval-text, --eval-captions or --eval-chat");
+  if (!runtime::IsOutputDirectory(files)) Fail("--files {}: is a checkpoint; give what quantize wrote", files);
+  TellWhenStopped("stopped; evaluate saves nothing");
+  const auto session = runtime::OpenSession(files);
+  std::unique_ptr<runtime::Session> reference;
+  if (!options.model.empty()) reference = runtime::OpenSession(options.model, {.context = session->Facts().context});
+  const runtime::Measured measured = runtime::Measure(*session, reference.get(), LoadProcessor(files),
+                                                      {.text = options.eval_text,
+                                                       .captions = options.eval_captions,
+                                                       .chats = chats,
+                                                       .windows = options.eval_windows,
+                                                       .progress = options.progress});
+  if (!json.empty()) WriteFile(json, runtime::MeasuredJson(measured, "files"));
+  fmt::print("{}", runtime::MeasuredText(measured, "files"));
+  return 0;
+}
+
 // Of several processes the first one tells.
 int PrintFirst(const std::string& text) {
   if (World().Rank() == 0) fmt::print("{}", text);
@@ -154,7 +186,7 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
 void AddEvaluate(CLI::App& app, std::function<int()>& command) {
   struct Options {
     QuantizeOptions quantize;
-    std::string json;
+    std::string json, files, chats;
     bool quiet = false;
   };
   auto options = std::make_shared<Options>();
@@ -163,12 +195,27 @@ void AddEvaluate(CLI::App& app, std::function<int()>& command) {
       "Example:\n  circlet evaluate examples/tiny-gemma4 --data examples/tiny-gemma4/eval/calib.jsonl --recipe w4a16 "
       "--eval-text examples/tiny-gemma4/eval/heldout.txt --eval-captions examples/tiny-gemma4/eval/captions.jsonl");
   AddCommon(*evaluate, options->quantize);
+  evaluate->option_defaults()->group("Measuring");
+  evaluate
+      ->add_option("--files", options->files,
+                   "Measure the exported files of this directory instead, beside the float model of MODEL_DIR if that "
+                   "is given")
+      ->type_name("DIR");
+  evaluate
+      ->add_option("--eval-chat", options->chats,
+                   "With --files: conversations, JSON lines, of which the model's last turn counts")
+      ->type_name("FILE");
   evaluate->option_defaults()->group("Output");
   evaluate->add_option("--json", options->json, "Also write the report as JSON")->type_name("FILE");
   evaluate->add_flag("--quiet", options->quiet, "No progress");
-  evaluate->callback([options, &command] {
-    command = [options] {
+  evaluate->callback([options, evaluate, &command] {
+    command = [options, evaluate] {
       options->quantize.progress = options->quiet ? nullptr : stderr;
+      if (!options->files.empty()) {
+        RefuseBesideFiles(*evaluate);
+        return EvaluateFiles(options->files, options->chats, options->quantize, options->json);
+      }
+      if (!options->chats.empty()) Fail("--eval-chat: measures exported files; give their directory with --files");
       TellWhenStopped(World().Rank() == 0 ? "stopped; evaluate saves nothing" : "");
       const QuantizeResult result = Quantize(options->quantize);
       if (!options->json.empty() && World().Rank() == 0) WriteFile(options->json, ReportJson(result));

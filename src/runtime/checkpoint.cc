@@ -115,6 +115,8 @@ class CheckpointUnits final : public UnitSource {
     return cosine ? turned.tables.cos : turned.tables.sin;
   }
 
+  std::string PictureFault(std::span<const int64_t>) const override { return ""; }
+
   Tensor Features(const Tensor& pixels, std::span<const int64_t> positions) override {
     const VisionConfig& vision = *config_.vision;
     // Padding patches change nothing that is read.

@@ -199,8 +199,20 @@ class Files final : public UnitSource {
     return table.Slice(first, first + count, 1);
   }
 
-  Tensor Features(const Tensor& pixels, std::span<const int64_t> positions) override {
-    CheckLayout(positions);
+  std::string PictureFault(std::span<const int64_t> positions) const override {
+    int64_t height = 0, width = 0;
+    for (size_t i = 0; i + 1 < positions.size(); i += 2) {
+      width = std::max(width, positions[i] + 1);
+      height = std::max(height, positions[i + 1] + 1);
+    }
+    if (height == layout_.height && width == layout_.width && std::ssize(positions) == 2 * layout_.patches) return "";
+    return fmt::format(
+        "the picture becomes {}x{} patches of {}, the vision units were exported for {}x{} of {}; crop it to that "
+        "shape, or export with a --vision-profile of its own",
+        height, width, positions.size() / 2, layout_.height, layout_.width, layout_.patches);
+  }
+
+  Tensor Features(const Tensor& pixels, std::span<const int64_t> /*those of the units*/) override {
     std::map<std::string, Tensor> values;
     for (RunnableUnit* unit : picture_) {
       Values in;
@@ -273,20 +285,6 @@ class Files final : public UnitSource {
                  grid[1],
                  picture->Optional<std::string>("tables", "")};
     }
-  }
-
-  void CheckLayout(std::span<const int64_t> positions) const {
-    int64_t height = 0, width = 0;
-    for (size_t i = 0; i + 1 < positions.size(); i += 2) {
-      width = std::max(width, positions[i] + 1);
-      height = std::max(height, positions[i + 1] + 1);
-    }
-    if (height != layout_.height || width != layout_.width ||
-        static_cast<int64_t>(positions.size()) != 2 * layout_.patches)
-      Fail(
-          "the picture becomes {}x{} patches of {}, the vision units were exported for {}x{} of {}; crop it to that "
-          "shape, or export with a --vision-profile of its own",
-          height, width, positions.size() / 2, layout_.height, layout_.width, layout_.patches);
   }
 
   const SafetensorsFile& PictureTables() {

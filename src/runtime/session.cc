@@ -68,6 +68,16 @@ class UnitSession final : public Session {
     length_ = count;
   }
 
+  std::string PictureFault(const Sample& prompt) const override {
+    if (prompt.pixel_values.Empty()) return "";
+    if (!Facts().pictures)
+      return "the prompt has a picture, but there are no vision units; quantize with samples that have pictures";
+    for (int64_t i = 0; i < prompt.pixel_values.GetShape()[0]; ++i)
+      if (std::string fault = source_->PictureFault(prompt.image_position_ids.Slice(i, i + 1, 0).I64()); !fault.empty())
+        return fault;
+    return "";
+  }
+
   void Decode(int64_t id) override {
     CheckId(id);
     if (length_ == 0) Fail("nothing stands in front of the token; begin with a prompt");
@@ -125,8 +135,7 @@ class UnitSession final : public Session {
     }
     for (const uint8_t kept : prompt.attention_mask)
       if (kept == 0) Fail("the prompt has padding (attention_mask 0); leave it out");
-    if (!prompt.pixel_values.Empty() && !Facts().pictures)
-      Fail("the prompt has a picture, but there are no vision units; quantize with samples that have pictures");
+    if (const std::string fault = PictureFault(prompt); !fault.empty()) throw Error(fault);
   }
 
   // Soft tokens of each picture; there are as many placeholders.

@@ -49,6 +49,8 @@ class UnitSource {
   virtual RunnableUnit& Head() = 0;
   // pixels [1,P,3 ps^2] uint8, positions [P,2] of one picture -> its soft tokens [n,D].
   virtual Tensor Features(const Tensor& pixels, std::span<const int64_t> positions) = 0;
+  // Why it would refuse a picture of these positions; empty: it would not.
+  virtual std::string PictureFault(std::span<const int64_t> positions) const = 0;
   // text [1,S,D] with the soft tokens of each picture at its places.
   virtual Tensor Fused(const Tensor& text, std::span<const Tensor> features, std::span<const int64_t> places) = 0;
   // Rows of positions from `first` on, [1,count,h].

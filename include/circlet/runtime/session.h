@@ -34,6 +34,8 @@ class Session {
   // for no ids, more than the context has, ids past the vocabulary, other placeholders than pictures, and pictures of a
   // size that the model has no units for.
   virtual void Prefill(const Sample& prompt) = 0;
+  // Why Prefill would refuse the prompt's pictures; empty: it takes them.
+  virtual std::string PictureFault(const Sample& prompt) const = 0;
   // Appends one token. Throws Error when the context is full.
   virtual void Decode(int64_t id) = 0;
   // Positions so far.

@@ -7,6 +7,7 @@
 #include "circlet/base/communicator.h"
 #include "circlet/io/file.h"
 #include "circlet/io/safetensors.h"
+#include "pipeline/gemma4/perplexity.h"
 
 namespace circlet::gemma4 {
 namespace {
@@ -135,7 +136,6 @@ void ReadCaptions(const fs::path& path, const SampleOptions& rules, const Proces
 
 void ReadWindows(const fs::path& path, std::optional<int64_t> most, const Gemma4Config& config,
                  LazyProcessor& processor, RunData& data) {
-  constexpr int64_t kWindow = 255;
   const std::string text = ReadFile(path);
   data.windows = Within(path.string(), [&] {
     return PerplexityWindows(text, processor.Get().tokenizer, kWindow, config.text.bos_token_id);

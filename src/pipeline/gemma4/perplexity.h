@@ -7,6 +7,9 @@
 
 namespace circlet::gemma4 {
 
+// Tokens of a window of the text.
+inline constexpr int64_t kWindow = 255;
+
 // Sums of -log p(next token) over the positions of a window that have a next one.
 struct WindowLoss {
   int64_t tokens = 0;

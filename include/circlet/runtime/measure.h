@@ -1,0 +1,57 @@
+#pragma once
+
+// How good a session's predictions are, alone or beside another's.
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "circlet/pipeline/quantize.h"
+#include "circlet/preprocess/samples.h"
+#include "circlet/report/statistics.h"
+#include "circlet/runtime/generate.h"
+#include "circlet/runtime/session.h"
+
+namespace circlet::runtime {
+
+struct MeasureOptions {
+  // Each may be empty. Texts are cut into windows as `quantize --eval-text` does; of chats, lines of calibration data
+  // whose last turn is the model's, only the tokens of that turn count.
+  std::filesystem::path text, captions, chats;
+  std::optional<int64_t> windows;  // only the first of them
+  std::FILE* progress = nullptr;
+};
+
+struct Measured {
+  // Of each the float figures are the reference's, those called quantized the session's; NaN without a reference.
+  std::optional<Perplexity> perplexity, chat_perplexity;
+  std::optional<Agreement> agreement, chat_agreement;
+  std::optional<Captions> captions;
+  std::vector<std::string> left_out;  // captions and chats whose picture the session has no units for, with the reason
+};
+
+// Runs each sequence once as a prompt. `reference` may be null. Throws Error for sequences longer than the context.
+Measured Measure(Session& session, Session* reference, const Processor& processor, const MeasureOptions& options);
+
+// A line each; `name` stands for the session.
+std::string MeasuredText(const Measured& measured, const std::string& name);
+std::string MeasuredJson(const Measured& measured, const std::string& name);
+
+// One prompt through two models.
+struct Compared {
+  std::string source;
+  Generation first, second;
+  int64_t same_tokens = 0;  // that both answers begin with
+  bool diverges = false;    // they differ behind those
+  // Along the second's answer: its own predictions against the first's.
+  int64_t tokens = 0, same_top = 0;
+  double divergence = 0;  // sum of KL(second || first), nats
+};
+Compared Compare(Session& first, Session& second, const Tokenizer& tokenizer, const Sample& prompt,
+                 const GenerateOptions& options);
+// Over all prompts; each is a cluster.
+Agreement AgreementOf(std::span<const Compared> all);
+
+}  // namespace circlet::runtime
