@@ -4,7 +4,7 @@
 packages=(g++ cmake ninja-build pkg-config libdnnl-dev ocl-icd-opencl-dev libflatbuffers-dev nlohmann-json3-dev
   libyaml-cpp-dev libcli11-dev libfmt-dev libjpeg62-turbo-dev libpng-dev zlib1g-dev libwebp-dev libgif-dev
   libtiff-dev libhwy-dev libssl-dev)
-test_packages=(libgtest-dev libgmock-dev xz-utils libopenmpi-dev openmpi-bin)
+test_packages=(libgtest-dev libgmock-dev xz-utils libopenmpi-dev openmpi-bin python3-numpy)
 fuzz_packages=(clang libclang-rt-14-dev libomp-dev)
 
 # Installs those of "$@" that are missing. Where that cannot be done it says in one line which ones and why, and exits

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "circlet/circle/model.h"
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
 #include "error_text.h"
@@ -154,6 +155,11 @@ TEST_F(DeclaredRun, PipelineJsonTellsHowUnitsAreRun) {
   EXPECT_THAT(pipeline.at("picture").at("patch_grid").size(), 2u);
   const SafetensorsFile tables = SafetensorsFile::Open(options_.output / std::string(pipeline.at("tables")));
   for (const auto& [name, unit] : units) {
+    // A host that goes by name finds each end in the file, also where the graph had one name twice.
+    const circle::Model file = circle::Read(options_.output / std::string(unit.at("file")));
+    for (const auto& [side, indices] : {std::pair{"inputs", &file.inputs}, {"outputs", &file.outputs}})
+      for (size_t k = 0; k < indices->size(); ++k)
+        EXPECT_EQ(unit.at(side)[k].at("tensor"), file.tensors[(*indices)[k]].name) << name;
     if (!name.starts_with("decoder_layer")) continue;
     const nlohmann::json& layer = unit.at("layer");
     const std::string type = layer.at("attention");

@@ -372,6 +372,83 @@ TEST_F(RuntimeTest, DamagedDirectoriesAreNamed) {
   EXPECT_THAT(error(copy), AllOf(HasSubstr("decoder_layer_prefill_3.q.circle"), HasSubstr("SHA-256")));
 }
 
+// Anyone may hand us a directory with his own manifest, pipeline and files.
+TEST_F(RuntimeTest, HostilePipelinesAreErrors) {
+  const fs::path copy = Copy();
+  nlohmann::json manifest = ReadJson(copy / "manifest.json");
+  manifest["outputs"] = nlohmann::json::array();
+  WriteJson(copy / "manifest.json", manifest);
+  const nlohmann::json pipeline = ReadJson(copy / "pipeline.json");
+  const auto unit = [](nlohmann::json& json, const char* name) -> nlohmann::json& {
+    for (nlohmann::json& one : json["units"])
+      if (one.at("name") == name) return one;
+    throw std::out_of_range(name);
+  };
+  const auto expect = [&](const std::function<void(nlohmann::json&)>& change, const char* text) {
+    nlohmann::json changed = pipeline;
+    change(changed);
+    WriteJson(copy / "pipeline.json", changed);
+    EXPECT_THAT(ErrorText([&] {
+                  const auto session = OpenSession(copy);
+                  session->Prefill(IdsPrompt(std::vector<int64_t>{2, 5, 6}));
+                  session->Logits();
+                  session->Decode(7);
+                  session->Logits();
+                }),
+                HasSubstr(text));
+  };
+  using Json = nlohmann::json;
+  expect([](Json& json) { json.erase("units"); }, "there is no unit \"token_embedding\"");
+  for (const char* key : {"phases", "context", "vocabulary", "pad_token_id", "mask", "cache", "tables"})
+    expect([&](Json& json) { json.erase(key); }, key);
+  expect(
+      [](Json& json) {
+        json["context"] = json["cache"]["slots"] = 1 << 20, json["cache"]["newest_slot"] = (1 << 20) - 1;
+      },
+      "mask");
+  expect([](Json& json) { json["context"] = -1; }, "context");
+  expect([](Json& json) { json["pad_token_id"] = 1 << 20; }, "pad_token_id");
+  expect([](Json& json) { json["tables"] = "../tables"; }, "no plain file name");
+  expect([](Json& json) { json["tables"] = "verify.safetensors"; }, "cos.sliding_attention");
+  expect([&](Json& json) { unit(json, "decoder_layer_prefill_0").erase("layer"); }, "layer");
+  expect([&](Json& json) { unit(json, "decoder_layer_prefill_2")["layer"]["index"] = 99; }, "99");
+  expect([&](Json& json) { unit(json, "decoder_layer_prefill_0")["file"] = "lm_head.q.circle"; }, "lists");
+  expect([&](Json& json) { unit(json, "decoder_layer_prefill_3")["outputs"][1]["key"] = "elsewhere"; }, "kv.3.key");
+  expect([&](Json& json) { unit(json, "decoder_layer_decode_0")["inputs"][4]["name"] = "hidden"; }, "");
+  expect([&](Json& json) { unit(json, "lm_head")["inputs"] = Json::array(); }, "lm_head");
+  expect([&](Json& json) { unit(json, "decoder_layer_prefill_0")["outputs"][0]["name"] = "new_key"; }, "hidden");
+  expect([&](Json& json) { unit(json, "ple_projection_prefill")["outputs"][0]["key"] = "inputs_embeds"; }, "");
+  expect([](Json& json) { json["phases"]["prefill"] = {"lm_head"}; }, "hidden");
+  expect([](Json& json) { json["phases"]["decode"] = Json::array(); }, "decode units");
+}
+
+// ---- The contract ---------------------------------------------------------------------------------------------------
+
+// What a stranger makes of pipeline.json alone.
+TEST_F(RuntimeTest, TheHostsOfTheExamplesComputeTheSessionsCodes) {
+  const std::vector<int64_t> prompt = HeldOut(30);
+  for (const fs::path& out : {Pictures(), Text()}) {
+    const auto session = OpenSession(out);
+    std::string wanted;
+    session->Prefill(IdsPrompt(prompt));
+    for (int made = 0; made < 3; ++made) {
+      const std::vector<int64_t> codes = Codes(session->Logits());
+      const int64_t id = std::ranges::max_element(codes) - codes.begin();
+      uint32_t hash = 0;
+      for (const int64_t code : codes) hash = hash * 31 + static_cast<uint32_t>(code);
+      wanted += fmt::format("{} {}\n", id, hash);
+      session->Decode(id);
+    }
+    std::vector<std::string> arguments{out, "3"};
+    for (const int64_t id : prompt) arguments.push_back(fmt::to_string(id));
+    const ProgramResult cpp = RunProgram(arguments, "", fs::path(kCircletBinary).parent_path() / "example_runtime");
+    EXPECT_EQ(cpp.out, wanted) << cpp.err;
+    arguments.insert(arguments.begin(), {SourcePath("examples/runtime/generate.py"), kCircletBinary});
+    const ProgramResult python = RunProgram(arguments, "", "/usr/bin/python3");
+    EXPECT_EQ(python.out, wanted) << python.err << "(python3-numpy of Debian is one of the tests' packages)";
+  }
+}
+
 // ---- Measures -------------------------------------------------------------------------------------------------------
 
 TEST_F(RuntimeTest, PerplexityOfTheFilesIsTheSimulations) {

@@ -36,23 +36,6 @@ T As(const CircleOption& option) {
   return static_cast<T>(std::get<int64_t>(option.value));
 }
 
-// Names as given; empty and repeated ones get a suffix, as readers look tensors up by name.
-std::vector<std::string> UniqueNames(const std::vector<Tensor>& tensors) {
-  std::set<std::string> taken;
-  for (const Tensor& tensor : tensors) taken.insert(tensor.name);
-  std::set<std::string> used;
-  std::vector<std::string> names;
-  for (const Tensor& tensor : tensors) {
-    const std::string stem = tensor.name.empty() ? "tensor" : tensor.name;
-    std::string name = stem;
-    for (int k = 1; used.contains(name) || (name != tensor.name && taken.contains(name)); ++k)
-      name = fmt::format("{}_{}", stem, k);
-    used.insert(name);
-    names.push_back(std::move(name));
-  }
-  return names;
-}
-
 class HeadBuilder {
  public:
   explicit HeadBuilder(const Model& model) : model_(model) { CollectPayloads(); }
@@ -154,7 +137,7 @@ class HeadBuilder {
   }
 
   TableOffset SubgraphTable() {
-    const std::vector<std::string> names = UniqueNames(model_.tensors);
+    const std::vector<std::string> names = WrittenNames(model_.tensors);
     std::vector<TableOffset> tensors;
     for (size_t i = 0; i < names.size(); ++i) tensors.push_back(TensorTable(model_.tensors[i], names[i], buffers_[i]));
     std::vector<TableOffset> operators;
@@ -304,6 +287,22 @@ void Stream(const Payload& payload, const std::function<void(std::span<const std
 }
 
 }  // namespace
+
+std::vector<std::string> WrittenNames(const std::vector<Tensor>& tensors) {
+  std::set<std::string> taken;
+  for (const Tensor& tensor : tensors) taken.insert(tensor.name);
+  std::set<std::string> used;
+  std::vector<std::string> names;
+  for (const Tensor& tensor : tensors) {
+    const std::string stem = tensor.name.empty() ? "tensor" : tensor.name;
+    std::string name = stem;
+    for (int k = 1; used.contains(name) || (name != tensor.name && taken.contains(name)); ++k)
+      name = fmt::format("{}_{}", stem, k);
+    used.insert(name);
+    names.push_back(std::move(name));
+  }
+  return names;
+}
 
 FilePlan Plan(const Model& model, const WriteOptions& options) { return HeadBuilder(model).Build(options); }
 

@@ -14,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "circlet/circle/model.h"
@@ -33,6 +34,9 @@ struct FilePlan {
   std::vector<Payload> payloads;
   int64_t file_bytes = 0;
 };
+
+// What the tensors are called in the file: empty and repeated names get a suffix, as readers look tensors up by name.
+std::vector<std::string> WrittenNames(const std::vector<Tensor>& tensors);
 
 FilePlan Plan(const Model& model, const WriteOptions& options);
 

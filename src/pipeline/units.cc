@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "circle/writer.h"
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
@@ -22,9 +23,11 @@ Tensor InBytes(const Tensor& codes) {
   return bytes;
 }
 
-UnitEnd EndOf(const circle::Tensor& tensor, const std::string& name, const std::map<std::string, std::string>& keys) {
+// `in_file`: what the tensor is called there.
+UnitEnd EndOf(const circle::Tensor& tensor, const std::string& in_file, const std::string& name,
+              const std::map<std::string, std::string>& keys) {
   const auto key = keys.find(name);
-  return {name, key == keys.end() ? "" : key->second, tensor.name, tensor.type, tensor.signature, tensor.qparams};
+  return {name, key == keys.end() ? "" : key->second, in_file, tensor.type, tensor.signature, tensor.qparams};
 }
 
 }  // namespace
@@ -91,16 +94,18 @@ void UnitWriter::Write(const UnitSpec& spec, const RoundedWeights& weights) {
   unit.file.bytes = circle::Write(model, directory_ / unit.file.file);
   Written(unit.file.file);
 
+  const std::vector<std::string> names = circle::WrittenNames(model.tensors);
   for (size_t i = 0; i < model.inputs.size(); ++i) {
     const std::string& name = graph.At(graph.Inputs()[i]).name;
     const circle::Tensor& tensor = model.tensors[model.inputs[i]];
-    unit.inputs.push_back(EndOf(tensor, name, spec.keys));
+    unit.inputs.push_back(EndOf(tensor, names[model.inputs[i]], name, spec.keys));
     if (!inputs.empty()) Remember(spec.name, /*input=*/true, i, tensor, inputs.at(name));
   }
   for (size_t i = 0; i < model.outputs.size(); ++i) {
     const std::string& name = graph.Outputs()[i].name;
     const circle::Tensor& tensor = model.tensors[model.outputs[i]];
-    unit.outputs.push_back(EndOf(tensor, name, spec.output_keys.contains(name) ? spec.output_keys : spec.keys));
+    unit.outputs.push_back(
+        EndOf(tensor, names[model.outputs[i]], name, spec.output_keys.contains(name) ? spec.output_keys : spec.keys));
     if (!outputs.empty()) Remember(spec.name, /*input=*/false, i, tensor, outputs.at(name));
   }
   units_.push_back(std::move(unit));

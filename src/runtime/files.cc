@@ -62,13 +62,18 @@ class Inventory {
 
 class FileUnit final : public RunnableUnit {
  public:
-  FileUnit(const JsonObject& unit, const Inventory& inventory) : inventory_(inventory) {
+  FileUnit(const JsonObject& unit, int64_t context, const Inventory& inventory) : inventory_(inventory) {
     name = unit.Required<std::string>("name");
     file_ = unit.Required<std::string>("file");
     inventory.RequireThere(file_);
     for (const auto& [side, ends] : {std::pair{"inputs", &inputs}, std::pair{"outputs", &outputs}})
-      for (const JsonObject& end : unit.Objects(side))
+      for (const JsonObject& end : unit.Objects(side)) {
         ends->push_back({end.Required<std::string>("name"), end.Required<std::string>("key")});
+        const nlohmann::json& shape = end.Raw("shape");
+        if (ends->back().name == "mask" && unit.Has("layer") &&
+            (!shape.is_array() || shape.empty() || shape.back() != context))
+          end.FailAt("shape", fmt::format("is {}; a mask has the context's {} positions", Shown(shape), context));
+      }
     if (const auto place = unit.OptionalObject("layer"))
       layer = LayerPlace{place->Required<int>("index"), place->Required<std::string>("attention"),
                          place->Required<int>("window")};
@@ -104,6 +109,13 @@ class FileUnit final : public RunnableUnit {
     if (model_->inputs.size() != inputs.size() || model_->outputs.size() != outputs.size())
       Fail("has {} inputs and {} outputs, {} lists {} and {}; quantize again", model_->inputs.size(),
            model_->outputs.size(), kPipelineFile, inputs.size(), outputs.size());
+    for (const auto* ends : {&model_->inputs, &model_->outputs})
+      for (const int32_t end : *ends) {
+        const circle::Tensor& tensor = model_->tensors[end];
+        if (tensor.qparams && (tensor.qparams->PerChannel() || BitWidth(tensor.qparams->dtype) % 8 != 0))
+          Fail("\"{}\" is {} with {} scales; values between units are bytes on one grid", tensor.name,
+               tensor.type.ToString(), tensor.qparams->scale.size());
+      }
     return *model_;
   }
 
@@ -159,7 +171,7 @@ class Files final : public UnitSource {
                                                                  : "take the circlet that wrote it"));
     ReadFacts(pipeline);
     for (const JsonObject& unit : pipeline.Objects("units")) {
-      auto made = std::make_unique<FileUnit>(unit, inventory_);
+      auto made = std::make_unique<FileUnit>(unit, facts_.context, inventory_);
       units_[made->name] = std::move(made);
     }
     const JsonObject phases = pipeline.Object("phases");
@@ -174,10 +186,16 @@ class Files final : public UnitSource {
     head_ = prefill_.back();
     prefill_.pop_back();
     if (!decode_.empty()) decode_.pop_back();
+    if (head_->inputs.size() != 1 || head_->outputs.empty())
+      pipeline.FailAt("units", fmt::format("{}: has {} inputs and {} outputs, expected hidden states and logits",
+                                           head_->name, head_->inputs.size(), head_->outputs.size()));
     const auto fusion = std::ranges::find_if(prefill_, [](const RunnableUnit* unit) {
       return std::ranges::any_of(unit->inputs, [](const End& end) { return end.name == "visual"; });
     });
     if (fusion != prefill_.end()) fusion_ = static_cast<FileUnit*>(*fusion);
+    if (fusion_ != nullptr && (fusion_->inputs.size() != 2 || fusion_->inputs[0].name != "text" ||
+                               fusion_->inputs[1].name != "visual" || fusion_->outputs.size() != 1))
+      pipeline.FailAt("units", fmt::format("{}: expected inputs text and visual, one output", fusion_->name));
     facts_.pictures = fusion_ != nullptr && !picture_.empty() && layout_.tokens > 0;
     tables_.emplace(SafetensorsFile::Open(inventory_.Checked(pipeline.Required<std::string>("tables"))));
   }
@@ -195,7 +213,11 @@ class Files final : public UnitSource {
   float MaskFill() const override { return mask_fill_; }
 
   Tensor Rope(const std::string& attention, bool cosine, int64_t first, int64_t count) override {
-    const Tensor& table = tables_->Get((cosine ? "cos." : "sin.") + attention);
+    const std::string name = (cosine ? "cos." : "sin.") + attention;
+    const Tensor& table = tables_->Get(name);
+    if (table.GetShape().Rank() != 3 || table.GetShape()[1] < facts_.context || table.GetDType() != DType::kF32)
+      Fail("{}: {} is {}, expected float32 [1,{},size]", tables_->Path().string(), name, table.Type().ToString(),
+           facts_.context);
     return table.Slice(first, first + count, 1);
   }
 
@@ -227,7 +249,11 @@ class Files final : public UnitSource {
       const Values out = unit->Run(in);
       for (const End& end : unit->outputs) values[end.key] = out.at(end.name);
     }
-    return values.at(fusion_->inputs.at(1).key);
+    const auto features = values.find(fusion_->inputs[1].key);
+    if (features == values.end() || features->second.GetShape().Rank() != 2 ||
+        features->second.GetShape()[0] != layout_.tokens)
+      Fail("the picture's units give no {} soft tokens ({}); quantize again", layout_.tokens, fusion_->inputs[1].key);
+    return features->second;
   }
 
   // The unit has one place for one picture. Its rows there are the picture's soft tokens on the sequence's grid, and
@@ -245,7 +271,8 @@ class Files final : public UnitSource {
     for (const Tensor& visual : features) {
       const Tensor fused = fuse(visual);
       if (sequence.Empty()) {
-        if (fused.Grid() == nullptr || text.Grid() == nullptr || *fused.Grid() != *text.Grid())
+        if (fused.Grid() == nullptr || text.Grid() == nullptr || *fused.Grid() != *text.Grid() ||
+            fused.Type() != text.Type() || layout_.position + layout_.tokens > fused.GetShape()[1])
           Fail(
               "the picture begins at position {}, the units were exported for one picture at {}; export with "
               "--vision-profile for that place",
@@ -265,6 +292,8 @@ class Files final : public UnitSource {
               .bos = pipeline.Required<int64_t>("bos_token_id"),
               .pad = pipeline.Required<int64_t>("pad_token_id"),
               .stops = pipeline.Required<std::vector<int64_t>>("stop_token_ids")};
+    if (facts_.pad < 0 || facts_.pad >= facts_.vocabulary)
+      pipeline.FailAt("pad_token_id", fmt::format("{}; the vocabulary is {}", facts_.pad, facts_.vocabulary));
     if (facts_.context < 1 || facts_.context > (int64_t{1} << 24))
       pipeline.FailAt("context", fmt::format("{}; expected 1 to 2^24", facts_.context));
     const JsonObject ids = pipeline.Object("placeholder_token_ids");
@@ -284,6 +313,9 @@ class Files final : public UnitSource {
                  grid[0],
                  grid[1],
                  picture->Optional<std::string>("tables", "")};
+      if (layout_.position < 0 || layout_.tokens < 1 || layout_.position > facts_.context - layout_.tokens)
+        picture->FailAt("position", fmt::format("{} soft tokens from {} on do not fit {} positions", layout_.tokens,
+                                                layout_.position, facts_.context));
     }
   }
 

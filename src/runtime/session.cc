@@ -26,6 +26,13 @@ Tensor EmptyCache(const Tensor& fresh, int64_t slots) {
   return Gridded(cache, fresh);
 }
 
+// [1,KV,slots,h] whose elements are whole bytes; a file may say anything.
+void RequireCache(const Tensor& tensor, const std::string& key, int64_t slots) {
+  const Shape& shape = tensor.GetShape();
+  if (shape.Rank() != 4 || shape[0] != 1 || shape[1] < 1 || shape[2] < slots || BitWidth(tensor.GetDType()) % 8 != 0)
+    Fail("{}: is {}, expected [1,heads,{} or more,size]; quantize again", key, tensor.Type().ToString(), slots);
+}
+
 // `count` slots of each head, from slot `from` of one to slot `to` of another [1,KV,.,h].
 void CopySlots(const Tensor& source, int64_t from, int64_t count, const Tensor& target, int64_t to) {
   const int64_t heads = source.GetShape()[1];
@@ -162,21 +169,34 @@ class UnitSession final : public Session {
     step.values[unit.outputs.at(0).key] = fused;
   }
 
+  static const LayerPlace& LayerOf(const RunnableUnit& unit, const End& end) {
+    if (!unit.layer) Fail("{}: has an input \"{}\" and no layer; quantize again", unit.name, end.name);
+    return *unit.layer;
+  }
+
+  const Tensor& CacheOf(const RunnableUnit& unit, const End& end) const {
+    const auto cache = caches_.find(end.key);
+    if (cache == caches_.end()) Fail("{}: no unit fills the cache \"{}\" that it reads", unit.name, end.key);
+    return cache->second;
+  }
+
   Tensor InputOf(const RunnableUnit& unit, const End& end, Step& step) {
     if (end.name == "ids") return Tensor::Of<int64_t>({1, step.count}, step.ids);
-    if (unit.layer && end.name == "mask") return Mask(*unit.layer, step);
-    if (unit.layer && (end.name == "cos" || end.name == "sin"))
-      return source_->Rope(unit.layer->attention, end.name == "cos", step.first, step.count);
+    if (end.name == "mask") return Mask(LayerOf(unit, end), step);
+    if (end.name == "cos" || end.name == "sin")
+      return source_->Rope(LayerOf(unit, end).attention, end.name == "cos", step.first, step.count);
     if (end.name.starts_with("past_")) {
-      const Tensor& cache = caches_.at(end.key);
+      const Tensor& cache = CacheOf(unit, end);
       return Gridded(cache.Slice(0, cache.GetShape()[2] - 1, 2), cache);
     }
-    if (end.name.starts_with("shared_") && step.first > 0) return caches_.at(end.key);
+    if (end.name.starts_with("shared_") && step.first > 0) return CacheOf(unit, end);
     const auto value = step.values.find(end.key);
     if (value == step.values.end()) Fail("{}: nothing computes its input \"{}\" ({})", unit.name, end.name, end.key);
     if (end.name != "per_layer_input") return value->second;
     const Shape& all = value->second.GetShape();  // [1,S,L,p]
-    const int index = unit.layer->index;
+    const int index = LayerOf(unit, end).index;
+    if (all.Rank() != 4 || index < 0 || index >= all[2])
+      Fail("{}: layer {} has no part in {} of {}", unit.name, index, end.key, all.ToString());
     return Gridded(value->second.Slice(index, index + 1, 2).Reshaped({1, all[1], all[3]}), value->second);
   }
 
@@ -193,8 +213,12 @@ class UnitSession final : public Session {
 
   // Keys or values of the step's positions, into their cache.
   void Keep(const std::string& key, const Tensor& fresh, const Step& step) {
+    RequireCache(fresh, key, step.real);
     Tensor& cache = caches_[key];
     if (cache.Empty()) cache = EmptyCache(fresh, Facts().context);
+    if (cache.GetDType() != fresh.GetDType() || cache.GetShape()[1] != fresh.GetShape()[1] ||
+        cache.GetShape()[3] != fresh.GetShape()[3])
+      Fail("{}: {} comes into a cache of {}; quantize again", key, fresh.Type().ToString(), cache.Type().ToString());
     const int64_t slot = step.first == 0 ? 0 : Facts().context - 1;
     CopySlots(fresh, 0, step.real, cache, slot);
   }
@@ -209,7 +233,11 @@ class UnitSession final : public Session {
 
   // What the head reads.
   void Settle(Step& step) {
-    hidden_ = step.values.at(source_->Head().inputs.at(0).key);
+    const End& read = source_->Head().inputs.at(0);
+    const auto value = step.values.find(read.key);
+    if (value == step.values.end() || value->second.GetShape().Rank() != 3)
+      Fail("{}: nothing computes its input \"{}\" ({})", source_->Head().name, read.name, read.key);
+    hidden_ = value->second;
     hidden_first_ = step.first;
   }
 
