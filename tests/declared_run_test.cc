@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -110,6 +111,32 @@ TEST_F(DeclaredRun, ARunIsKnownByAllItsInputsAndByNoNumberOfAPipe) {
   EXPECT_NE(identity("calib.jsonl", "a", "b"), identity("calib.jsonl", "c", "b"));
   EXPECT_NE(identity("calib.jsonl", "a", "b"), identity("calib.jsonl", "a", "c"));
   EXPECT_EQ(identity("/dev/fd/63", "a", "b"), identity("/dev/fd/62", "a", "b"));
+}
+
+// Rows that are looked up, and the head's slices, are those of a file: its unit is written before they are read.
+TEST_F(DeclaredRun, TablesAreWrittenBeforeTheirRowsAreRead) {
+  options_.output = directory_.Path() / "out";
+  options_.max_seq_len = 64;
+  const RunSettings settings(options_);
+  gemma4::Gemma4Job job(settings);
+  std::vector<std::string> first;
+  for (const PhaseSpec& phase : job.Phases()) {
+    std::set<std::string> tables, written;
+    const auto add = [](const Graph& graph, std::set<std::string>& names) {
+      for (const Value& value : graph.Values())
+        if (value.kind == ValueKind::kWeight) names.insert(value.name);
+    };
+    for (const Step& step : phase.stage.steps)
+      if (step.fresh) add(step.build((*phase.items)[0]), tables);
+    if (phase.output) tables.insert(kHeadWeight);
+    for (const UnitSpec& unit : phase.units) {
+      if (!unit.written_first) continue;
+      first.push_back(unit.name);
+      add(unit.build(), written);
+    }
+    EXPECT_TRUE(std::ranges::includes(written, tables)) << phase.name;
+  }
+  EXPECT_THAT(first, testing::ElementsAre("token_embedding", "ple_embedding", "lm_head"));
 }
 
 TEST_F(DeclaredRun, PipelineJsonTellsWholeGraphsFromTheirParts) {

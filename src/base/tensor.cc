@@ -180,13 +180,15 @@ Tensor Tensor::Reshaped(Shape shape) const {
 Tensor Tensor::Slice(int64_t begin, int64_t end, int axis) const {
   TensorType type = type_;
   const int64_t size = type.shape[axis];
-  CIRCLET_CHECK(BitWidth(type.dtype) >= 8 && 0 <= begin && begin <= end && end <= size, "[{},{}) of axis {} of {}", begin,
-                end, axis, type_.ToString());
-  int64_t outer = 1, inner = BitWidth(type.dtype) / 8;
+  int64_t outer = 1, inner_bits = BitWidth(type.dtype);
   for (int i = 0; i < axis; ++i) outer *= type.shape[i];
-  for (int i = axis + 1; i < type.shape.Rank(); ++i) inner *= type.shape[i];
+  for (int i = axis + 1; i < type.shape.Rank(); ++i) inner_bits *= type.shape[i];
+  const bool whole_bytes = inner_bits % 8 == 0 || (outer == 1 && begin * inner_bits % 8 == 0);
+  CIRCLET_CHECK(whole_bytes && 0 <= begin && begin <= end && end <= size, "[{},{}) of axis {} of {}", begin, end, axis,
+                type_.ToString());
   type.shape[axis] = end - begin;
-  if (outer == 1) return Tensor(std::move(type), data_ + begin * inner, owner_);
+  if (outer == 1) return Tensor(std::move(type), data_ + begin * inner_bits / 8, owner_);
+  const int64_t inner = inner_bits / 8;
   Tensor copy = Uninitialized(std::move(type));
   const int64_t bytes = (end - begin) * inner;
   for (int64_t i = 0; i < outer && bytes > 0; ++i)

@@ -37,6 +37,13 @@ TEST(TensorTest, ASliceOfAnInnerAxisIsACopy) {
   EXPECT_EQ(Values(slice), (std::vector<float>{2, 3, 4, 5, 8, 9, 10, 11}));
 }
 
+TEST(TensorTest, ASliceOfPackedElementsCutsNoByte) {
+  const Tensor tensor({DType::kU4, {4, 3}});
+  EXPECT_EQ(tensor.Slice(2, 3, 0).Raw(), tensor.Raw() + 3);
+  EXPECT_THROW(tensor.Slice(1, 3, 0), Bug);  // begins at element 3, in the middle of byte 1
+  EXPECT_THROW(tensor.Slice(0, 1, 1), Bug);
+}
+
 TEST(TensorTest, ASliceOutsideTheAxisIsABug) {
   EXPECT_THROW(Counting({4}).Slice(2, 5, 0), Bug);
   EXPECT_THROW(Counting({4}).Slice(3, 2, 0), Bug);

@@ -8,6 +8,7 @@
 #include "ops/codes.h"
 #include "ops/internal.h"
 #include "ops/strided_copy.h"
+#include "ops/table.h"
 
 namespace circlet {
 namespace {
@@ -373,9 +374,7 @@ void Gather::Eval(const EvalContext& context) const {
   ParallelFor(ids.Elements(), RowGrain(bytes / 4), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t id = wide ? ids.As<int64_t>()[static_cast<size_t>(i)] : ids.As<int32_t>()[static_cast<size_t>(i)];
-      if (id < 0 || id >= rows)
-        Fail("{}: id {} at position {} is outside the table of {} rows; ids must lie in [0, {}]", kName, id, i, rows,
-             rows - 1);
+      RequireRow(id, i, rows);
       if (of_codes)
         Dequantize(table, *table.Grid(), id * width, context.out[0].F32().subspan(i * width, width));
       else

@@ -90,8 +90,9 @@ TEST(ShapeRuleTest, GatherNamesTheIdOutsideItsTable) {
   const int64_t ids[] = {0, 4, 5, -1};
   const std::vector<Tensor> in{NormalTensor({5, 2}, 1), Tensor::Of<int64_t>({4}, ids)};
   const std::vector<Tensor> out{Tensor(F32({4, 2}))};
-  EXPECT_THAT(ErrorText([&] { Gather{}.Eval({.in = in, .out = out}); }),
-              HasSubstr("gather: id 5 at position 2 is outside the table of 5 rows; ids must lie in [0, 4]"));
+  EXPECT_THAT(
+      ErrorText([&] { Gather{}.Eval({.in = in, .out = out}); }),
+      HasSubstr("id 5 at position 2 is outside the table of 5 rows; ids must lie in [0, 4]: check the tokenizer"));
 }
 
 TEST(ShapeRuleTest, PackedTypesAreNotMoved) {

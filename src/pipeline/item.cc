@@ -21,7 +21,7 @@ Passage ItemSet::PassageOf(const Item& item) const {
       passage = {.in_float = true, .control = true, .exact = true};
       break;
     case ItemKind::kVerify:
-      passage = {.rounded = true, .exact = true};
+      passage = {.rounded = true, .exact = true, .exported = true};
       break;
   }
   passage.measured = item.kind == MeasuredKind();

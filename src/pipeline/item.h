@@ -45,6 +45,7 @@ struct Passage {
   bool followed = false;  // the head tells at each position of both chains what comes next
   bool control = false;   // the float chain is compared with that of the item that it repeats
   bool exact = false;     // products are float32 whatever --compute says
+  bool exported = false;  // its rounded values are what the files are verified with
 
   // How often a stage's graph runs.
   int StageRuns() const { return in_float + rounded + alone; }

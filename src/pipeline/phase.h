@@ -19,6 +19,8 @@
 
 namespace circlet {
 
+class RoundedWeights;
+
 // A value of the store.
 struct Read {
   std::string key;
@@ -51,8 +53,9 @@ struct Step {
   std::vector<Sink> outputs;  // the first one's error is the step's
   bool measured = true;
   // Parameters that differ from item to item (rows of a table, baked positions), float32, in the fake-quantized reading
-  // rounded; an empty tensor leaves the name to the checkpoint. `fresh`: asked again for every item, not once a graph.
-  std::function<Tensor(const std::string& name, const Item&, bool rounded)> own;
+  // on their grid: `rounded` are the phase's, null in the float reading. An empty tensor leaves the name to the
+  // checkpoint. `fresh`: asked again for every item, not once a graph.
+  std::function<Tensor(const std::string& name, const Item&, const RoundedWeights* rounded)> own;
   bool fresh = false;
 };
 
@@ -80,6 +83,8 @@ class OutputStage {
   virtual ~OutputStage() = default;
   virtual std::vector<std::string> Reads() const = 0;  // keys
   virtual StageEstimate Estimate() const = 0;
+  // What it leaves in the store of the verification sample, for the units.
+  virtual std::map<std::string, TensorType> Makes() const { return {}; }
   // Items times readings times slices that Run will count.
   virtual int64_t Work() const = 0;
   virtual HeadResult Run(const StageContext& stage) = 0;
@@ -96,6 +101,9 @@ struct UnitSpec {
   std::string name;
   // The graph of many layers in one file, beside the files of its parts: what verification may expect of it differs.
   bool whole_graph = false;
+  // Its parameters are coded into its file before the stage's rounded chain runs, which reads them back from there: for
+  // tables too large to stand in memory.
+  bool written_first = false;
   std::function<Graph()> build;
   bool dynamic_length = false;
   std::map<std::string, std::string> keys;         // of the graph's ends by name; ends with one key lie on one grid

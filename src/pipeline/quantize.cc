@@ -39,14 +39,20 @@ class Clock {
     struct Stop {
       Clock& clock;
       std::string phase;
+      double outer_inside = std::exchange(clock.inside_, 0);
       std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
-      ~Stop() { clock.seconds_[phase] += SecondsSince(begin); }
+      ~Stop() {
+        const double seconds = SecondsSince(begin);
+        clock.seconds_[phase] += seconds - clock.inside_;
+        clock.inside_ = outer_inside + seconds;
+      }
     } stop{*this, phase};
     return body();
   }
 
  private:
   std::map<std::string, double>& seconds_;
+  double inside_ = 0;  // of phases inside the running one
 };
 
 // A size as people give it: "10 MB" where that is exact.
@@ -62,8 +68,8 @@ std::filesystem::path TemporaryDirectory() {
   std::filesystem::path path = std::filesystem::temp_directory_path(error);
   if (error) {
     const char* set = std::getenv("TMPDIR");
-    Fail("TMPDIR={}: cannot be used for activations: {}; set it to a directory with room", set != nullptr ? set : "/tmp",
-         error.message());
+    Fail("TMPDIR={}: cannot be used for activations: {}; set it to a directory with room",
+         set != nullptr ? set : "/tmp", error.message());
   }
   return path;
 }
@@ -187,7 +193,7 @@ void Run::Declare() {
                                       : EstimateStage(phase.stage, *phase.items, settings_.world.Rank()));
     AddRounding(phase.stage, *phase.items, job_.GetCalibration(), settings_.world.Rank(), estimates_.back());
     for (const Item& item : *phase.items)
-      if (item.kind == ItemKind::kVerify) verification_.insert(item.id);
+      if (phase.items->PassageOf(item).exported) verification_.insert(item.id);
   }
   result_.phases = static_cast<int>(phases_.size());
 }
@@ -276,11 +282,23 @@ void Run::RunPhase(int number) {
   const bool writes = units_ && settings_.world.Rank() == 0;
   const WeightSource stored = job_.Stored();
   using Use = RoundedWeights::Use;
-  const RoundedWeights rounded(
-      calibration, stored, writes ? Use::kProductsAndFiles : Use::kProducts, [this](const std::string& parameter) {
-        const std::string key = CodesKey(parameter);
-        return store_.Has(kCodesItem, Chain::kQuant, key) ? store_.Get(kCodesItem, Chain::kQuant, key) : Tensor();
-      });
+  const RoundedWeights rounded(calibration, stored, writes ? Use::kProductsAndFiles : Use::kProducts,
+                               [this](const std::string& parameter) {
+                                 const std::string key = CodesKey(parameter);
+                                 if (store_.Has(kCodesItem, Chain::kQuant, key))
+                                   return store_.Get(kCodesItem, Chain::kQuant, key);
+                                 return units_ ? units_->WrittenCodes(parameter) : Tensor();
+                               });
+  const auto write = [&](bool first) {
+    if (!writes) return;
+    clock.Time("export", [&] {
+      for (const UnitSpec& unit : phase.units) {
+        if (unit.written_first != first) continue;
+        progress_->Say("writing " + unit.name);
+        units_->Write(unit, rounded);
+      }
+    });
+  };
   std::mutex progress_mutex;
   const StageContext context{.calibration = calibration,
                              .store = store_,
@@ -291,10 +309,12 @@ void Run::RunPhase(int number) {
                              .world = settings_.world,
                              .compute = settings_.options.compute,
                              .change = result_.compute_change ? &*result_.compute_change : nullptr,
-                             .advance = [&] {
-                               const std::lock_guard lock(progress_mutex);
-                               progress_->Advance();
-                             },
+                             .frozen = [&] { write(/*first=*/true); },
+                             .advance =
+                                 [&] {
+                                   const std::lock_guard lock(progress_mutex);
+                                   progress_->Advance();
+                                 },
                              .linears = &result_.linears};
   clock.Time("stages", [&] {
     if (phase.output) {
@@ -308,12 +328,10 @@ void Run::RunPhase(int number) {
     for (const Step& step : phase.stage.steps)
       ForWeights(step, *phase.items, [&](const std::string& name) { job_.Release(name); });
   });
+  write(/*first=*/false);
   if (writes)
     clock.Time("export", [&] {
-      for (const UnitSpec& unit : phase.units) {
-        progress_->Say("writing " + unit.name);
-        units_->Write(unit, rounded);
-      }
+      for (const UnitSpec& unit : phase.units) units_->Remember(unit, rounded);
       for (const auto& [name, write] : phase.files) units_->WriteFile(name, write);
       for (const std::string& parameter : schedule_.CodesMadeIn(number))
         store_.Put(kCodesItem, Chain::kQuant, CodesKey(parameter), rounded.Codes(parameter),
@@ -372,8 +390,8 @@ QuantizeResult Run::Compute() {
     Prepare(output->StateDirectory(), &*state);
     store_.UseFiles(state->ValuesDirectory(), ActivationBudget());
     units_.emplace(output->Directory(), calibration, store_);
-    parts.emplace(
-        RunParts{calibration, store_, *units_, result_.stages, result_.linears, head_, result_.compute_change, result_.seconds});
+    parts.emplace(RunParts{calibration, store_, *units_, result_.stages, result_.linears, head_, result_.compute_change,
+                           result_.seconds});
     result_.resumed_phases = state->Load(*parts, SpecsOfPoints(), result_.phases);
   } else {
     const std::filesystem::path directory = TemporaryDirectory();
@@ -459,8 +477,7 @@ void Run::FillResult() {
   result_.captions = head_->captions;
   result_.recipe = settings_.recipe.Name();
   if (const Calibration& calibration = job_.GetCalibration(); calibration.Frozen())
-    result_.grids =
-        FrozenGrids{settings_.options.qparams.filename().string(), calibration.Params().RecipeName()};
+    result_.grids = FrozenGrids{settings_.options.qparams.filename().string(), calibration.Params().RecipeName()};
   result_.output_directory = settings_.options.output.string();
   result_.dialect = job_.GetCalibration().GetDialect().name;
   result_.points = static_cast<int64_t>(job_.GetCalibration().Params().Size());

@@ -27,7 +27,7 @@ void AddMade(const Step& step, const ItemSet& items, int rank, std::vector<Phase
       for (const std::string& key : sink.keys) {
         const int64_t bytes = sizes->second.at(sink.output) / static_cast<int64_t>(sink.keys.size());
         by_key[key].bytes += bytes * (passage.in_float + passage.rounded);
-        if (item.kind == ItemKind::kVerify) by_key[key].kept_bytes += bytes;
+        if (passage.exported) by_key[key].kept_bytes += bytes;
       }
   }
   for (auto& [key, made] : by_key) makes.push_back(std::move(made));
@@ -42,7 +42,10 @@ PhaseFlow FlowOf(const PhaseSpec& phase, int rank, bool writes) {
       for (const Read& read : input.reads) flow.reads.push_back(read.key);
     AddMade(step, *phase.items, rank, flow.makes);
   }
-  if (phase.output) flow.reads = phase.output->Reads();
+  if (phase.output) {
+    flow.reads = phase.output->Reads();
+    for (const auto& [key, type] : phase.output->Makes()) flow.makes.push_back({key, type.Bytes(), type.Bytes()});
+  }
   for (const UnitSpec& unit : phase.units) {
     if (unit.item == nullptr) continue;
     for (const auto* ends : {&unit.inputs, &unit.outputs})

@@ -195,7 +195,7 @@ std::map<std::string, Tensor> RunItem(const StageContext& context, const Step& s
       inputs[input.name] = input.make ? input.make(item, chain, read) : read.at(0);
     }
     return executor.RunInPlace(inputs, [&](const std::string& name) {
-      const Tensor own = step.own ? step.own(name, item, rounded) : Tensor();
+      const Tensor own = step.own ? step.own(name, item, rounded ? &c_.rounded : nullptr) : Tensor();
       return own.Empty() ? weights(name) : own;
     });
   });
@@ -294,7 +294,7 @@ StageError StageRunner::Round(const Step& step) {
   std::vector<PositionErrors> alone(c_.items.Size()), accumulated(c_.items.Size());
   const Step::Sink& main = step.outputs.front();
   const bool compares = step.measured && !main.keys.empty();
-  const WeightSource weights = Shared(c_.rounded);
+  const WeightSource weights = c_.rounded;
   // body(i, executor) for the items at these places.
   const auto for_items = [&](const std::vector<size_t>& places, bool on_grid, const auto& body) {
     std::vector<StepRuns> workers(Threads());
@@ -316,7 +316,8 @@ StageError StageRunner::Round(const Step& step) {
   std::vector<size_t> lone;
   std::ranges::copy_if(mine, std::back_inserter(lone), [&](size_t i) { return c_.PassageOf(c_.items[i]).alone; });
   for_items(lone, false, [&](size_t i, Executor& executor) {
-    if (compares) compare(c_.items[i], RunItem(c_, step, c_.items[i], Chain::kFloat, true, executor, weights), alone[i]);
+    if (compares)
+      compare(c_.items[i], RunItem(c_, step, c_.items[i], Chain::kFloat, true, executor, weights), alone[i]);
   });
   // The rounded chain runs from grid to grid, unless layers round their input once more.
   const bool from_grids = !c_.calibration.GetDialect().requantizing_points;
@@ -343,6 +344,7 @@ void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors) {
       if ((c_.PassageOf(item).observed || c_.items.Frozen()) && frozen.insert(item.variant).second)
         c_.calibration.Freeze(step.build(item), c_.stored);
   }
+  c_.frozen();
   for (size_t i = 0; i < stage.steps.size(); ++i) {
     rounding[i].Run();
     errors.push_back(Round(stage.steps[i]));

@@ -32,11 +32,9 @@ UnitEnd EndOf(const circle::Tensor& tensor, const std::string& in_file, const st
 
 }  // namespace
 
-void UnitWriter::Remember(const std::string& unit, bool input, size_t index, const circle::Tensor& tensor,
-                          const Tensor& values) {
+void UnitWriter::Remember(const std::string& unit, bool input, size_t index, const UnitEnd& end, const Tensor& values) {
   const std::string name = fmt::format("{}.{}.{}", unit, input ? "in" : "out", index);
-  const Tensor codes =
-      tensor.qparams ? InBytes(QuantizeWeight(values, *tensor.qparams, Rounding::kHalfAwayDivide).codes) : values;
+  const Tensor codes = end.grid ? InBytes(QuantizeWeight(values, *end.grid, Rounding::kHalfAwayDivide).codes) : values;
   const std::string hash = codes.Type().ToString() + Sha256({codes.Raw(), static_cast<size_t>(codes.Bytes())});
   const auto [it, is_new] = first_with_.try_emplace(hash, name);
   if (!is_new) {
@@ -80,12 +78,6 @@ UnitWriter::Values UnitWriter::Outputs(const UnitSpec& spec, const Graph& graph,
 
 void UnitWriter::Write(const UnitSpec& spec, const RoundedWeights& weights) {
   const Graph graph = spec.build();
-  const Values inputs = Inputs(spec);
-  const Values outputs = Outputs(spec, graph, inputs, weights);
-  if (spec.item != nullptr)
-    for (const UnitSpec::Keep& keep : spec.keeps)
-      store_.Put(spec.item->id, Chain::kQuant, keep.key, keep.make(inputs, outputs));
-
   const CalibratedGrids grids(calibration_, weights, spec.own);
   const circle::Model model =
       Within(spec.name, [&] { return circle::ToCircle(graph, grids, {.dynamic_length = spec.dynamic_length}); });
@@ -97,18 +89,40 @@ void UnitWriter::Write(const UnitSpec& spec, const RoundedWeights& weights) {
   const std::vector<std::string> names = circle::WrittenNames(model.tensors);
   for (size_t i = 0; i < model.inputs.size(); ++i) {
     const std::string& name = graph.At(graph.Inputs()[i]).name;
-    const circle::Tensor& tensor = model.tensors[model.inputs[i]];
-    unit.inputs.push_back(EndOf(tensor, names[model.inputs[i]], name, spec.keys));
-    if (!inputs.empty()) Remember(spec.name, /*input=*/true, i, tensor, inputs.at(name));
+    unit.inputs.push_back(EndOf(model.tensors[model.inputs[i]], names[model.inputs[i]], name, spec.keys));
   }
   for (size_t i = 0; i < model.outputs.size(); ++i) {
     const std::string& name = graph.Outputs()[i].name;
-    const circle::Tensor& tensor = model.tensors[model.outputs[i]];
-    unit.outputs.push_back(
-        EndOf(tensor, names[model.outputs[i]], name, spec.output_keys.contains(name) ? spec.output_keys : spec.keys));
-    if (!outputs.empty()) Remember(spec.name, /*input=*/false, i, tensor, outputs.at(name));
+    const auto& keys = spec.output_keys.contains(name) ? spec.output_keys : spec.keys;
+    unit.outputs.push_back(EndOf(model.tensors[model.outputs[i]], names[model.outputs[i]], name, keys));
   }
+  if (spec.written_first)
+    for (const Value& value : graph.Values())
+      if (value.kind == ValueKind::kWeight && grids.Find(value.weight_point) != nullptr)
+        tables_[value.name] = unit.file.file;
   units_.push_back(std::move(unit));
+}
+
+void UnitWriter::Remember(const UnitSpec& spec, const RoundedWeights& weights) {
+  if (spec.item == nullptr) return;
+  const Graph graph = spec.build();
+  const Values inputs = Inputs(spec), outputs = Outputs(spec, graph, inputs, weights);
+  for (const UnitSpec::Keep& keep : spec.keeps)
+    store_.Put(spec.item->id, Chain::kQuant, keep.key, keep.make(inputs, outputs));
+  const auto unit = std::ranges::find(units_, spec.name, [](const Unit& each) { return each.file.name; });
+  CIRCLET_CHECK(unit != units_.end(), "{} is not written", spec.name);
+  for (size_t i = 0; i < unit->inputs.size(); ++i)
+    Remember(spec.name, /*input=*/true, i, unit->inputs[i], inputs.at(unit->inputs[i].name));
+  for (size_t i = 0; i < unit->outputs.size(); ++i)
+    Remember(spec.name, /*input=*/false, i, unit->outputs[i], outputs.at(unit->outputs[i].name));
+}
+
+Tensor UnitWriter::WrittenCodes(const std::string& parameter) const {
+  const auto file = tables_.find(parameter);
+  if (file == tables_.end()) return {};
+  for (const circle::Tensor& tensor : circle::Read(directory_ / file->second).tensors)
+    if (tensor.name == parameter && tensor.qparams) return tensor.data;
+  Fail("{}: holds no {}; start again with --force", (directory_ / file->second).string(), parameter);
 }
 
 void UnitWriter::WriteFile(const std::string& name, const std::function<void(const std::filesystem::path&)>& write) {
@@ -188,7 +202,8 @@ nlohmann::json UnitWriter::Save() const {
     units.push_back(std::move(json));
   }
   for (const auto& [name, place] : codes_) codes[name] = {place.key, place.item};
-  return {{"units", units}, {"files", hashes_}, {"codes", codes}, {"same_as", same_as_}, {"first_with", first_with_}};
+  return {{"units", units}, {"files", hashes_},    {"tables", tables_},
+          {"codes", codes}, {"same_as", same_as_}, {"first_with", first_with_}};
 }
 
 void UnitWriter::Restore(const nlohmann::json& state) {
@@ -211,6 +226,9 @@ void UnitWriter::Restore(const nlohmann::json& state) {
     for (const nlohmann::json& end : json.at("outputs")) unit.outputs.push_back(RestoreEnd(end));
     units_.push_back(std::move(unit));
   }
+  tables_ = state.at("tables").get<std::map<std::string, std::string>>();
+  for (const auto& [name, file] : tables_)
+    if (!hashes_.contains(file)) Fail("{}: its file {} is not there; start again with --force", name, file);
   for (const auto& [name, place] : state.at("codes").items()) codes_[name] = {place.at(0), place.at(1)};
   same_as_ = state.at("same_as").get<std::map<std::string, std::string>>();
   first_with_ = state.at("first_with").get<std::map<std::string, std::string>>();

@@ -40,8 +40,12 @@ class UnitWriter {
   UnitWriter(std::filesystem::path directory, const Calibration& calibration, ActivationStore& store)
       : directory_(std::move(directory)), calibration_(calibration), store_(store) {}
 
-  // Writes NAME.q.circle, remembers the unit's codes and puts what later units read into the store.
+  // Writes NAME.q.circle.
   void Write(const UnitSpec& spec, const RoundedWeights& weights);
+  // Remembers the codes at the unit's ends and puts what later units read into the store. Behind Write.
+  void Remember(const UnitSpec& spec, const RoundedWeights& weights);
+  // A parameter's codes, mapped from the file of a unit that was written first; empty when there is none.
+  Tensor WrittenCodes(const std::string& parameter) const;
 
   // A file of another kind: `write` is called with its path.
   void WriteFile(const std::string& name, const std::function<void(const std::filesystem::path&)>& write);
@@ -72,7 +76,7 @@ class UnitWriter {
   Values Inputs(const UnitSpec& spec) const;
   Values Outputs(const UnitSpec& spec, const Graph& graph, const Values& inputs, const RoundedWeights& weights) const;
   Tensor ValueOf(const UnitSpec& spec, const UnitValue& value) const;
-  void Remember(const std::string& unit, bool input, size_t index, const circle::Tensor& tensor, const Tensor& values);
+  void Remember(const std::string& unit, bool input, size_t index, const UnitEnd& end, const Tensor& values);
   void Written(const std::string& file) { hashes_[file] = Sha256File(directory_ / file); }
 
   std::filesystem::path directory_;
@@ -80,6 +84,7 @@ class UnitWriter {
   ActivationStore& store_;
   std::vector<Unit> units_;
   std::map<std::string, std::string> hashes_;  // by file
+  std::map<std::string, std::string> tables_;  // by parameter: the file that holds its codes
   std::map<std::string, CodesPlace> codes_;
   std::map<std::string, std::string> same_as_;
   std::map<std::string, std::string> first_with_;  // hash of codes -> name

@@ -266,24 +266,6 @@ Tensor FakeQuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding
   return result;
 }
 
-Tensor FakeQuantizeRows(const Tensor& table, std::span<const int64_t> ids, const QParams& qparams, Rounding rounding) {
-  CIRCLET_CHECK(table.GetShape().Rank() == 2, "a table of shape {}", table.GetShape().ToString());
-  const Rows rows(table);
-  CheckGrids(qparams, rows.Count());
-  for (const int64_t id : ids)
-    if (id < 0 || id >= rows.Count())
-      Fail("id {} is outside the table of {} rows; check the tokenizer", id, rows.Count());
-  const Tensor result = Tensor::Uninitialized({DType::kF32, {static_cast<int64_t>(ids.size()), rows.Width()}});
-  auto* out = reinterpret_cast<float*>(result.Raw());
-  ParallelFor(static_cast<int64_t>(ids.size()), rows.Grain(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      rows.Copy(ids[i], out + i * rows.Width());
-      simd::Snap(out + i * rows.Width(), rows.Width(), GridOf(qparams, ids[i], rounding));
-    }
-  });
-  return result;
-}
-
 float FakeQuantize(float x, float scale, int32_t zero_point, DType dtype, Rounding rounding) {
   const CodeRange codes = CodesOf(dtype);
   const float steps =

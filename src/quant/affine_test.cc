@@ -194,25 +194,5 @@ TEST(RangeOfWeightTest, TheFirstNonFiniteValueIsNamed) {
               HasSubstr("row 390, column 2 of the weight is -inf"));
 }
 
-TEST(FakeQuantizeRowsTest, RowsOfATableAreTheRowsOfTheWholeTable) {
-  const Tensor table = AsBF16(RandomMatrix(50, 33));
-  const QParams qparams = GridOf(table, DType::kU8, false, 0);
-  const Tensor whole = FakeQuantizeWeight(table, qparams, Rounding::kHalfEvenReciprocal);
-  const std::vector<int64_t> ids{49, 0, 7, 7};
-  const Tensor rows = FakeQuantizeRows(table, ids, qparams, Rounding::kHalfEvenReciprocal);
-  ASSERT_EQ(rows.GetShape(), (Shape{4, 33}));
-  for (int64_t i = 0; i < 4; ++i)
-    for (int64_t j = 0; j < 33; ++j) EXPECT_EQ(rows.F32()[i * 33 + j], whole.F32()[ids[i] * 33 + j]);
-}
-
-TEST(FakeQuantizeRowsTest, AnIdOutsideTheTableIsNamed) {
-  const Tensor table = RandomMatrix(5, 3);
-  const std::vector<int64_t> ids{5};
-  EXPECT_THAT(ErrorText([&] {
-                FakeQuantizeRows(table, ids, {DType::kU8, -1, {1.0f}, {0}}, Rounding::kHalfAwayDivide);
-              }),
-              HasSubstr("id 5 is outside the table of 5 rows; check the tokenizer"));
-}
-
 }  // namespace
 }  // namespace circlet

@@ -2,12 +2,13 @@
 
 #include <fmt/ranges.h>
 
+#include "circlet/base/threads.h"
 #include "circlet/quant/affine.h"
 #include "circlet/quant/mx.h"
-#include "circlet/base/threads.h"
 #include "ops/codes.h"
 #include "ops/integer_product.h"
 #include "ops/simd.h"
+#include "ops/table.h"
 
 namespace circlet {
 
@@ -141,6 +142,24 @@ Tensor Calibration::RoundedRows(const std::string& name, const Tensor& rows, int
   const std::shared_ptr<const QParams> grid = GridOfRows(name, rows, first_row);
   if (grid != nullptr && MultipliedAsCodes(rows, *grid))
     return OperandOf(QuantizeWeight(rows, *grid, dialect_.rounding).codes.WithGrid(grid));
+  return RoundedValues(name, rows, grid.get());
+}
+
+Tensor Calibration::RoundedRowsAt(const std::string& name, const Tensor& table, std::span<const int64_t> ids) const {
+  const Tensor rows = RowsOf(table, ids);
+  const PointParams* params = params_.Find(name);
+  if (params == nullptr || params->spec.kind != QuantKind::kAffine) return RoundedValues(name, rows, nullptr);
+  const QParams& of_table = params->qparams;
+  if (!of_table.PerChannel()) return RoundedValues(name, rows, &of_table);
+  QParams grid{of_table.dtype, of_table.axis, {}, {}};
+  for (const int64_t id : ids) {
+    grid.scale.push_back(of_table.scale[id]);
+    grid.zero_point.push_back(of_table.zero_point[id]);
+  }
+  return RoundedValues(name, rows, &grid);
+}
+
+Tensor Calibration::RoundedValues(const std::string& name, const Tensor& rows, const QParams* grid) const {
   if (grid != nullptr) return FakeQuantizeWeight(rows, *grid, dialect_.rounding);
   const PointParams* params = params_.Find(name);
   if (params == nullptr || params->spec.kind == QuantKind::kNone) return ToF32(rows);

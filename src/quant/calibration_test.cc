@@ -10,6 +10,7 @@
 #include "circlet/circle/model.h"
 #include "circlet/quant/affine.h"
 #include "error_text.h"
+#include "ops/codes.h"
 
 namespace circlet {
 namespace {
@@ -159,6 +160,63 @@ TEST(RoundedWeightsTest, ProductsAndFilesTakeTheSameCodesMadeOnce) {
   EXPECT_EQ(again.Codes("table.weight").Raw(), codes.Raw());
   again("table.weight");
   EXPECT_EQ(asked, 1);
+}
+
+// What a table's rows and a head's slices are, whether codes exist already or not.
+TEST(RoundedWeightsTest, RowsAndSlicesAreThoseOfTheWhole) {
+  const Tensor table = Table(12, 33);
+  const std::vector<int64_t> ids{11, 0, 6, 6};
+  for (const DType dtype : {DType::kI4, DType::kU4, DType::kI8, DType::kU8, DType::kI16}) {
+    for (const bool by_row : {true, false}) {
+      const QParams grid = by_row ? RowGrids(table, dtype) : QParams{dtype, -1, {1 / 64.0f}, {0}};
+      const Calibration calibration = CalibrationWith(grid);
+      const Tensor expected = FakeQuantizeWeight(table, grid, calibration.GetDialect().rounding);
+      const WeightSource stored = [&](const std::string&) { return table; };
+      const RoundedWeights rounding(calibration, stored),
+          held(calibration, stored, RoundedWeights::Use::kProductsAndFiles);
+      held.Codes("table.weight");
+      for (const RoundedWeights* weights : {&rounding, &held}) {
+        const Tensor rows = weights->Rows("table.weight", ids);
+        ASSERT_EQ(rows.GetShape(), (Shape{4, 33}));
+        for (size_t i = 0; i < ids.size(); ++i)
+          for (int64_t j = 0; j < 33; ++j)
+            ASSERT_EQ(rows.F32()[static_cast<int64_t>(i) * 33 + j], expected.F32()[ids[i] * 33 + j]) << Name(dtype);
+        // Rows 2 to 5: packed codes begin in the middle of the table, at a whole byte.
+        const Tensor slice = weights->Slice("table.weight", 2, 6);
+        Tensor values = slice;
+        if (slice.GetDType() != DType::kF32) {
+          values = Tensor(TensorType{DType::kF32, slice.GetShape()});
+          Dequantize(slice, *slice.Grid(), 0, values.F32());
+        }
+        EXPECT_TRUE(std::ranges::equal(values.F32(), expected.F32().subspan(2 * 33, 4 * 33))) << Name(dtype);
+      }
+    }
+  }
+}
+
+TEST(RoundedWeightsTest, RowsAndSlicesAreReadFromCodesThatExist) {
+  const Tensor table = Table(12, 33);
+  const Calibration calibration = CalibrationWith({DType::kI8, -1, {0.5f}, {0}});
+  const Tensor codes({DType::kI8, table.GetShape()});
+  std::ranges::fill(codes.As<int8_t>(), int8_t{6});  // not what rounding the table gives
+  const RoundedWeights weights(
+      calibration, [&](const std::string&) { return table; }, RoundedWeights::Use::kProducts,
+      [&](const std::string&) { return codes; });
+  const std::vector<int64_t> ids{3};
+  EXPECT_EQ(weights.Rows("table.weight", ids).F32()[32], 3.0f);
+  const Tensor slice = weights.Slice("table.weight", 4, 8);
+  EXPECT_EQ(slice.GetDType() == DType::kF32 ? slice.F32()[0] : 0.5f * slice.As<int8_t>()[0], 3.0f);
+}
+
+TEST(RoundedWeightsTest, AnIdOutsideTheTableIsNamed) {
+  const Tensor table = Table(5, 4);
+  const Calibration calibration = CalibrationWith(RowGrids(table, DType::kU8));
+  const RoundedWeights weights(calibration, [&](const std::string&) { return table; });
+  const std::vector<int64_t> ids{4, 5};
+  const std::string text = "id 5 at position 1 is outside the table of 5 rows; ids must lie in [0, 4]";
+  EXPECT_THAT(ErrorText([&] { weights.Rows("table.weight", ids); }), HasSubstr(text));
+  weights.Codes("table.weight");
+  EXPECT_THAT(ErrorText([&] { weights.Rows("table.weight", ids); }), HasSubstr(text));
 }
 
 TEST(RoundedWeightsTest, ANaNUnderGridsFromAFileIsNamed) {

@@ -1,7 +1,11 @@
 #include <map>
+#include <mutex>
 #include <utility>
 
+#include "circlet/base/threads.h"
 #include "circlet/quant/calibration.h"
+#include "ops/codes.h"
+#include "ops/table.h"
 
 namespace circlet {
 
@@ -16,14 +20,15 @@ struct RoundedWeights::State {
   Use use;
   WeightSource made;
   std::map<std::string, Weight> weights;
+  std::mutex mutex;
 
-  // Codes that are there already, held or made by an earlier object; else empty.
-  const Tensor& Held(const std::string& name) {
-    Tensor& codes = weights[name].codes;
-    if (codes.Empty() && made) codes = made(name);
-    if (!codes.Empty() && codes.Grid() == nullptr) codes = codes.WithGrid(calibration.GridOf(name));
-    return codes;
+  // Codes that are there already, held or made elsewhere; else empty.
+  Tensor Found(const std::string& name) {
+    const Tensor codes = weights[name].codes.Empty() && made ? made(name) : weights[name].codes;
+    return codes.Empty() || codes.Grid() != nullptr ? codes : codes.WithGrid(calibration.GridOf(name));
   }
+  // The same, held from here on.
+  const Tensor& Held(const std::string& name) { return weights[name].codes = Found(name); }
   // Those, or rounded now. Empty without an integer grid.
   const Tensor& Codes(const std::string& name) {
     if (!Held(name).Empty()) return weights[name].codes;
@@ -31,8 +36,22 @@ struct RoundedWeights::State {
   }
 };
 
+namespace {
+
+// Codes of rows [begin, end) with their grid.
+Tensor SliceOfCodes(const Tensor& codes, int64_t begin, int64_t end) {
+  QParams grid = *codes.Grid();
+  if (grid.PerChannel()) {
+    grid.scale = {grid.scale.begin() + begin, grid.scale.begin() + end};
+    grid.zero_point = {grid.zero_point.begin() + begin, grid.zero_point.begin() + end};
+  }
+  return codes.Slice(begin, end, 0).WithGrid(std::make_shared<QParams>(std::move(grid)));
+}
+
+}  // namespace
+
 RoundedWeights::RoundedWeights(const Calibration& calibration, WeightSource stored, Use use, WeightSource made)
-    : state_(std::make_shared<State>(State{calibration, std::move(stored), use, std::move(made), {}})) {}
+    : state_(new State{calibration, std::move(stored), use, std::move(made), {}, {}}) {}
 
 void RoundedWeights::Take(const std::string& name, const Tensor& codes) const {
   State::Weight& weight = state_->weights[name];
@@ -42,6 +61,7 @@ void RoundedWeights::Take(const std::string& name, const Tensor& codes) const {
 
 Tensor RoundedWeights::operator()(const std::string& name) const {
   State& s = *state_;
+  const std::lock_guard lock(s.mutex);
   State::Weight& weight = s.weights[name];
   if (!weight.operand.Empty()) return weight.operand;
   const Tensor codes = s.use == Use::kProductsAndFiles ? s.Codes(name) : std::exchange(weight.codes, {});
@@ -49,9 +69,44 @@ Tensor RoundedWeights::operator()(const std::string& name) const {
   return weight.operand = s.calibration.RoundedRows(name, s.stored(name), 0);
 }
 
-Tensor RoundedWeights::Codes(const std::string& name) const { return state_->Codes(name); }
+Tensor RoundedWeights::Slice(const std::string& name, int64_t begin, int64_t end) const {
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  if (const Tensor codes = s.Found(name); !codes.Empty())
+    return s.calibration.OperandOf(SliceOfCodes(codes, begin, end));
+  return s.calibration.RoundedRows(name, s.stored(name).Slice(begin, end, 0), begin);
+}
 
-bool RoundedWeights::HoldsCodes(const std::string& name) const { return !state_->Held(name).Empty(); }
+Tensor RoundedWeights::Rows(const std::string& name, std::span<const int64_t> ids) const {
+  State& s = *state_;
+  Tensor codes, table;
+  {
+    const std::lock_guard lock(s.mutex);
+    codes = s.Held(name);
+    if (codes.Empty()) table = s.stored(name);
+  }
+  if (codes.Empty()) return s.calibration.RoundedRowsAt(name, table, ids);
+  const int64_t count = codes.GetShape()[0], width = codes.GetShape()[1];
+  const Tensor rows = Tensor::Uninitialized({DType::kF32, {static_cast<int64_t>(ids.size()), width}});
+  ParallelFor(static_cast<int64_t>(ids.size()), std::max<int64_t>(1, (1 << 16) / width),
+              [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i) {
+                  RequireRow(ids[i], i, count);
+                  Dequantize(codes, *codes.Grid(), ids[i] * width, rows.F32().subspan(i * width, width));
+                }
+              });
+  return rows;
+}
+
+Tensor RoundedWeights::Codes(const std::string& name) const {
+  const std::lock_guard lock(state_->mutex);
+  return state_->Codes(name);
+}
+
+bool RoundedWeights::HoldsCodes(const std::string& name) const {
+  const std::lock_guard lock(state_->mutex);
+  return !state_->Held(name).Empty();
+}
 
 Tensor RoundedWeights::Stored(const std::string& name) const { return state_->stored(name); }
 

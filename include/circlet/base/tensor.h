@@ -96,7 +96,8 @@ class Tensor {
   // The same bytes under another shape of equally many elements.
   Tensor Reshaped(Shape shape) const;
   // Indices [begin, end) of an axis, without a grid. It shares the bytes where they lie together (all axes ahead have
-  // size 1), else it is a copy. Not for packed 4-bit elements (CHECKed, as is the range).
+  // size 1), else it is a copy. Packed 4-bit elements only where no byte is cut and none is copied (CHECKed, as the
+  // range).
   Tensor Slice(int64_t begin, int64_t end, int axis) const;
   // Own, contiguous copy.
   Tensor Clone() const;

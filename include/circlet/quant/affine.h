@@ -54,10 +54,6 @@ void QuantizeWeightBytes(const Tensor& weight, const QParams& qparams, Rounding 
 // What Dequantize(Quantize(weight)) gives, in one pass.
 Tensor FakeQuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding rounding);
 
-// Only the rows `ids` of a table [rows, width], fake-quantized on their grids: float32 [ids, width]. An id outside the
-// table is an Error naming it.
-Tensor FakeQuantizeRows(const Tensor& table, std::span<const int64_t> ids, const QParams& qparams, Rounding rounding);
-
 // The reference's snap of one value on a grid: (clamp(R(x) + z) - z) * s. For tests and tools; loops use ops/simd.h.
 float FakeQuantize(float x, float scale, int32_t zero_point, DType dtype, Rounding rounding);
 

@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -68,6 +69,8 @@ class Calibration final {
   // without a grid; int8 codes with their grid of matrices of at most 8 bits, where activations have grids as well and
   // products are summed in integers; all others as float32. `rows` as stored.
   Tensor RoundedRows(const std::string& name, const Tensor& rows, int64_t first_row) const;
+  // Only the rows `ids` of a table [rows, width], as float32. An id outside the table is an Error naming it.
+  Tensor RoundedRowsAt(const std::string& name, const Tensor& table, std::span<const int64_t> ids) const;
   // The same as codes in the storage form of a file, with their grid. Empty without an integer grid.
   Tensor CodesOfRows(const std::string& name, const Tensor& rows, int64_t first_row) const;
   // What products take of such codes.
@@ -81,6 +84,8 @@ class Calibration final {
  private:
   void CheckFits(const Graph& graph, const WeightSource& weights) const;
   bool MultipliedAsCodes(const Tensor& weight, const QParams& grid) const;
+  // Values of a parameter on `grid`; null: it has no integer one.
+  Tensor RoundedValues(const std::string& name, const Tensor& rows, const QParams* grid) const;
   // The grid of those rows; null: the parameter has no integer grid.
   std::shared_ptr<const QParams> GridOfRows(const std::string& name, const Tensor& rows, int64_t first_row) const;
 
@@ -92,12 +97,12 @@ class Calibration final {
 };
 
 // Parameters on their grids, each made once, for as long as this object or a copy of it lives: what the simulation
-// multiplies is what the file holds. A WeightSource; not for several threads at a time.
+// multiplies is what the file holds. A WeightSource; several threads may ask it.
 class RoundedWeights {
  public:
   // kProducts: no codes are kept beside what products take.
   enum class Use : uint8_t { kProducts, kProductsAndFiles };
-  // `stored` must stay valid. `made`: codes that an earlier object made, empty for others.
+  // `stored` must stay valid. `made`: codes that exist already, from an earlier object or in a file; empty for others.
   RoundedWeights(const Calibration& calibration, WeightSource stored, Use use = Use::kProducts, WeightSource made = {});
 
   // Codes that a rounding method has made, with their grid. Before anybody asks for the parameter.
@@ -105,6 +110,11 @@ class RoundedWeights {
 
   // What products take (Calibration::RoundedRows).
   Tensor operator()(const std::string& name) const;
+  // A slice of the rows of that, for a parameter too large to stand in memory; nothing of it is kept.
+  Tensor Slice(const std::string& name, int64_t begin, int64_t end) const;
+  // Rows of a table [rows, width] as float32: of its codes where there are any, else rounded alone. An id outside the
+  // table is an Error naming it.
+  Tensor Rows(const std::string& name, std::span<const int64_t> ids) const;
   // What the file holds (Calibration::CodesOfRows); made from the checkpoint when nobody has asked for it.
   Tensor Codes(const std::string& name) const;
   // Whether codes are there already.

@@ -63,9 +63,10 @@ bool IsReal(const Item& item, int64_t position) {
 
 enum class Reading { kFloat, kObserve, kRound };
 
-// Whether the head reads an item's float chain before the grids are known, and both chains when they are.
+// Whether the head reads an item's float chain before the grids are known; and when they are, both chains, or what the
+// files are verified with.
 bool ReadInFloat(const Passage& passage) { return passage.observed || passage.control; }
-bool ReadBoth(const Passage& passage) { return passage.measured || passage.followed; }
+bool ReadRounded(const Passage& passage) { return passage.measured || passage.followed || passage.exported; }
 
 }  // namespace
 
@@ -87,6 +88,11 @@ Head::Head(const Context& context, int64_t slice_bytes)
 
 std::vector<std::string> Head::Reads() const { return {key::kNormed}; }
 
+std::map<std::string, TensorType> Head::Makes() const {
+  if (context_.Verify() == nullptr) return {};
+  return {{key::kLogits, {DType::kF32, {1, 1, vocab_}}}};
+}
+
 Graph Head::Build(int64_t length, int64_t rows) const {
   return context_.Build([&](const BlockBuilder& b) { BuildLogits(b, context_.config.text, length, rows); });
 }
@@ -102,7 +108,7 @@ int64_t Head::Work() const {
   int64_t work = 0;
   for (const Item& item : context_.texts) {
     const Passage passage = context_.texts.PassageOf(item);
-    if (item.rank == context_.world_rank) work += ReadInFloat(passage) + ReadBoth(passage);
+    if (item.rank == context_.world_rank) work += ReadInFloat(passage) + ReadRounded(passage);
   }
   return work * ((vocab_ + rows_ - 1) / rows_);
 }
@@ -148,7 +154,8 @@ class Head::Measurement {
     ReadFloatChain();
     ShareObservers(s_.calibration, s_.world);
     s_.calibration.Freeze(head_.Build(1, vocab_), s_.stored);
-    ReadBothChains();
+    s_.frozen();
+    ReadRoundedHead();
     return Result();
   }
 
@@ -230,15 +237,27 @@ class Head::Measurement {
         });
   }
 
-  void ReadBothChains() {
-    Tensor weight, rounded;
+  void ReadRoundedHead() {
+    Tensor weight, exact, rounded;
     const auto begin_slice = [&](int64_t first, const Tensor& rows) {
       weight = Operand(rows);
-      rounded = Operand(s_.calibration.RoundedRows(kHeadWeight, rows, first));
+      exact = s_.rounded.Slice(kHeadWeight, first, first + rows.GetShape()[0]);
+      rounded = Operand(exact);
     };
-    ForAll(ReadBoth, begin_slice, [&](const Item& item, int64_t first, int64_t rows, Worker& worker) {
+    ForAll(ReadRounded, begin_slice, [&](const Item& item, int64_t first, int64_t rows, Worker& worker) {
+      if (s_.PassageOf(item).exported) return Export(item, first, rows, worker, exact);
       Compare(item, first, rows, worker, weight, rounded);
     });
+  }
+
+  // The logits behind the verification sample's last token, as its file has to give them.
+  void Export(const Item& item, int64_t first, int64_t rows, Worker& worker, const Tensor& weight) {
+    const int64_t last = c_.SequenceOf(item).Last();
+    const Tensor normed = s_.store.Get(item.id, Chain::kQuant, key::kNormed).Slice(last, last + 1, 1);
+    const Tensor logits = Logits(PlanFor(worker, item, 1, rows, Reading::kRound), normed, weight);
+    if (exported_.Empty()) exported_ = Tensor::Uninitialized({DType::kF32, {1, 1, vocab_}});
+    std::memcpy(exported_.F32().data() + first, logits.F32().data(), rows * sizeof(float));
+    if (first + rows == vocab_) s_.store.Put(item.id, Chain::kQuant, key::kLogits, exported_);
   }
 
   // Float logits against those of the rounded head on float inputs, and of the chain that is rounded from the start.
@@ -364,25 +383,9 @@ class Head::Measurement {
   std::vector<ErrorsSoFar> alone_, accumulated_;
   std::vector<std::vector<ScatterPoint>> scatter_;
   std::vector<Tails> tails_;
+  Tensor exported_;
 };
 
 HeadResult Head::Run(const StageContext& stage) { return Measurement(*this, stage).Run(); }
-
-Tensor Head::RoundedLogits(const Tensor& normed) const {
-  const int64_t length = normed.GetShape()[1];
-  const Tensor logits = Tensor::Uninitialized({DType::kF32, {1, length, vocab_}});
-  ForVocabulary([&](int64_t first, const Tensor& stored) {
-    const int64_t rows = stored.GetShape()[0];
-    FakeQuantReading reading(context_.calibration);
-    Executor executor(Build(length, rows), &reading);
-    const auto weight = [&](const std::string&) {
-      return context_.calibration.RoundedRows(kHeadWeight, stored, first);
-    };
-    const Tensor part = executor.Run({{"last_hidden_state", normed}}, weight).at("logits");
-    for (int64_t row = 0; row < length; ++row)
-      std::memcpy(logits.F32().data() + row * vocab_ + first, part.F32().data() + row * rows, rows * sizeof(float));
-  });
-  return logits;
-}
 
 }  // namespace circlet::gemma4

@@ -16,13 +16,11 @@ class Head final : public OutputStage {
   Head(const Context& context, int64_t slice_bytes);
 
   std::vector<std::string> Reads() const override;
+  std::map<std::string, TensorType> Makes() const override;
   StageEstimate Estimate() const override;
   int64_t Work() const override;
-  // Observes the calibration samples' logits, freezes their grids, and measures.
+  // Observes the calibration samples' logits, freezes their grids, measures, and computes the verification sample's.
   HeadResult Run(const StageContext& stage) override;
-
-  // Fake-quantized logits [1,S,V] of the final norm's output.
-  Tensor RoundedLogits(const Tensor& normed) const;
 
  private:
   class Measurement;

@@ -152,7 +152,7 @@ WeightSource Gemma4Job::Stored() const {
 std::vector<PhaseSpec> Gemma4Job::Phases() {
   constexpr int64_t kShareOfLimit = 100;
   head_ = std::make_shared<Head>(context_, std::min(int64_t{64} << 20, settings_.options.memory_limit / kShareOfLimit));
-  text_units_.emplace(context_, text_tables_, *head_);
+  text_units_.emplace(context_, text_tables_);
   std::vector<PhaseSpec> phases;
   if (!context_.images.Empty()) AddVisionPhases(phases);
   const auto add = [&](Stage stage, std::vector<UnitSpec> units = {}) {
@@ -160,12 +160,9 @@ std::vector<PhaseSpec> Gemma4Job::Phases() {
         {.name = stage.name, .items = &context_.texts, .stage = std::move(stage), .units = std::move(units)});
   };
   add(text_stages_.Tables());
-  add(text_stages_.Embeddings());
-  if (config_.text.HasPle()) add(text_stages_.PerLayerInputs());
+  add(text_stages_.Embeddings(), text_units_->Embedding());
+  if (config_.text.HasPle()) add(text_stages_.PerLayerInputs(), text_units_->PerLayerInputs());
   // Behind all that goes into the layers: in this order the units stand in pipeline.json.
-  phases.back().units = text_units_->Embedding();
-  if (config_.text.HasPle())
-    for (UnitSpec& unit : text_units_->PerLayerInputs()) phases.back().units.push_back(std::move(unit));
   if (vision_units_) AddVisionUnits(phases.back());
   for (int i = 0; i < config_.text.NumLayers(); ++i) add(text_stages_.Layer(i), text_units_->Layer(i));
   add(text_stages_.Norm());

@@ -1,30 +1,15 @@
 #include "pipeline/gemma4/text_stages.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <set>
 
 #include "circlet/model/gemma4/vision.h"
-#include "circlet/quant/affine.h"
-#include "circlet/quant/mx.h"
+#include "ops/table.h"
 #include "pipeline/gemma4/keys.h"
 
 namespace circlet::gemma4 {
 namespace {
-
-// Rows of a table in the order of `ids`, as stored.
-Tensor RowsOf(const Tensor& table, std::span<const int64_t> ids) {
-  const int64_t row_bytes = table.Bytes() / table.GetShape()[0];
-  Tensor rows(TensorType{table.GetDType(), {static_cast<int64_t>(ids.size()), table.GetShape()[1]}});
-  for (size_t i = 0; i < ids.size(); ++i) {
-    if (ids[i] < 0 || ids[i] >= table.GetShape()[0])
-      Fail("token id {} at position {} is outside the table of {} rows; check the tokenizer", ids[i], i,
-           table.GetShape()[0]);
-    std::memcpy(rows.Raw() + static_cast<int64_t>(i) * row_bytes, table.Raw() + ids[i] * row_bytes, row_bytes);
-  }
-  return rows;
-}
 
 Tensor Iota(const Item& item, Chain, std::span<const Tensor>) {
   std::vector<int64_t> values(item.length);
@@ -54,17 +39,9 @@ Graph TextStages::TablesGraph(int64_t length) const {
   });
 }
 
-Tensor TextStages::TableRows(const std::string& name, const Item& item, bool rounded) const {
-  const Tensor table = context_.weights.Stored(name);
+Tensor TextStages::TableRows(const std::string& name, const Item& item, const RoundedWeights* rounded) const {
   const std::vector<int64_t>& ids = context_.SequenceOf(item).ids;
-  const PointParams* params = rounded ? context_.calibration.Params().Find(name) : nullptr;
-  if (params == nullptr || params->spec.kind == QuantKind::kNone) return ToF32(RowsOf(table, ids));
-  if (params->spec.kind == QuantKind::kMx) {
-    Tensor rows = ToF32(RowsOf(table, ids)).Clone();
-    MxFakeQuantize(rows, params->spec.mx);
-    return rows;
-  }
-  return FakeQuantizeRows(table, ids, params->qparams, context_.GetDialect().rounding);
+  return rounded != nullptr ? rounded->Rows(name, ids) : ToF32(RowsOf(context_.weights.Stored(name), ids));
 }
 
 Tensor TextStages::Merged(const Item& item, std::span<const Tensor> read) const {

@@ -28,7 +28,7 @@ class TextStages {
  private:
   Graph TablesGraph(int64_t length) const;
   // Rows of an embedding table for one item.
-  Tensor TableRows(const std::string& name, const Item& item, bool rounded) const;
+  Tensor TableRows(const std::string& name, const Item& item, const RoundedWeights* rounded) const;
   // Token embeddings, and the features of an item's pictures over their placeholders.
   Tensor Merged(const Item& item, std::span<const Tensor> read) const;
   // The first position that the layers from `layer` on take of an item: of a caption only the answer once none of them

@@ -25,11 +25,10 @@ Tensor Appended(const Tensor& past, const Tensor& newest) {
 
 }  // namespace
 
-TextUnits::TextUnits(const Context& context, TextTables& tables, Head& head)
+TextUnits::TextUnits(const Context& context, TextTables& tables)
     : context_(context),
       config_(context.config.text),
       tables_(tables),
-      head_(head),
       prefill_decode_(context.settings.export_options.prefill_decode),
       verify_(context.Verify()) {
   if (verify_ != nullptr) last_ = context.SequenceOf(*verify_).Last();
@@ -57,6 +56,7 @@ std::vector<UnitSpec> TextUnits::Embedding() const {
   // With points of its own the fusion stands between a token's embedding and the merged sequence, on another grid.
   const bool apart = context_.GetDialect().fusion_points && !context_.images.Empty();
   return {{.name = "token_embedding",
+           .written_first = true,
            .build =
                [this] {
                  return context_.Build(
@@ -71,6 +71,7 @@ std::vector<UnitSpec> TextUnits::Embedding() const {
 
 std::vector<UnitSpec> TextUnits::PerLayerInputs() const {
   std::vector<UnitSpec> units{{.name = "ple_embedding",
+                               .written_first = true,
                                .build =
                                    [this] {
                                      return context_.Build([&](const BlockBuilder& b) {
@@ -210,6 +211,7 @@ std::vector<UnitSpec> TextUnits::Layer(int index) const {
 UnitSpec TextUnits::LmHead() const {
   const int layers = config_.NumLayers();
   return {.name = "lm_head",
+          .written_first = true,
           .build =
               [this] {
                 return WithOutputs(context_.Build([&](const BlockBuilder& b) { BuildHead(b, config_, 1); }),
@@ -218,9 +220,7 @@ UnitSpec TextUnits::LmHead() const {
           .keys = {{"hidden", key::Hidden(layers)}, {"logits", key::kLogits}},
           .item = verify_,
           .inputs = {{"hidden", StoredAt(key::Hidden(layers), last_)}},
-          .outputs = {{"logits", {.reads = {{.key = key::kNormed}}, .make = [this](std::span<const Tensor> read) {
-                                    return head_.RoundedLogits(read[0].Slice(last_, last_ + 1, 1).Clone());
-                                  }}}}};
+          .outputs = {{"logits", Stored(key::kLogits)}}};
 }
 
 UnitSpec TextUnits::Model() const {

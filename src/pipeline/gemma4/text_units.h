@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "pipeline/gemma4/context.h"
-#include "pipeline/gemma4/head.h"
 #include "pipeline/gemma4/text_tables.h"
 
 namespace circlet::gemma4 {
@@ -13,7 +12,7 @@ namespace circlet::gemma4 {
 // Must outlive its units.
 class TextUnits {
  public:
-  TextUnits(const Context& context, TextTables& tables, Head& head);
+  TextUnits(const Context& context, TextTables& tables);
 
   std::vector<UnitSpec> Embedding() const;
   std::vector<UnitSpec> PerLayerInputs() const;  // of models that have them
@@ -33,7 +32,6 @@ class TextUnits {
   const Context& context_;
   const TextConfig& config_;
   TextTables& tables_;
-  Head& head_;
   const bool prefill_decode_;
   const Item* const verify_;  // may be null
   int64_t last_ = 0;          // its last real position

@@ -61,8 +61,9 @@ std::vector<Stage> VisionStages::All(std::map<int, Tensor> pixels) {
                      .make = [pixels = std::make_shared<std::map<int, Tensor>>(std::move(pixels))](
                                  const Item& image, Chain, auto) { return PixelValues(pixels->at(image.id)); }}};
   patches.outputs = {{"hidden", {key::VisionHidden(0)}, "vision.patch_embed"}};
-  patches.own = [this](const std::string& name, const Item& image, bool rounded) {
-    return name == VisionWeights::PositionEmbeddingsName() ? tables_.PositionEmbeddings(image, rounded) : Tensor();
+  patches.own = [this](const std::string& name, const Item& image, const RoundedWeights* rounded) {
+    return name == VisionWeights::PositionEmbeddingsName() ? tables_.PositionEmbeddings(image, rounded != nullptr)
+                                                           : Tensor();
   };
   add(std::move(patches));
 
