@@ -102,6 +102,22 @@ TEST(CircleWriterTest, OptionsOfEveryOperatorComeBack) {
   }
 }
 
+TEST(CircleWriterTest, AnOptionIsHeldToTheRangeOfItsField) {
+  struct Range {
+    FieldKind kind;
+    int64_t least, most;
+  };
+  for (const auto& [kind, least, most] : {Range{FieldKind::kBool, 0, 1},
+                                          {FieldKind::kInt8, -128, 127},
+                                          {FieldKind::kInt32, INT32_MIN, INT32_MAX},
+                                          {FieldKind::kUint32, 0, UINT32_MAX}}) {
+    const FieldSchema field{0, "field", kind};
+    for (const int64_t inside : {least, most}) EXPECT_TRUE(Fits({"field", inside}, field)) << inside;
+    for (const int64_t outside : {least - 1, most + 1}) EXPECT_FALSE(Fits({"field", outside}, field)) << outside;
+    EXPECT_FALSE(Fits({"field", 0.5}, field));
+  }
+}
+
 TEST(CircleWriterTest, OptionsLeftOutAreReadAsTheSchemasDefaults) {
   Model model = SmallModel();
   model.operators[0].options.clear();

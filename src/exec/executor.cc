@@ -68,13 +68,9 @@ struct Executor::Plan {
   Compute compute = Compute::kFloat32;
   struct Reader {
     const Node* node;  // null: the graph's output
-    size_t operand;
-    template <typename T>
-    bool Is(size_t place) const {
-      return node != nullptr && std::holds_alternative<T>(node->op.kind) && operand == place;
-    }
-    bool LinearWeight() const { return Is<FullyConnected>(1); }
-    bool Table() const { return Is<Gather>(0); }
+    int operand;
+    bool LinearWeight() const { return node != nullptr && node->op.WeightInput() == operand; }
+    bool Table() const { return node != nullptr && node->op.TableInput() == operand; }
   };
   std::vector<std::vector<Reader>> readers;  // by value, of inputs, parameters and constants: who looks at the bytes
   std::vector<const QParams*> grids;         // by value
@@ -99,7 +95,7 @@ struct Executor::Plan {
 
   void FindReaders() {
     readers.resize(graph.Values().size());
-    const auto note = [&](ValueId id, const Node* node, size_t operand) {
+    const auto note = [&](ValueId id, const Node* node, int operand) {
       const ValueId root = memory.homes[id].root;
       if (root < 0) return;
       // What reads another shape of it cannot tell which row has which grid.
@@ -108,8 +104,8 @@ struct Executor::Plan {
     for (size_t i = 0; i < graph.Nodes().size(); ++i) {
       const Node& node = graph.Nodes()[i];
       if (!memory.needed[i]) continue;
-      if (std::holds_alternative<QuantPoint>(node.op.kind) && visitors[i][0] == nullptr) continue;
-      for (size_t k = 0; k < node.in.size(); ++k) note(node.in[k], &node, k);
+      if (node.op.IsPoint() && visitors[i][0] == nullptr) continue;
+      for (size_t k = 0; k < node.in.size(); ++k) note(node.in[k], &node, static_cast<int>(k));
     }
     for (const Graph::Output& output : graph.Outputs()) note(output.value, nullptr, 0);
   }
@@ -259,7 +255,7 @@ std::map<std::string, Tensor> Executor::RunInPlace(const std::map<std::string, T
     const Node& node = plan.graph.Nodes()[i];
     const Plan::Operands& operands = plan.operands[i];
     try {
-      if (std::holds_alternative<QuantPoint>(node.op.kind)) {
+      if (node.op.IsPoint()) {
         if (operands.out[0].Raw() != operands.in[0].Raw())
           std::memcpy(operands.out[0].Raw(), operands.in[0].Raw(), static_cast<size_t>(operands.in[0].Bytes()));
         if (plan.visitors[i][0] != nullptr) VisitAll(*plan.visitors[i][0], operands.out[0]);

@@ -60,7 +60,7 @@ MemoryPlan PlanMemory(const Graph& graph, const std::vector<PointUseOfNode>& poi
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {
     if (!plan.needed[i]) continue;
     const Node& node = graph.Nodes()[i];
-    const bool renames = node.op.IsView() || (std::holds_alternative<QuantPoint>(node.op.kind) && !points[i].writes);
+    const bool renames = node.op.IsView() || (node.op.IsPoint() && !points[i].writes);
     for (const ValueId id : node.in) last_reader[same[id]] = static_cast<int>(i);
     if (renames) same[node.out[0]] = same[node.in[0]];
     // A result that nobody reads still needs a place while it is written.
@@ -90,7 +90,7 @@ MemoryPlan PlanMemory(const Graph& graph, const std::vector<PointUseOfNode>& poi
         plan.homes[id] = plan.homes[same[id]];
         continue;
       }
-      const bool may_overwrite = node.op.InPlace() || std::holds_alternative<QuantPoint>(node.op.kind);
+      const bool may_overwrite = node.op.InPlace() || node.op.IsPoint();
       const ValueId first = node.in.empty() ? -1 : node.in[0];
       const bool overwrites =
           may_overwrite && plan.homes[first].place == MemoryPlan::Place::kArena &&

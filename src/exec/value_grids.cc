@@ -10,7 +10,7 @@ std::vector<const QParams*> GridsOfValues(const Graph& graph, const std::vector<
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {
     const Node& node = graph.Nodes()[i];
     const QParams* grid = nullptr;
-    if (node.op.KeepsValues() || node.op.IsView() || std::holds_alternative<QuantPoint>(node.op.kind)) {
+    if (node.op.KeepsValues() || node.op.IsView() || node.op.IsPoint()) {
       grid = grids[node.in[0]];
       const auto shared = [&](ValueId id) { return grid != nullptr && grids[id] != nullptr && *grids[id] == *grid; };
       if (!std::ranges::all_of(node.in, shared)) grid = nullptr;

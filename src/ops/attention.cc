@@ -22,6 +22,11 @@ std::vector<TensorType> Attention::Infer(Types in) const {
   return {{DType::kF32, {1, q[2], q[1] * q[3]}}};
 }
 
+// Of both products, whatever the mask keeps out.
+double Attention::Flops(Types in) const {
+  return 4.0 * static_cast<double>(in[0].shape.Elements()) * static_cast<double>(in[1].shape[2]);
+}
+
 namespace {
 
 // What both forms of the expansion are written with.

@@ -13,7 +13,7 @@
 #include "ops/internal.h"
 #include "ops/simd.h"
 #include "ops/tally.h"
-#include "ops/thread_floats.h"
+#include "ops/thread_scratch.h"
 
 namespace circlet {
 namespace {
@@ -80,7 +80,7 @@ class AttentionRun {
                       simd::kSoftmaxLanes),  // not a power of two: rows must not share cache sets
         k_floats_(gemm::PackedFloats(scores_.Depth(), sizes_.keys)),
         v_floats_(gemm::PackedFloats(out_.Depth(), sizes_.head_size)),
-        packed_(ThreadFloats<AttentionRun>(sizes_.kv_heads * (k_floats_ + v_floats_))),
+        packed_(ThreadScratch<float, AttentionRun>(sizes_.kv_heads * (k_floats_ + v_floats_))),
         row_keys_(static_cast<size_t>(sizes_.queries)),
         score_columns_(scores_, sizes_.kv_heads * sizes_.keys),
         out_columns_(out_, sizes_.head_size),
@@ -107,7 +107,7 @@ class AttentionRun {
     const int64_t blocks = (sizes_.queries + kBlockRows - 1) / kBlockRows;
     ParallelFor(blocks * sizes_.heads, 1, [&](int64_t begin, int64_t end) {
       float* const scratch =
-          ThreadFloats<struct BlockScratch>(kBlockRows * (2 * score_stride_ + 2 * sizes_.head_size + 16));
+          ThreadScratch<float, struct BlockScratch>(kBlockRows * (2 * score_stride_ + 2 * sizes_.head_size + 16));
       // The last blocks first: under a causal mask they are the longest, and threads should end together.
       for (int64_t task = begin; task < end; ++task)
         RunBlock(task % sizes_.heads, (blocks - 1 - task / sizes_.heads) * kBlockRows, scratch);

@@ -8,7 +8,7 @@
 #include "ops/internal.h"
 #include "ops/onednn_product.h"
 #include "ops/simd.h"
-#include "ops/thread_floats.h"
+#include "ops/thread_scratch.h"
 
 namespace circlet::gemm {
 namespace {
@@ -37,7 +37,7 @@ void LinearByPanels(const float* x, const float* w, const float* bias, int64_t m
   const int64_t columns = 4 * PanelColumns();
   constexpr int64_t kRows = 192;  // 512 steps of so many rows of x stay in the second-level cache
   ParallelFor((n + columns - 1) / columns, 1, [&](int64_t begin, int64_t end) {
-    float* const packed = ThreadFloats<struct PackedWeight>(PackedFloats(k, columns));
+    float* const packed = ThreadScratch<float, struct PackedWeight>(PackedFloats(k, columns));
     for (int64_t first = begin * columns; first < std::min(n, end * columns); first += columns) {
       const Panels panels{packed, k, std::min(columns, n - first)};
       const int64_t count = PanelCount(panels.n);

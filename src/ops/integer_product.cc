@@ -10,15 +10,13 @@
 #include "ops/internal.h"
 #include "ops/onednn_product.h"
 #include "ops/simd.h"
-#include "ops/thread_floats.h"
+#include "ops/thread_scratch.h"
 
 namespace circlet {
 namespace {
 
 // So many products of two bytes, offsets included, stay below 2^31.
 constexpr int64_t kMostTerms = 1 << 15;
-
-int64_t Floats(int64_t bytes) { return (bytes + 3) / 4; }
 
 bool IsBytes(const QParams& grid) { return IsInteger(grid.dtype) && BitWidth(grid.dtype) <= 8; }
 
@@ -30,8 +28,8 @@ class CodedRows {
         count_(rows),
         zero_point_(UnsignedZeroPoint(grid)),
         scale_(grid.scale[0]) {
-    uint8_t* const codes = reinterpret_cast<uint8_t*>(ThreadFloats<struct RowCodes>(Floats(digits_ * rows * k)));
-    double* const sums = reinterpret_cast<double*>(ThreadFloats<struct RowSums>(2 * rows));
+    uint8_t* const codes = ThreadScratch<uint8_t, struct RowCodes>(digits_ * rows * k);
+    double* const sums = ThreadScratch<double, struct RowSums>(rows);
     ParallelFor(rows, RowGrain(k), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const float* const from = x + row * k;
@@ -71,11 +69,11 @@ struct CodedColumns {
     const int32_t shift = w.GetDType() == DType::kU8 ? 128 : 0;
     codes = reinterpret_cast<const int8_t*>(w.Raw()) + first * k;
     if (w.GetDType() != DType::kI8) {
-      auto* const bytes = reinterpret_cast<int8_t*>(ThreadFloats<struct ColumnCodes>(Floats(count * k)));
+      int8_t* const bytes = ThreadScratch<int8_t, struct ColumnCodes>(count * k);
       SignedCodes(w, first * k, {bytes, static_cast<size_t>(count * k)});
       codes = bytes;
     }
-    auto* const numbers = reinterpret_cast<double*>(ThreadFloats<struct ColumnNumbers>(8 * count));
+    double* const numbers = ThreadScratch<double, struct ColumnNumbers>(4 * count);
     double *const offset = numbers, *const zero_point = offset + count, *const scale = zero_point + count,
                  *const biases = scale + count;
     ParallelFor(count, RowGrain(k), [&](int64_t begin, int64_t end) {
@@ -100,8 +98,8 @@ struct CodedMatrix {
 
   CodedMatrix(const float* b, const QParams& grid, bool transposed, int64_t n, int64_t k, const CodedRows& a) {
     const int64_t rows = transposed ? n : k, width = transposed ? k : n;
-    auto* const bytes = reinterpret_cast<int8_t*>(ThreadFloats<struct MatrixCodes>(Floats(rows * width)));
-    auto* const numbers = reinterpret_cast<double*>(ThreadFloats<struct MatrixNumbers>(2 * (4 * n + rows)));
+    int8_t* const bytes = ThreadScratch<int8_t, struct MatrixCodes>(rows * width);
+    double* const numbers = ThreadScratch<double, struct MatrixNumbers>(4 * n + rows);
     double *const offset = numbers, *const zero_points = offset + n, *const scales = zero_points + n,
                  *const biases = scales + n, *const row_sums = biases + n;
     const int32_t zero_point = UnsignedZeroPoint(grid) - 128;
@@ -132,8 +130,8 @@ struct CodedMatrix {
 void Multiply(const CodedRows& x, const CodedColumns& w, int64_t count, int64_t k, float* y, int64_t stride) {
   const bool in_place = x.Digits() == 1;
   const int64_t rows = x.Count(), sum_stride = in_place ? stride : count;
-  auto* const sums =
-      reinterpret_cast<int32_t*>(in_place ? y : ThreadFloats<struct DigitSums>(x.Digits() * rows * count));
+  int32_t* const sums =
+      in_place ? reinterpret_cast<int32_t*>(y) : ThreadScratch<int32_t, struct DigitSums>(x.Digits() * rows * count);
   const gemm::ProductShape shape{
       .m = x.Digits() * rows, .n = count, .k = k, .operand = gemm::Operand::kBytes, .y_stride = sum_stride};
   gemm::ProductOf(shape).Run(x.Codes(), w.codes, nullptr, sums);

@@ -52,6 +52,10 @@ std::vector<TensorType> FullyConnected::Infer(Types in) const {
   return {out};
 }
 
+double FullyConnected::Flops(Types in) const {
+  return 2.0 * static_cast<double>(in[0].shape.Elements()) * static_cast<double>(in[1].shape[0]);
+}
+
 void FullyConnected::Eval(const EvalContext& context) const {
   const Shape& w = context.in[1].GetShape();
   const Shape& y = context.out[0].GetShape();
@@ -161,6 +165,11 @@ std::vector<TensorType> BatchMatMul::Infer(Types in) const {
   sizes.push_back(a[-2]);
   sizes.push_back(b[transpose_b ? -2 : -1]);
   return {{DType::kF32, Shape(std::move(sizes))}};
+}
+
+double BatchMatMul::Flops(Types in) const {
+  const auto outputs = static_cast<double>(Infer(in)[0].shape.Elements());
+  return 2.0 * outputs * static_cast<double>(in[0].shape[-1]);
 }
 
 void BatchMatMul::Eval(const EvalContext& context) const {

@@ -42,6 +42,34 @@ bool Op::Clamps() const {
   });
 }
 
+bool Op::IsPoint() const {
+  return OfKind(kind, [](const auto& op) {
+    if constexpr (requires { op.kIsPoint; }) return op.kIsPoint;
+    return false;
+  });
+}
+
+int Op::WeightInput() const {
+  return OfKind(kind, [](const auto& op) {
+    if constexpr (requires { op.kWeightInput; }) return op.kWeightInput;
+    return -1;
+  });
+}
+
+int Op::TableInput() const {
+  return OfKind(kind, [](const auto& op) {
+    if constexpr (requires { op.kTableInput; }) return op.kTableInput;
+    return -1;
+  });
+}
+
+double Op::Flops(Types in) const {
+  return OfKind(kind, [&](const auto& op) {
+    if constexpr (requires { op.Flops(in); }) return op.Flops(in);
+    return 0.0;
+  });
+}
+
 int Op::GridInput() const {
   return OfKind(kind, [](const auto& op) {
     if constexpr (requires { op.kGridInput; }) return op.kGridInput;

@@ -4,7 +4,7 @@
 #include "circlet/ops/ops.h"
 #include "ops/internal.h"
 #include "ops/simd.h"
-#include "ops/thread_floats.h"
+#include "ops/thread_scratch.h"
 
 namespace circlet {
 namespace {
@@ -21,7 +21,7 @@ void RotateHeads(const EvalContext& context, int parts, int64_t block) {
   const Shape& shape = context.in[0].GetShape();
   const int64_t positions = shape[1], heads = shape[2], head_size = shape[3], half = head_size / parts / 2;
   ParallelFor(positions, 8 * block, [&](int64_t begin, int64_t end) {
-    float* const cat = ThreadFloats<Rope>(2 * block * heads * head_size);  // [rows, head_size]
+    float* const cat = ThreadScratch<float, Rope>(2 * block * heads * head_size);  // [rows, head_size]
     float* const product_sin = cat + block * heads * head_size;
     for (int64_t position = begin; position < end; position += block) {
       const int64_t count = std::min(block, end - position), row_floats = heads * head_size;
@@ -80,7 +80,7 @@ void Rope::Eval(const EvalContext& context) const {
     return RotateHeads(context, parts, block);
   ParallelFor(positions, 8 * block, [&](int64_t begin, int64_t end) {
     const size_t floats = static_cast<size_t>(std::max<int64_t>(1, block * heads * width));
-    float* x1 = ThreadFloats<Rope>(static_cast<int64_t>(5 * floats));  // [rows, half]
+    float* x1 = ThreadScratch<float, Rope>(static_cast<int64_t>(5 * floats));  // [rows, half]
     float* x2 = x1 + floats;    // [rows, half]
     float* cat = x2 + floats;   // [rows, width]
     float* product_cos = cat + floats;

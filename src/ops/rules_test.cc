@@ -80,6 +80,10 @@ TEST(ShapeRuleTest, EachRefusalNamesOperatorShapesAndRule) {
        {F32({1, 4, 5, 8}), F32({1, 2, 7, 8}), F32({1, 2, 6, 8}), F32({1, 5, 7})},
        "float32[1,2,6,8]",
        "k and v [1,KV,T,h]"},
+      {Attention{},
+       {F32({1, 4, 5, 8}), F32({1, 2, 7, 6}), F32({1, 2, 7, 6}), F32({1, 5, 7})},
+       "float32[1,4,5,8], float32[1,2,7,6]",
+       "k and v [1,KV,T,h]"},
       {QuantPoint{}, {I64({3})}, "point: inputs are (int64[3])", "must be float32"},
   };
   for (const Refused& c : cases)
@@ -246,6 +250,24 @@ TEST(OpTest, TraitsComeFromTheOperators) {
   EXPECT_FALSE(Op(RmsNorm{}).InPlace());
   EXPECT_TRUE(Op(Attention{}).Fused());
   EXPECT_FALSE(Op(Softmax{}).Fused());
+  EXPECT_TRUE(Op(QuantPoint{}).IsPoint());
+  EXPECT_FALSE(Op(Requantize{}).IsPoint());
+  EXPECT_EQ(Op(FullyConnected{}).WeightInput(), 1);
+  EXPECT_EQ(Op(FullyConnected{}).TableInput(), -1);
+  EXPECT_EQ(Op(Gather{}).TableInput(), 0);
+  EXPECT_EQ(Op(BatchMatMul{}).WeightInput(), -1);
+}
+
+// A product of [M,K] and [K,N] takes 2 M N K, whichever operator it stands in.
+TEST(OpTest, FlopsAreThoseOfTheProducts) {
+  const std::vector<TensorType> linear{F32({1, 5, 8}), F32({6, 8}), F32({6})};
+  EXPECT_EQ(Op(FullyConnected{}).Flops(linear), 2 * 5 * 6 * 8);
+  const std::vector<TensorType> matrices{F32({3, 5, 8}), F32({1, 8, 7})}, transposed{F32({3, 5, 8}), F32({1, 7, 8})};
+  EXPECT_EQ(Op(BatchMatMul{}).Flops(matrices), 3 * 2 * 5 * 7 * 8);
+  EXPECT_EQ(Op(BatchMatMul{.transpose_b = true}).Flops(transposed), 3 * 2 * 5 * 7 * 8);
+  const std::vector<TensorType> heads{F32({1, 4, 5, 8}), F32({1, 2, 7, 8}), F32({1, 2, 7, 8}), F32({1, 5, 7})};
+  EXPECT_EQ(Op(Attention{}).Flops(heads), 4 * 2 * (2 * 5 * 7 * 8));
+  EXPECT_EQ(Op(Softmax{}).Flops(linear), 0);
 }
 
 }  // namespace

@@ -33,12 +33,9 @@ int64_t WorkingBytes(const Graph& graph) {
 double ProductFlops(const Graph& graph) {
   double flops = 0;
   for (const Node& node : graph.Nodes()) {
-    const auto shape = [&](int input) -> const Shape& { return graph.TypeOf(node.in[input]).shape; };
-    if (std::holds_alternative<FullyConnected>(node.op.kind)) {
-      flops += 2.0 * static_cast<double>(shape(0).Elements()) * static_cast<double>(shape(1)[0]);
-    } else if (std::holds_alternative<Attention>(node.op.kind)) {
-      flops += 4.0 * static_cast<double>(shape(0).Elements()) * static_cast<double>(shape(1)[2]);
-    }
+    std::vector<TensorType> in;
+    for (const ValueId id : node.in) in.push_back(graph.TypeOf(id));
+    flops += node.op.Flops(in);
   }
   return flops;
 }

@@ -20,7 +20,8 @@ constexpr char kTable[] = "table.weight";
 Graph Lookup() {
   Graph graph;
   const ValueId ids = graph.AddInput("ids", {DType::kI64, {1, 2}});
-  const ValueId weight = graph.AddWeight(kTable, {kRows, kWidth}, {.name = kTable, .role = PointRole::kWeight}, 0);
+  const ValueId weight = graph.AddWeight(
+      kTable, {kRows, kWidth}, {.name = kTable, .role = PointRole::kWeight, .kind = WeightKind::kEmbedding}, 0);
   graph.AddOutput("rows", graph.AddPoint({.name = "table.act_out"}, graph.Add(Gather{}, {weight, ids}).front()));
   return graph;
 }

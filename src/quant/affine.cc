@@ -199,16 +199,8 @@ WeightRange RangeOfWeight(const Tensor& weight, int axis) {
 }
 
 void RequireWeightType(DType dtype) {
-  switch (dtype) {
-    case DType::kI4:
-    case DType::kU4:
-    case DType::kI8:
-    case DType::kU8:
-    case DType::kI16:
-      return;
-    default:
-      Fail("weights cannot be stored as {}; choose int4, uint4, int8, uint8 or int16", Name(dtype));
-  }
+  if (std::ranges::find(kGridTypes, dtype) == kGridTypes.end())
+    Fail("weights cannot be stored as {}; choose {}", Name(dtype), kGridTypeNames);
 }
 
 QuantizedWeight QuantizeWeight(const Tensor& weight, const QParams& qparams, Rounding rounding) {

@@ -156,6 +156,14 @@ TEST(MxTest, ZeroBlocksStayZeroAndTinyOnesStopAtTheSmallestExponent) {
   EXPECT_EQ(tiny.F32()[0], 0.0f);  // below half a step of 2^-127 / 64
 }
 
+TEST(MxTest, TheLargestExponentIsStillOne) {
+  const float large = std::ldexp(1.5f, 127);
+  Tensor values = Tensor::Of<float>({2}, std::vector<float>{large, -large});
+  MxFakeQuantize(values, {.format = MxFormat::kInt8});
+  EXPECT_EQ(values.F32()[0], large);
+  EXPECT_EQ(values.F32()[1], -large);
+}
+
 TEST(MxTest, ABlockWithANaNOrAnInfinityIsAllNaN) {
   for (const float bad : {std::nanf(""), std::numeric_limits<float>::infinity()}) {
     Tensor values({DType::kF32, {64}});

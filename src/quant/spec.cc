@@ -3,6 +3,7 @@
 #include <array>
 #include <nlohmann/json.hpp>
 
+#include "circlet/quant/affine.h"
 #include "circlet/base/error.h"
 #include "circlet/io/json.h"
 
@@ -18,9 +19,9 @@ constexpr std::array<std::string_view, 3> kObservers{"minmax", "ema", "percentil
 bool IsSigned(DType dtype) { return CodesOf(dtype).min < 0; }
 
 DType GridTypeFromName(const std::string& name, std::string_view where) {
-  for (const DType dtype : {DType::kI4, DType::kU4, DType::kI8, DType::kU8, DType::kI16})
+  for (const DType dtype : kGridTypes)
     if (Name(dtype) == name) return dtype;
-  Fail("{}: \"{}\" is no grid type; choose int4, uint4, int8, uint8 or int16", where, name);
+  Fail("{}: \"{}\" is no grid type; choose {}", where, name, kGridTypeNames);
 }
 
 // A bare number counts bits of an unsigned grid (quantization.md 4.1).

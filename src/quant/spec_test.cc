@@ -168,6 +168,8 @@ TEST(ResolveSpecTest, ContradictionsNameThePoint) {
               HasSubstr("m.act_in: neither its override nor its role names a dtype"));
   EXPECT_THAT(error("m.act_in", {.scheme = Scheme{true, true}, .axis = 2}, WrapperDefault::kNone, kI16),
               HasSubstr("m.act_in: a grid per channel (axis 2) is for weights; use per_tensor_symm"));
+  EXPECT_THAT(error("m.act_in", {.scheme = Scheme{true, true}, .axis = 0}, WrapperDefault::kNone, kI16),
+              HasSubstr("m.act_in: a grid per channel (axis 0) is for weights; use per_tensor_symm"));
   EXPECT_THAT(error("m.weight", {.dtype = DType::kU8, .axis = 1}, WrapperDefault::kPerRow, kI16),
               HasSubstr("m.weight: weights have a grid for each index of axis 0, not 1; set channel_axis 0"));
   const ObserverSpec percentile{.kind = ObserverSpec::Kind::kPercentile};

@@ -5,6 +5,7 @@
 
 #include "circlet/base/error.h"
 #include "circlet/model/gemma4/vision.h"
+#include "model/gemma4/presets.h"
 #include "model/gemma4/vision_profile.h"
 
 namespace circlet {
@@ -23,7 +24,7 @@ TextConfig MakeText(const TextSizes& sizes) {
   text.num_heads = sizes.heads;
   text.ple_dim = sizes.ple_dim;
   text.ple_vocab_size = sizes.ple_dim > 0 ? sizes.vocab : 0;
-  text.max_positions = 131072;
+  text.max_positions = E2b::kMaxPositions;
   text.rms_norm_eps = kEps;
   const LayerConfig sliding{.full = false,
                             .head_dim = sizes.head_dim,
@@ -59,7 +60,9 @@ Gemma4Config MakeConfig(const TextSizes& text, const VisionConfig& vision) {
 
 constexpr TextSizes kTinyText{256, 64, 2, 2, 32, 32, 128, 4, 0};
 // The vocabulary is short: its size changes no figure but the table's own bytes.
-constexpr TextSizes kE2bText{8192, 1536, 8, 1, 256, 512, 6144, 512, 256};
+constexpr TextSizes kE2bText{8192,          E2b::kHidden,        E2b::kHeads,        E2b::kKvHeads,
+                             E2b::kHeadDim, E2b::kGlobalHeadDim, E2b::kIntermediate, E2b::kWindow,
+                             E2b::kPleDim};
 
 VisionConfig TinyVision() {
   return {.hidden_size = 32,
@@ -76,13 +79,13 @@ VisionConfig TinyVision() {
 }
 
 VisionConfig E2bVision() {
-  return {.hidden_size = 768,
-          .intermediate_size = 3072,
+  return {.hidden_size = E2b::kVisionHidden,
+          .intermediate_size = E2b::kVisionIntermediate,
           .num_layers = 1,
-          .num_heads = 12,
-          .kv_heads = 12,
-          .head_dim = 64,
-          .position_embedding_size = 10240,
+          .num_heads = E2b::kVisionHeads,
+          .kv_heads = E2b::kVisionHeads,
+          .head_dim = E2b::kVisionHeadDim,
+          .position_embedding_size = E2b::kVisionPositions,
           .use_clipped_linears = true,
           .standardize = false,
           .rms_norm_eps = kEps,

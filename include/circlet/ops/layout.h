@@ -115,6 +115,7 @@ struct Gather {
   static constexpr std::string_view kName = "gather";
   static constexpr int32_t kCircleCode = 36;
   static constexpr bool kKeepsValues = true;
+  static constexpr int kTableInput = 0;
 
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;

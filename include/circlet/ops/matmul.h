@@ -11,9 +11,11 @@ namespace circlet {
 struct FullyConnected {
   static constexpr std::string_view kName = "fully_connected";
   static constexpr int32_t kCircleCode = 9;
+  static constexpr int kWeightInput = 1;
 
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;
+  double Flops(Types in) const;
   CircleOp Emit(Types in, Types out) const;
   static Parsed<FullyConnected> Parse(const CircleNode& node);
   bool operator==(const FullyConnected&) const = default;
@@ -29,6 +31,7 @@ struct BatchMatMul {
 
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;
+  double Flops(Types in) const;
   CircleOp Emit(Types in, Types out) const;
   static Parsed<BatchMatMul> Parse(const CircleNode& node);
   bool operator==(const BatchMatMul&) const = default;

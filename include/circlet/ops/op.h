@@ -12,9 +12,17 @@
 // or, when it is a fused kernel,
 //   std::vector<ValueId> Expand(GraphSink&, std::span<const ValueId> in, std::span<const Point> points) const
 //                                                     the primitive graph with the same points
-// Optional traits: kView (output shares input 0's bytes), kInPlace (output may overwrite input 0),
-// kKeepsValues (moves values without arithmetic: an output keeps its input's grid), kGridInput (which input of its Circle
-// form that is, where it is not the first), kClamps (holds input 0 against a bound, input 1), kOutputPoints (which of the node's points act on the output, nothing but moves behind them; the last first).
+// Optional traits:
+//   kView            the output shares input 0's bytes
+//   kInPlace         the output may overwrite input 0
+//   kKeepsValues     moves values without arithmetic: an output keeps its input's grid
+//   kGridInput       which input of its Circle form that is, where it is not the first
+//   kClamps          holds input 0 against a bound, input 1
+//   kIsPoint         computes nothing: its point is what it is there for
+//   kOutputPoints    which of the node's points act on the output, nothing but moves behind them; the last first
+//   kWeightInput     a linear's weight: taken as bf16 too, and as codes that are multiplied with those of input 0
+//   kTableInput      rows of it are looked up: taken as codes too
+//   double Flops(Types in) const   of its products, for estimates
 
 #include <cstdint>
 #include <functional>

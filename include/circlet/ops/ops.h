@@ -50,9 +50,14 @@ struct Op {
   bool InPlace() const;
   bool KeepsValues() const;
   bool Clamps() const;
+  bool IsPoint() const;
   int GridInput() const;
+  // Index of that input; -1: it has none.
+  int WeightInput() const;
+  int TableInput() const;
   bool Fused() const;
   std::span<const int> OutputPoints() const;
+  double Flops(Types in) const;
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;
   bool operator==(const Op&) const = default;

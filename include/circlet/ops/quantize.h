@@ -9,6 +9,7 @@ namespace circlet {
 // A quantization point: the identity, at which a reading may act. The point itself is on the node.
 struct QuantPoint {
   static constexpr std::string_view kName = "point";
+  static constexpr bool kIsPoint = true;
   static constexpr std::array kOutputPoints{0};
 
   std::vector<TensorType> Infer(Types in) const;

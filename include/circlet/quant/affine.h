@@ -2,6 +2,7 @@
 
 // Integer grids: from observed ranges to scales and zero points, and from floats to codes and back (quantization.md 2).
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -36,7 +37,10 @@ struct WeightRange {
 };
 WeightRange RangeOfWeight(const Tensor& weight, int axis);
 
-// Element types that weights can be stored in: int4, uint4, int8, uint8, int16. Throws Error for another integer type.
+// The types of codes, of weights and activations alike.
+inline constexpr std::array kGridTypes{DType::kI4, DType::kU4, DType::kI8, DType::kU8, DType::kI16};
+inline constexpr char kGridTypeNames[] = "int4, uint4, int8, uint8 or int16";
+// Throws Error unless weights can be stored in `dtype`, one of those.
 void RequireWeightType(DType dtype);
 
 struct QuantizedWeight {

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -88,6 +89,7 @@ TEST(MakeCheckpointTest, TokenizerEncodesEveryTextAndKnowsTheControlTokens) {
   EXPECT_EQ(tokenizer.RequireId("<|video|>"), config.video_token_id);
   EXPECT_EQ(tokenizer.RequireId("<audio|>"), config.eoa_token_id);
   EXPECT_EQ(tokenizer.IdLimit(), config.text.vocab_size);
+  EXPECT_EQ(tokenizer.RequireId("<0xFF>"), tokenizer.RequireId("<0x00>") + 255);
   EXPECT_THAT(config.eos_token_ids,
               ElementsAre(1, tokenizer.RequireId("<turn|>"), tokenizer.RequireId("<|tool_response>")));
 }
@@ -246,6 +248,14 @@ TEST(RandomTensorTest, ValuesAreRoundedToNearest) {
   double sum = 0;
   for (const float value : Draw({"a_norm.weight", {200000}, WeightKind::kNorm})) sum += value;
   EXPECT_NEAR(sum / 200000, 1.0, 0.0015);
+}
+
+// Draw i of 2^16 is the quantile (i + 1/2) / 2^16, so that the ends are +-4.326 spreads and not without bound.
+TEST(RandomTensorTest, TheLargestDrawsAreTheQuantilesAtTheEnds) {
+  const std::vector<float> values = Draw({"position_embedding_table", {2, 1024, 512}, WeightKind::kPositionTable});
+  const auto [least, largest] = std::ranges::minmax(values);
+  EXPECT_NEAR(largest / 0.25, 4.326, 0.02);
+  EXPECT_NEAR(least / 0.25, -4.326, 0.02);
 }
 
 TEST(RandomTensorTest, NamesAndSeedsGiveDifferentNumbers) {

@@ -30,7 +30,10 @@ struct Preset {
   bool audio;
 };
 
-constexpr VisionSizes ReleasedVision(int layers) { return {768, 3072, layers, 12, 64, 10240}; }
+constexpr VisionSizes ReleasedVision(int layers) {
+  return {E2b::kVisionHidden, E2b::kVisionIntermediate, layers,
+          E2b::kVisionHeads,  E2b::kVisionHeadDim,      E2b::kVisionPositions};
+}
 
 // model.md 2.4 for e2b and e4b; the two others keep every structural feature of E2B.
 // clang-format off
@@ -40,12 +43,14 @@ constexpr Preset kPresets[] = {
      .vocab = 320, .window = 16, .max_positions = 2048,
      .vision = {32, 64, 2, 2, 16, 256}, .max_soft_tokens = 70, .audio = false},
     {.name = "e2b-short", .layers = "SSFSF", .kv_shared = 2, .double_wide = true,
-     .hidden = 1536, .intermediate = 6144, .heads = 8, .kv_heads = 1, .head_dim = 256, .global_head_dim = 512,
-     .ple_dim = 256, .vocab = 8192, .window = 512, .max_positions = 131072,
+     .hidden = E2b::kHidden, .intermediate = E2b::kIntermediate, .heads = E2b::kHeads, .kv_heads = E2b::kKvHeads,
+     .head_dim = E2b::kHeadDim, .global_head_dim = E2b::kGlobalHeadDim,
+     .ple_dim = E2b::kPleDim, .vocab = 8192, .window = E2b::kWindow, .max_positions = E2b::kMaxPositions,
      .vision = ReleasedVision(2), .max_soft_tokens = 280, .audio = false},
     {.name = "e2b", .layers = "SSSSFSSSSFSSSSFSSSSFSSSSFSSSSFSSSSF", .kv_shared = 20, .double_wide = true,
-     .hidden = 1536, .intermediate = 6144, .heads = 8, .kv_heads = 1, .head_dim = 256, .global_head_dim = 512,
-     .ple_dim = 256, .vocab = 262144, .window = 512, .max_positions = 131072,
+     .hidden = E2b::kHidden, .intermediate = E2b::kIntermediate, .heads = E2b::kHeads, .kv_heads = E2b::kKvHeads,
+     .head_dim = E2b::kHeadDim, .global_head_dim = E2b::kGlobalHeadDim,
+     .ple_dim = E2b::kPleDim, .vocab = 262144, .window = E2b::kWindow, .max_positions = E2b::kMaxPositions,
      .vision = ReleasedVision(16), .max_soft_tokens = 280, .audio = true},
     {.name = "e4b", .layers = "SSSSSFSSSSSFSSSSSFSSSSSFSSSSSFSSSSSFSSSSSF", .kv_shared = 18, .double_wide = false,
      .hidden = 2560, .intermediate = 10240, .heads = 8, .kv_heads = 2, .head_dim = 256, .global_head_dim = 512,

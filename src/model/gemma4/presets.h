@@ -12,6 +12,14 @@
 
 namespace circlet {
 
+// Sizes of the released E2B: its checkpoints, and parts of it that run by themselves.
+struct E2b {
+  static constexpr int kHidden = 1536, kIntermediate = 6144, kHeads = 8, kKvHeads = 1, kHeadDim = 256,
+                       kGlobalHeadDim = 512, kPleDim = 256, kWindow = 512, kMaxPositions = 131072;
+  static constexpr int kVisionHidden = 768, kVisionIntermediate = 3072, kVisionHeads = 12, kVisionHeadDim = 64,
+                       kVisionPositions = 10240;
+};
+
 std::vector<std::string> PresetNames();
 
 // JSON files by name: config.json, generation_config.json, processor_config.json, tokenizer.json,
