@@ -101,8 +101,8 @@ std::vector<LinearGroup> LinearGroupsOf(const Graph& graph, const Calibration& c
   if (!calibration.GetRecipe().rounding || calibration.Frozen()) return groups;
   std::set<std::string> seen;
   for (const Node& node : graph.Nodes()) {
-    if (!std::holds_alternative<FullyConnected>(node.op.kind)) continue;
-    const Value& weight = graph.At(node.in[1]);
+    if (node.op.WeightInput() < 0) continue;
+    const Value& weight = graph.At(node.in[node.op.WeightInput()]);
     if (weight.kind != ValueKind::kWeight || !IsLinear(weight.weight_point.kind) || !seen.insert(weight.name).second)
       continue;
     const PointSpec spec = calibration.GetRecipe().SpecFor(weight.weight_point, calibration.GetDialect());
@@ -111,7 +111,7 @@ std::vector<LinearGroup> LinearGroupsOf(const Graph& graph, const Calibration& c
     ValueId input = node.in[0];
     while (graph.At(input).kind == ValueKind::kNode) {
       const Node& producer = graph.Nodes()[graph.At(input).node];
-      if (!std::holds_alternative<QuantPoint>(producer.op.kind) || producer.points[0].use != PointUse::kBoundary) break;
+      if (!producer.op.IsPoint() || producer.points[0].use != PointUse::kBoundary) break;
       input = producer.in[0];
     }
     const auto group = std::ranges::find(groups, input, &LinearGroup::input);
