@@ -195,7 +195,7 @@ std::map<std::string, Tensor> RunItem(const StageContext& context, const Step& s
       inputs[input.name] = input.make ? input.make(item, chain, read) : read.at(0);
     }
     return executor.RunInPlace(inputs, [&](const std::string& name) {
-      const Tensor own = step.own ? step.own(name, item, rounded ? &c_.rounded : nullptr) : Tensor();
+      const Tensor own = step.own ? step.own(name, item, rounded ? &context.rounded : nullptr) : Tensor();
       return own.Empty() ? weights(name) : own;
     });
   });

@@ -47,9 +47,9 @@ struct StageContext {
   Captured* captured;             // may be null
   Communicator& world;
   Compute compute;
-  ComputeChange* change;          // gathers what the control items tell; null without them
-  std::function<void()> frozen;   // called when the phase's grids are, before anything is rounded to them
-  std::function<void()> advance;  // called once an item and reading
+  ComputeChange* change;                 // gathers what the control items tell; null without them
+  std::function<void()> frozen = [] {};  // called when the phase's grids are, before anything is rounded to them
+  std::function<void()> advance;         // called once an item and reading
   std::vector<RoundedLinear>* linears = nullptr;  // gathers what rounding methods tell; may be null
 
   bool IsMine(const Item& item) const { return item.rank == world.Rank(); }
