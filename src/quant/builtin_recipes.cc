@@ -17,6 +17,7 @@ struct Builtin {
   std::string_view stage;        // keys of the ptq stage
   std::string_view method = {};  // the stage in front of it; none: weights are rounded to the nearest
   std::string_view more = {};    // keys of that
+  std::string_view stream = {};  // keys of the ptq stage that are about the model's residual stream
 };
 
 constexpr std::string_view kW4 = R"(    activation: int16
@@ -102,14 +103,17 @@ constexpr std::string_view kGptq = R"(  - name: gptq
     correction_damping: 0.3
 )";
 
+// What a real model's outliers need; a model without them stays as it is.
+constexpr std::string_view kWidened = R"(    widen: auto
+)";
+
 constexpr std::array<Builtin, 11> kBuiltins{{
     {"default", "# 16-bit activations and weights: the most accurate integer model.\n",
      R"(    activation: int16
     weight: int16
 )"},
     {"w4a16",
-     "# 4-bit linear weights, 8-bit tables, head and patch embedder, 16-bit activations: the smallest model.\n",
-     kW4},
+     "# 4-bit linear weights, 8-bit tables, head and patch embedder, 16-bit activations: the smallest model.\n", kW4},
     {"w8a8", "# 8-bit activations and weights, 16-bit norm weights.\n",
      R"(    activation: uint8
     weight: uint8
@@ -126,16 +130,17 @@ constexpr std::array<Builtin, 11> kBuiltins{{
     lm_head_weight: {kind: affine, dtype: int4, qscheme: per_channel_symm}
     norm_weight: uint8
 )"},
-    {"w8a16", "# 8-bit weights, 16-bit activations: between default and w4a16 in size.\n",
-     kW8},
+    {"w8a16", "# 8-bit weights, 16-bit activations: between default and w4a16 in size.\n", kW8},
     {"w4a16-gptq", "# w4a16 with weights that make up for each other's errors, by second moments of their inputs.\n",
-     kW4, kGptq},
-    {"w3a16-gptq", "# The same with 3 bits of linear weights, in the 4-bit type.\n", kW4, kGptq,
-     "    weight_bits: 3\n"},
-    {"w8a16-gptq", "# w8a16 with the rounding of w4a16-gptq.\n", kW8, kGptq},
-    {"w4a16-mixed", "# w4a16-gptq with 8 bits where few weights do most of the damage: recommended.\n", kW4Mixed, kGptq},
-    {"w8a8-mixed", "# 8-bit activations with 16 bits for the stream of the layers: the least that real weights live on.\n",
-     kW8A8Mixed},
+     kW4, kGptq, "", kWidened},
+    {"w3a16-gptq", "# The same with 3 bits of linear weights, in the 4-bit type.\n", kW4, kGptq, "    weight_bits: 3\n",
+     kWidened},
+    {"w8a16-gptq", "# w8a16 with the rounding of w4a16-gptq.\n", kW8, kGptq, "", kWidened},
+    {"w4a16-mixed", "# w4a16-gptq with 8 bits where few weights do most of the damage: recommended.\n", kW4Mixed, kGptq,
+     "", kWidened},
+    {"w8a8-mixed",
+     "# 8-bit activations with 16 bits for the stream of the layers: the least that real weights live on.\n",
+     kW8A8Mixed, "", "", kWidened},
     {"smoke-u8", "# 8 bits everywhere: what a wrapper-smoke case without a recipe of its own uses.\n",
      R"(    activation: uint8
     weight: uint8
@@ -178,7 +183,9 @@ std::vector<std::string> Recipe::BuiltinNames() {
 
 std::string Recipe::BuiltinText(std::string_view name) {
   for (const Builtin& builtin : kBuiltins)
-    if (builtin.name == name) return fmt::format("{}{}{}{}{}{}{}", builtin.comment, kBefore, builtin.method, builtin.more, kPtq, builtin.stage, kAfter);
+    if (builtin.name == name)
+      return fmt::format("{}{}{}{}{}{}{}{}", builtin.comment, kBefore, builtin.method, builtin.more, kPtq,
+                         builtin.stream, builtin.stage, kAfter);
   const std::vector<std::string> names = BuiltinNames();
   Fail("unknown recipe \"{}\"{}; known are {}", name, NearestHint(name, names), fmt::join(names, ", "));
 }
