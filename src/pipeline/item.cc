@@ -35,8 +35,7 @@ void ItemSet::ChooseAlone() {
   int64_t i = 0;
   for (Item& item : items_)
     if (item.kind == measured) {
-      item.alone = (i + 1) * chosen / count > i * chosen / count;
-      ++i;
+      item.alone = IsSpread(i++, chosen, count);
     }
 }
 

@@ -53,6 +53,11 @@ struct Passage {
   int HeadRuns() const { return observed + 2 * followed + (measured ? 2 + alone : 0) + 2 * control; }
 };
 
+// Whether thing i of `count` is one of the `chosen` that are spread evenly over them.
+constexpr bool IsSpread(int64_t i, int64_t chosen, int64_t count) {
+  return (i + 1) * chosen / count > i * chosen / count;
+}
+
 // All items of one kind of stage (sequences, or pictures), and what each goes through.
 class ItemSet {
  public:

@@ -75,11 +75,9 @@ Context Chosen(const Context& context) {
   int64_t i = 0;
   for (const Item& item : context.texts) {
     if (item.kind != ItemKind::kCalibration) continue;
-    if ((i + 1) * taken / count > i * taken / count) {
-      chosen.texts.Add(item);
-      for (const int picture : context.SequenceOf(item).pictures) pictures.insert(picture);
-    }
-    ++i;
+    if (!IsSpread(i++, taken, count)) continue;
+    chosen.texts.Add(item);
+    for (const int picture : context.SequenceOf(item).pictures) pictures.insert(picture);
   }
   for (const Item& image : context.images)
     if (pictures.contains(image.id)) chosen.images.Add(image);
