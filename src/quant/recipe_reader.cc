@@ -239,10 +239,28 @@ void FitWeightBits(Recipe& recipe, const std::string& file) {
   const int held = linear.dtype ? static_cast<int>(BitWidth(*linear.dtype)) : 0;
   if (bits == held) return;
   if (held != 4 || bits < 2 || bits > 4)
-    Fail("{}: gptq: weight_bits is {}, but linear_weight of the ptq stage has {} bits; make them the same, or take 2 or 3 "
-         "bits of a 4-bit type",
-         file, bits, held);
+    Fail(
+        "{}: gptq: weight_bits is {}, but linear_weight of the ptq stage has {} bits; make them the same, or take 2 or "
+        "3 "
+        "bits of a 4-bit type",
+        file, bits, held);
   recipe.rounding->bits = bits;
+}
+
+// Why a stage of the reference is not taken, and what does its job.
+std::string_view WhyNot(std::string_view stage) {
+  if (stage == "spinquant")
+    return "the residual stream cannot be rotated where norms weigh each channel of a branch before it is added; "
+           "widen: "
+           "auto of the ptq stage keeps the stream's outliers from coarsening its grids";
+  if (stage == "smoothquant")
+    return "scales moved from inputs into weights gain little behind a gptq stage, which weighs columns by their "
+           "inputs "
+           "already; take the recipe w4a16-gptq, for 8-bit activations w8a8-mixed";
+  if (stage == "cle")
+    return "rows in front of a norm cannot be equalized, and the others have scales of their own; take the recipe "
+           "w4a16-gptq";
+  return "weights are not pruned, an integer product gains nothing from zeros";
 }
 
 }  // namespace
@@ -264,7 +282,7 @@ void ReadPipeline(const JsonObject& root, const YamlNode& tree, const std::strin
       continue;
     }
     if (name != "ptq")
-      stage.FailAt("name", fmt::format("stage \"{}\" is not supported yet; remove it or set enabled: false", name));
+      stage.FailAt("name", fmt::format("stage \"{}\": {}; set enabled: false, or remove it", name, WhyNot(name)));
     if (recipe.quantizes) stage.FailAt("name", "a second ptq stage; keep one");
     recipe.quantizes = true;
     StageReader(stage, list->items[i], file, recipe).Read();

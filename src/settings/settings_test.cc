@@ -148,7 +148,11 @@ TEST(SettingsTest, KnownKeysThatAskForMoreThanThereIsAreRefusedByName) {
   EXPECT_THAT(LoadError("calibration: {seed: 3}"), HasSubstr("has no effect; set runtime.seed"));
   EXPECT_THAT(
       LoadError("pipeline:\n  - name: cle\n"),
-      HasSubstr("quant.yaml:2: pipeline.0.name: stage \"cle\" is not supported yet; remove it or set enabled: false"));
+      testing::AllOf(
+          HasSubstr("quant.yaml:2: pipeline.0.name: stage \"cle\": rows in front of a norm cannot be equalized"),
+          HasSubstr("take the recipe w4a16-gptq; set enabled: false, or remove it")));
+  EXPECT_THAT(LoadError("pipeline: [{name: smoothquant}]"), HasSubstr("gain little behind a gptq stage"));
+  EXPECT_THAT(LoadError("pipeline: [{name: spinquant}]"), HasSubstr("widen: auto of the ptq stage"));
   EXPECT_THAT(LoadError("pipeline: [{name: pqt}]"), HasSubstr("unknown stage \"pqt\"; nearest: \"ptq\""));
   EXPECT_THAT(LoadError("pipeline: [{name: ptq}, {name: ptq}]"), HasSubstr("a second ptq stage; keep one"));
 }
