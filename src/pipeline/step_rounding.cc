@@ -236,14 +236,14 @@ void StepRounding::Advance(size_t group) {
   const bool side_by_side = SideBySide(step_.build(longest));
   using Plans = std::map<std::tuple<int64_t, std::string>, std::unique_ptr<ReadyGraph>>;
   std::vector<Plans> workers(Threads());
-  const WeightSource weights = Shared(c_.rounded);
+  const WeightSource weights = c_.rounded;
   std::vector<size_t> given(items_.size()), made(items_.size());
   ForItems(static_cast<int64_t>(items_.size()), side_by_side, [&](int64_t i, int worker) {
     const Item& item = *items_[i];
     auto& plan = workers[worker][{item.length, item.variant}];
     if (plan == nullptr)
-      plan = std::make_unique<ReadyGraph>(
-          Segment(item, group), std::make_unique<FakeQuantReading>(c_.calibration, true), c_.ComputeOf(item));
+      plan = std::make_unique<ReadyGraph>(Segment(item, group),
+                                          std::make_unique<FakeQuantReading>(c_.calibration, true), c_.ComputeOf(item));
     std::map<std::string, Tensor> inputs;
     for (size_t place = 0; group > 0 && c_.store.Has(item.id, Chain::kQuant, CutKey(group - 1, place)); ++place)
       inputs[fmt::format("given.{}", place)] = c_.store.Get(item.id, Chain::kQuant, CutKey(group - 1, place));
@@ -341,10 +341,10 @@ void StepRounding::Solve(size_t group, Moments moments) {
     return {change.F32().begin(), change.F32().end()};
   };
   std::map<std::string, Tensor> targets;
-  if (method.correct_inputs)
-    for (const std::string& name : weights_[group])
-      targets[name] =
-          weights::CorrectedTarget(c_.stored(name), change_of(name), *moments.inputs, method.correction_damping);
+  if (method.correct_inputs) {
+    const weights::InputCorrection correction(*moments.inputs, method.correction_damping);
+    for (const std::string& name : weights_[group]) targets[name] = correction.Target(c_.stored(name), change_of(name));
+  }
   const weights::Metric metric(*moments.inputs, method);
   const int64_t positions = moments.inputs->Positions();
   moments.inputs.reset();
@@ -353,21 +353,21 @@ void StepRounding::Solve(size_t group, Moments moments) {
       const Tensor weight = c_.stored(name);
       const PointSpec& spec = c_.calibration.ParamsOf(name).spec;
       const weights::RoundingOptions options = OptionsOf(spec, method);
-      weights::RoundedMatrix rounded = weights::Round(weight, nullptr, metric, options);
+      const auto target = targets.find(name);
+      const weights::RoundedMatrix rounded =
+          target == targets.end() ? weights::Round(weight, nullptr, metric, options)
+                                  : weights::RoundCorrected(weight, target->second, change_of(name), metric, options);
       RoundedLinear report{.name = name,
                            .rows = weight.GetShape()[0],
                            .columns = weight.GetShape()[1],
                            .positions = positions,
                            .dead_columns = metric.DeadColumns(),
                            .damping = metric.Damping(),
-                           .rows_to_nearest = rounded.rows_to_nearest};
+                           .rows_to_nearest = rounded.rows_to_nearest,
+                           .rows_corrected = rounded.rows_corrected};
       for (const double loss : rounded.loss) report.loss += loss;
       for (const double loss : rounded.nearest_loss) report.nearest_loss += loss;
-      if (const auto target = targets.find(name); target != targets.end()) {
-        const weights::RoundedMatrix corrected = weights::Round(weight, &target->second, metric, options);
-        report.rows_corrected = weights::TakeBetterRows(weight, change_of(name), metric, rounded, corrected);
-        target->second = {};
-      }
+      if (target != targets.end()) targets.erase(target);
       c_.calibration.SetGrid(name, rounded.weight.qparams);
       c_.rounded.Take(name, rounded.weight.codes.WithGrid(std::make_shared<QParams>(rounded.weight.qparams)));
       if (c_.linears != nullptr) c_.linears->push_back(std::move(report));

@@ -146,7 +146,7 @@ int64_t FactorizeAny(std::span<T> a, int64_t n) {
 // b [rows, n] -> b (L^T L)^-1 = (b L^-1) L^-T.
 template <typename T>
 void Solve(const T* l, int64_t n, T* b, int64_t rows) {
-  std::vector<T> solved(static_cast<size_t>(rows * kBlock)), across;
+  std::vector<T> solved(static_cast<size_t>(rows * kBlock)), triangle, across;
   const auto take = [&](int64_t begin, int64_t end) {
     for (int64_t r = 0; r < rows; ++r) std::copy(b + r * n + begin, b + r * n + end, solved.data() + r * (end - begin));
   };
@@ -166,12 +166,14 @@ void Solve(const T* l, int64_t n, T* b, int64_t rows) {
   // x L^T = y, from the first column on.
   for (int64_t begin = 0; begin < n;) {
     const int64_t end = std::min(n, begin + kBlock), steps = end - begin, rest = n - end;
+    triangle.resize(static_cast<size_t>(steps * steps));
+    for (int64_t i = 0; i < steps; ++i)
+      for (int64_t j = i; j < steps; ++j) triangle[i * steps + j] = l[(begin + j) * n + begin + i];
     for (int64_t r = 0; r < rows; ++r) {
-      T* const row = b + r * n;
-      for (int64_t i = begin; i < end; ++i) {
-        T sum = row[i];
-        for (int64_t j = begin; j < i; ++j) sum = std::fma(-row[j], l[i * n + j], sum);
-        row[i] = sum / l[i * n + i];
+      T* const row = b + r * n + begin;
+      for (int64_t i = 0; i < steps; ++i) {
+        row[i] /= triangle[i * steps + i];
+        Subtract(&row[i], triangle.data() + i * steps + i + 1, steps, 1, 1, steps - i - 1, row + i + 1, n);
       }
     }
     take(begin, end);

@@ -106,6 +106,26 @@ class RowGroup {
     });
   }
 
+  // The errors of the codes as they stand, now from `values`.
+  void ErrorsFrom(Panels& values, const RowGrids& grids) {
+    ForRows([&](int64_t panel, int64_t column, int64_t first) {
+      const float *const codes = codes_.At(panel, column), *const value = values.At(panel, column);
+      float* const errors = errors_.At(panel, column);
+      for (int64_t r = 0; r < target_.Width(); ++r)
+        errors[r] = grids.scale[first + r] * (codes[r] - grids.zero_point[first + r]) - value[r];
+    });
+  }
+
+  // sum_j e_j v_j by row.
+  std::vector<double> ErrorsTimes(Panels& values) {
+    std::vector<double> sums(static_cast<size_t>(rows_));
+    ForRows([&](int64_t panel, int64_t column, int64_t first) {
+      const float *const errors = errors_.At(panel, column), *const value = values.At(panel, column);
+      for (int64_t r = 0; r < target_.Width(); ++r) sums[first + r] += static_cast<double>(errors[r]) * value[r];
+    });
+    return sums;
+  }
+
   // Columns in order, each given the errors of those before. Returns the losses.
   std::vector<double> Compensate(const RowGrids& grids) {
     std::vector<double> loss(static_cast<size_t>(rows_));
@@ -310,15 +330,26 @@ struct GroupResult {
   std::vector<int16_t> codes;  // [rows, columns]
   RowGrids grids;
   std::vector<double> loss;
+
+  // Row r becomes that of `other`.
+  void Take(int64_t r, const GroupResult& other, int64_t columns) {
+    std::copy_n(other.codes.begin() + r * columns, columns, codes.begin() + r * columns);
+    grids.scale[r] = other.grids.scale[r];
+    grids.zero_point[r] = other.grids.zero_point[r];
+    loss[r] = other.loss[r];
+  }
 };
 
 class MatrixRounding {
  public:
-  MatrixRounding(const Tensor& weight, const Tensor* target, const Metric& metric, const RoundingOptions& options)
+  // `change` empty: codes for `target` alone (null: the weight). Else the better of those and the weight's own.
+  MatrixRounding(const Tensor& weight, const Tensor* target, std::span<const double> change, const Metric& metric,
+                 const RoundingOptions& options)
       : rows_(weight.GetShape()[0]),
         n_(weight.GetShape()[1]),
         weight_(ToF32(weight)),
         target_(target == nullptr ? weight_ : *target),
+        change_(change),
         metric_(metric),
         options_(options),
         range_(RangeOfWeight(weight, 0)) {}
@@ -331,7 +362,7 @@ class MatrixRounding {
     grid = {options_.dtype, 0, std::vector<float>(static_cast<size_t>(rows_)),
             std::vector<int32_t>(static_cast<size_t>(rows_))};
     std::vector<int16_t> codes(static_cast<size_t>(rows_ * n_));
-    std::vector<uint8_t> nearest(static_cast<size_t>(rows_));
+    std::vector<uint8_t> nearest(static_cast<size_t>(rows_)), corrected(nearest);
     // A group's products read the whole of L or H' for its rows: wide groups share that, as long as every thread has
     // one.
     const int64_t width = gemm::PanelColumns();
@@ -339,39 +370,84 @@ class MatrixRounding {
     const int64_t size = panels * width;
     ParallelItems((rows_ + size - 1) / size, [&](int64_t group, int) {
       const int64_t first = group * size, count = std::min(size, rows_ - first);
-      std::vector<double> nearest_loss;
-      const GroupResult best = RoundGroup(first, count, panels, nearest_loss);
+      const GroupRounding rounded = RoundGroup(first, count, panels);
+      const GroupResult& best = rounded.best;
       std::copy(best.codes.begin(), best.codes.end(), codes.begin() + first * n_);
       for (int64_t r = 0; r < count; ++r) {
         grid.scale[first + r] = best.grids.scale[r];
         grid.zero_point[first + r] = static_cast<int32_t>(best.grids.zero_point[r]);
-        result.loss[first + r] = best.loss[r];
-        result.nearest_loss[first + r] = nearest_loss[r];
-        nearest[first + r] = best.loss[r] == nearest_loss[r];
+        result.loss[first + r] = rounded.loss[r];
+        result.nearest_loss[first + r] = rounded.nearest_loss[r];
+        nearest[first + r] = rounded.loss[r] == rounded.nearest_loss[r];
+        corrected[first + r] = rounded.corrected[r];
       }
     });
-    result.rows_to_nearest = std::count(nearest.begin(), nearest.end(), 1);
+    result.rows_to_nearest = std::ranges::count(nearest, 1);
+    result.rows_corrected = std::ranges::count(corrected, 1);
     result.weight.codes = Tensor({options_.dtype, weight_.GetShape()});
     StoreCodes(codes.data(), rows_ * n_, 0, options_.dtype, result.weight.codes.Raw());
     return result;
   }
 
  private:
-  GroupResult RoundGroup(int64_t first, int64_t count, int64_t panels, std::vector<double>& nearest_loss) const {
+  struct GroupRounding {
+    GroupResult best;
+    std::vector<double> loss, nearest_loss;  // without the correction
+    std::vector<uint8_t> corrected;
+  };
+
+  GroupRounding RoundGroup(int64_t first, int64_t count, int64_t panels) const {
     RowGroup group(metric_, options_, panels);
     Panels weight(n_, panels);
-    Fill(group.Target(), target_, first, count);
-    Fill(weight, weight_, first, count);
+    Fill(weight, weight_.F32().data(), first, count);
+    const bool corrects = !change_.empty();
+    Fill(group.Target(), corrects ? weight_.F32().data() : target_.F32().data(), first, count);
     std::vector<float> low(static_cast<size_t>(group.Rows())), high(low);
     std::copy_n(range_.min.begin() + first, count, low.begin());
     std::copy_n(range_.max.begin() + first, count, high.begin());
 
+    GroupRounding rounded{.corrected = std::vector<uint8_t>(static_cast<size_t>(count))};
     const RowGrids widest = GridsOf(options_, low, high, 1);
     group.RoundToNearest(widest);
-    nearest_loss = group.Loss();
-    GroupResult best = ResultOf(group, widest, nearest_loss, count);
+    rounded.nearest_loss = group.Loss();
+    rounded.best = ResultOf(group, widest, rounded.nearest_loss, count);
+    const RowGrids ranges = BestRanges(group, weight, low, high);
+    const GroupResult improved = Improve(group, ranges, low, high, count);
+    for (int64_t r = 0; r < count; ++r)
+      if (improved.loss[r] < rounded.best.loss[r]) rounded.best.Take(r, improved, n_);
+    rounded.loss = rounded.best.loss;
+    if (!corrects) return rounded;
 
-    RowGrids grids = BestRanges(group, weight, low, high);
+    // By the true loss E |W x_f - Q x|^2, which differs from e H' e - 2 e . change (e = Q - W) by nothing that depends
+    // on Q.
+    Panels change(n_, panels);
+    Fill(change, change_.data(), first, count);
+    const auto true_losses = [&](const RowGrids& grids) {
+      group.ErrorsFrom(weight, grids);
+      std::vector<double> loss = group.Loss(), gained = group.ErrorsTimes(change);
+      for (size_t r = 0; r < loss.size(); ++r) loss[r] -= 2 * gained[r];
+      return loss;
+    };
+    const auto set_codes = [&] {
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t i = 0; i < n_; ++i)
+          group.Codes().Value(i, r) = rounded.best.codes[r * n_ + metric_.Order()[static_cast<size_t>(i)]];
+    };
+    set_codes();
+    rounded.best.loss = true_losses(rounded.best.grids);
+    Fill(group.Target(), target_.F32().data(), first, count);
+    GroupResult corrected = Improve(group, ranges, low, high, count);
+    corrected.loss = true_losses(corrected.grids);
+    for (int64_t r = 0; r < count; ++r) {
+      rounded.corrected[r] = corrected.loss[r] < rounded.best.loss[r];
+      if (rounded.corrected[r]) rounded.best.Take(r, corrected, n_);
+    }
+    return rounded;
+  }
+
+  // Codes for the group's target, from ranges that are good to begin with.
+  GroupResult Improve(RowGroup& group, RowGrids grids, const std::vector<float>& low, const std::vector<float>& high,
+                      int64_t count) const {
     std::vector<double> loss;
     if (options_.method.compensate) {
       loss = group.Compensate(grids);
@@ -394,16 +470,7 @@ class MatrixRounding {
       if (refit == options_.method.scale_refits) break;
       group.Refit(grids, loss);
     }
-    loss = group.Loss();
-    const GroupResult improved = ResultOf(group, grids, loss, count);
-    for (int64_t r = 0; r < count; ++r) {
-      if (!(loss[r] < nearest_loss[r])) continue;
-      std::copy_n(improved.codes.begin() + r * n_, n_, best.codes.begin() + r * n_);
-      best.grids.scale[r] = improved.grids.scale[r];
-      best.grids.zero_point[r] = improved.grids.zero_point[r];
-      best.loss[r] = loss[r];
-    }
-    return best;
+    return ResultOf(group, grids, group.Loss(), count);
   }
 
   RowGrids BestRanges(RowGroup& group, Panels& weight, const std::vector<float>& low,
@@ -426,10 +493,12 @@ class MatrixRounding {
     return best;
   }
 
-  void Fill(Panels& panels, const Tensor& rows, int64_t first, int64_t count) const {
+  template <typename T>
+  void Fill(Panels& panels, const T* rows, int64_t first, int64_t count) const {
     for (int64_t r = 0; r < count; ++r) {
-      const float* const row = rows.F32().data() + (first + r) * n_;
-      for (int64_t i = 0; i < n_; ++i) panels.Value(i, r) = row[metric_.Order()[static_cast<size_t>(i)]];
+      const T* const row = rows + (first + r) * n_;
+      for (int64_t i = 0; i < n_; ++i)
+        panels.Value(i, r) = static_cast<float>(row[metric_.Order()[static_cast<size_t>(i)]]);
     }
   }
 
@@ -444,6 +513,7 @@ class MatrixRounding {
 
   int64_t rows_, n_;
   Tensor weight_, target_;
+  std::span<const double> change_;
   const Metric& metric_;
   const RoundingOptions& options_;
   WeightRange range_;
@@ -473,73 +543,56 @@ Metric::Metric(const Moment& moment, const WeightRounding& method) : n_(moment.C
   damped_ = DampedMatrix<float>(moment, order_, Added(damping_, mean));
 }
 
-RoundedMatrix Round(const Tensor& weight, const Tensor* target, const Metric& metric, const RoundingOptions& options) {
-  CIRCLET_CHECK(weight.GetShape().Rank() == 2 && weight.GetShape()[1] == metric.Columns(), "a matrix {} and {} columns",
-                weight.GetShape().ToString(), metric.Columns());
-  RequireWeightType(options.dtype);
-  return MatrixRounding(weight, target, metric, options).Run();
+namespace {
+
+void RequireColumns(const Tensor& weight, int64_t columns) {
+  CIRCLET_CHECK(weight.GetShape().Rank() == 2 && weight.GetShape()[1] == columns, "a matrix {} and {} columns",
+                weight.GetShape().ToString(), columns);
 }
 
-Tensor CorrectedTarget(const Tensor& weight, std::span<const double> change, const Moment& moment, double damping) {
-  const int64_t rows = weight.GetShape()[0], n = moment.Columns();
-  CIRCLET_CHECK(weight.GetShape() == Shape({rows, n}) && static_cast<int64_t>(change.size()) == rows * n,
-                "{} changes of a weight {}", change.size(), weight.GetShape().ToString());
-  const Tensor target = ToF32(weight).Clone();
-  std::vector<int32_t> order(static_cast<size_t>(n));
+}  // namespace
+
+RoundedMatrix Round(const Tensor& weight, const Tensor* target, const Metric& metric, const RoundingOptions& options) {
+  RequireColumns(weight, metric.Columns());
+  RequireWeightType(options.dtype);
+  return MatrixRounding(weight, target, {}, metric, options).Run();
+}
+
+RoundedMatrix RoundCorrected(const Tensor& weight, const Tensor& target, std::span<const double> change,
+                             const Metric& metric, const RoundingOptions& options) {
+  RequireColumns(weight, metric.Columns());
+  RequireWeightType(options.dtype);
+  CIRCLET_CHECK(static_cast<int64_t>(change.size()) == weight.Elements(), "{} changes of a weight {}", change.size(),
+                weight.GetShape().ToString());
+  return MatrixRounding(weight, &target, change, metric, options).Run();
+}
+
+InputCorrection::InputCorrection(const Moment& moment, double damping) : n_(moment.Columns()) {
+  std::vector<int32_t> order(static_cast<size_t>(n_));
   std::iota(order.begin(), order.end(), 0);
   const double mean = MeanDiagonal(moment);
-  const auto solve = [&]<typename T>(T) {
-    std::vector<T> solution(change.begin(), change.end());
-    std::vector<T> factor;
+  const auto factorize = [&]<typename T>(std::vector<T>& factor) {
     UntilPositive(damping, [&](double added) {
       factor = DampedMatrix<T>(moment, order, Added(added, mean));
-      return Factorize(std::span(factor), n) < 0;
+      return Factorize(std::span(factor), n_) < 0;
     });
-    SolveWithFactor(std::span<const T>(factor), n, std::span(solution), rows);
-    for (int64_t i = 0; i < rows * n; ++i) target.F32()[i] += static_cast<float>(solution[i]);
   };
-  n > kFloat64Columns ? solve(float{}) : solve(double{});
-  return target;
+  n_ > kFloat64Columns ? factorize(factor32_) : factorize(factor64_);
 }
 
-int64_t TakeBetterRows(const Tensor& weight, std::span<const double> change, const Metric& metric, RoundedMatrix& a,
-                       const RoundedMatrix& b) {
-  const int64_t rows = weight.GetShape()[0], n = metric.Columns();
-  const Tensor w = ToF32(weight);
-  // e H' e - 2 e . change, up to what both share.
-  const auto losses = [&](const RoundedMatrix& rounded) {
-    std::vector<float> errors(static_cast<size_t>(rows * n)), ordered(errors.size()), products(errors.size());
-    Dequantize(rounded.weight.codes, rounded.weight.qparams, 0, errors);
-    for (int64_t i = 0; i < rows * n; ++i) errors[i] -= w.F32()[i];
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < n; ++i) ordered[r * n + i] = errors[r * n + metric.Order()[static_cast<size_t>(i)]];
-    gemm::Linear(ordered.data(), metric.Damped(), nullptr, rows, n, n, products.data());
-    std::vector<double> sums(static_cast<size_t>(rows));
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < n; ++i) {
-        sums[r] += static_cast<double>(products[r * n + i]) * ordered[r * n + i];
-        sums[r] -= 2.0 * errors[r * n + i] * change[r * n + i];
-      }
-    return sums;
+Tensor InputCorrection::Target(const Tensor& weight, std::span<const double> change) const {
+  RequireColumns(weight, n_);
+  const int64_t rows = weight.GetShape()[0];
+  CIRCLET_CHECK(static_cast<int64_t>(change.size()) == rows * n_, "{} changes of a weight {}", change.size(),
+                weight.GetShape().ToString());
+  const Tensor target = ToF32(weight).Clone();
+  const auto solve = [&]<typename T>(const std::vector<T>& factor) {
+    std::vector<T> solution(change.begin(), change.end());
+    SolveWithFactor(std::span(factor), n_, std::span(solution), rows);
+    for (int64_t i = 0; i < rows * n_; ++i) target.F32()[i] += static_cast<float>(solution[i]);
   };
-  const auto codes_of = [&](const RoundedMatrix& rounded) {
-    std::vector<int16_t> codes(static_cast<size_t>(rows * n));
-    for (int64_t i = 0; i < rows * n; ++i) codes[i] = static_cast<int16_t>(CodeAt(rounded.weight.codes, i));
-    return codes;
-  };
-  const std::vector<double> first = losses(a), second = losses(b);
-  std::vector<int16_t> codes = codes_of(a);
-  const std::vector<int16_t> others = codes_of(b);
-  int64_t taken = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    if (!(second[r] < first[r])) continue;
-    ++taken;
-    std::copy_n(others.begin() + r * n, n, codes.begin() + r * n);
-    a.weight.qparams.scale[r] = b.weight.qparams.scale[r];
-    a.weight.qparams.zero_point[r] = b.weight.qparams.zero_point[r];
-  }
-  StoreCodes(codes.data(), rows * n, 0, a.weight.qparams.dtype, a.weight.codes.Raw());
-  return taken;
+  n_ > kFloat64Columns ? solve(factor32_) : solve(factor64_);
+  return target;
 }
 
 }  // namespace circlet::weights

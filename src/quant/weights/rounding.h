@@ -4,7 +4,7 @@
 // is multiplied with. Knows matrices and moments; no graph, no model, no files.
 //
 // The loss of a row's rounded values Q is (Q - T) H' (Q - T)^T: T is the target, W itself or what stands in for it
-// (CorrectedTarget), H' = H + damping * mean(diag H) I the damped moment. Steps, each of which may be left out:
+// (InputCorrection), H' = H + damping * mean(diag H) I the damped moment. Steps, each of which may be left out:
 //   1. a range a row, out of factors of the row's extremes, by sum_j H_jj (W_j - Q_j)^2;
 //   2. columns rounded in order of descending H_jj, each given the errors before it (GPTQ; here in the form that needs
 //      the factor H' = L^T L alone: column i makes (L e)_i least);
@@ -60,6 +60,7 @@ struct RoundedMatrix {
   QuantizedWeight weight;
   std::vector<double> loss, nearest_loss;  // by row: of the result, and of rounding to the nearest by min/max
   int64_t rows_to_nearest = 0;             // that kept the latter
+  int64_t rows_corrected = 0;              // that took the corrected target's codes
 };
 
 // `weight` [rows, columns] of any float type; `target` (float32, same shape) null: the weight itself. Throws Error for
@@ -67,14 +68,25 @@ struct RoundedMatrix {
 RoundedMatrix Round(const Tensor& weight, const Tensor* target, const Metric& metric, const RoundingOptions& options);
 
 // The target that also takes up what the inputs' own rounding has changed: with x the inputs and x_f those of the float
-// model, W* = W + (sum_t W (x_f - x) x^T) (H + damping mean(diag H) I)^-1. `change` is that sum, [rows, columns]
-// row-major. Little damping extrapolates from few positions; 0.3 is known to be safe on real weights. float32 [rows,
-// columns].
-Tensor CorrectedTarget(const Tensor& weight, std::span<const double> change, const Moment& moment, double damping);
+// model, W* = W + (sum_t W (x_f - x) x^T) (H + damping mean(diag H) I)^-1. Little damping extrapolates from few
+// positions; 0.3 is known to be safe on real weights. One for all matrices that read the same inputs: 8 bytes an
+// element of H for up to 4096 columns, 4 beyond.
+class InputCorrection {
+ public:
+  InputCorrection(const Moment& moment, double damping);
 
-// Of two roundings of a matrix the better one, row by row: by the true loss E |W x_f - Q x|^2, which differs from
-// e H' e - 2 e . change (e = Q - W) by nothing that depends on Q. Returns how many rows `b` won.
-int64_t TakeBetterRows(const Tensor& weight, std::span<const double> change, const Metric& metric, RoundedMatrix& a,
-                       const RoundedMatrix& b);
+  // `change` is the sum above, [rows, columns] row-major. float32 [rows, columns].
+  Tensor Target(const Tensor& weight, std::span<const double> change) const;
+
+ private:
+  int64_t n_;
+  std::vector<double> factor64_;
+  std::vector<float> factor32_;
+};
+
+// Each row for the weight and for `target` of an InputCorrection, whichever has the smaller true loss
+// E |W x_f - Q x|^2. Losses and rows_to_nearest are those without the correction.
+RoundedMatrix RoundCorrected(const Tensor& weight, const Tensor& target, std::span<const double> change,
+                             const Metric& metric, const RoundingOptions& options);
 
 }  // namespace circlet::weights

@@ -138,7 +138,7 @@ TEST(RoundingTest, CodesAreThoseOfTheFloat64Reference) {
       const Tensor a = TensorOf(problem["change_rows"]);
       Moment change = Moment::Cross(weight.GetShape()[0], weight.GetShape()[1], 1000, x.GetShape()[0]);
       change.Add(a, x);
-      target = CorrectedTarget(weight, change.Values(), moment, 0.3);
+      target = InputCorrection(moment, 0.3).Target(weight, change.Values());
       const Tensor wanted = TensorOf(problem["target"]);
       for (int64_t i = 0; i < wanted.Elements(); ++i) ASSERT_NEAR(target->F32()[i], wanted.F32()[i], 2e-6) << n;
     }
@@ -164,7 +164,8 @@ TEST(RoundingTest, NeverWorseThanToTheNearestOnTwoHundredProblems) {
   for (unsigned seed = 0; seed < 200; ++seed) {
     const Problem problem = RandomProblem(seed);
     const Metric metric(problem.moment, {});
-    RoundingOptions options{.dtype = seed % 3 == 0 ? DType::kU8 : DType::kU4, .method = {.solved_ranges = seed % 5 == 0 ? 3 : 0}};
+    RoundingOptions options{.dtype = seed % 3 == 0 ? DType::kU8 : DType::kU4,
+                            .method = {.solved_ranges = seed % 5 == 0 ? 3 : 0}};
     if (seed % 3 == 1) options.codes = CodeRange{0, 7};
     const RoundedMatrix rounded = Round(problem.weight, nullptr, metric, options);
     const std::vector<double> loss = LossOf(problem.weight, rounded.weight, problem.moment, metric.Damping());
@@ -239,8 +240,8 @@ TEST(RoundingTest, TheBetterOfTwoTargetsIsTakenRowByRow) {
   Moment change = Moment::Cross(rows, n, 1e3, problem.x.GetShape()[0]);
   change.Add(differences, problem.x);
   const Metric metric(problem.moment, {});
-  RoundedMatrix plain = Round(problem.weight, nullptr, metric, {});
-  const Tensor target = CorrectedTarget(problem.weight, change.Values(), problem.moment, 0.3);
+  const RoundedMatrix plain = Round(problem.weight, nullptr, metric, {});
+  const Tensor target = InputCorrection(problem.moment, 0.3).Target(problem.weight, change.Values());
   const RoundedMatrix corrected = Round(problem.weight, &target, metric, {});
   const auto true_loss = [&](const RoundedMatrix& rounded) {
     std::vector<double> loss = LossOf(problem.weight, rounded.weight, problem.moment, metric.Damping());
@@ -252,15 +253,15 @@ TEST(RoundingTest, TheBetterOfTwoTargetsIsTakenRowByRow) {
     return loss;
   };
   const std::vector<double> a = true_loss(plain), b = true_loss(corrected);
-  const int64_t taken = TakeBetterRows(problem.weight, change.Values(), metric, plain, corrected);
-  const std::vector<double> best = true_loss(plain);
+  const RoundedMatrix both = RoundCorrected(problem.weight, target, change.Values(), metric, {});
+  const std::vector<double> best = true_loss(both);
   int64_t expected = 0;
   for (int64_t r = 0; r < rows; ++r) {
     EXPECT_NEAR(best[r], std::min(a[r], b[r]), 1e-6 * std::abs(a[r]));
     expected += b[r] < a[r];
   }
-  EXPECT_EQ(taken, expected);
-  EXPECT_GT(taken, 0);
+  EXPECT_EQ(both.rows_corrected, expected);
+  EXPECT_GT(both.rows_corrected, 0);
 }
 
 }  // namespace
