@@ -37,7 +37,10 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.add_option("--random-images", options.random_images, "As many of them with a picture each beside those")
       ->check(WholeNumber(0, 256));
   command.option_defaults()->group("Recipe");
-  command.add_option("--recipe", options.recipe, "default, w8a16, w4a16, w8a8, mixed8, smoke-u8, or a YAML file")
+  command
+      .add_option("--recipe", options.recipe,
+                  "default, w8a16, w4a16, w8a8, mixed8, as-checkpoint, smoke-u8, or a YAML file; without it "
+                  "as-checkpoint for a checkpoint of codes, else default")
       ->type_name("NAME|FILE");
   command.add_option("--set", options.set, "KEY=VALUE in the recipe (repeatable)")->type_name("KEY=VALUE");
   command.add_option("--dialect", options.dialect, "default, or tico: points and rounding of TICO 0.3.0")
@@ -47,6 +50,11 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
       .add_option("--widen", options.widen,
                   "Channels for copies of the residual stream's outliers: auto, off, or how many; default: the recipe's")
       ->type_name("N|auto|off");
+  command.option_defaults()->group("Packed checkpoints");
+  command.add_flag("--requantize", options.requantize,
+                   "Where the recipe says otherwise than the checkpoint, round anew");
+  command.add_flag("--int16-twin", options.int16_twin, "int16 grids with the ends of the checkpoint's int8 ones");
+  command.add_flag("--kv-scales", options.kv_scales, "The checkpoint's int8 grids for keys and values too");
   command.option_defaults()->group("Data");
   command.add_option("--max-seq-len", options.max_seq_len, "Positions of the exported units, and longest sample")
       ->check(WholeNumber(2, int64_t{1} << 20));
@@ -205,6 +213,13 @@ void AddEvaluate(CLI::App& app, std::function<int()>& command) {
       ->add_option("--eval-chat", options->chats,
                    "With --files: conversations, JSON lines, of which the model's last turn counts")
       ->type_name("FILE");
+  evaluate->option_defaults()->group("Packed checkpoints");
+  evaluate
+      ->add_option_function<std::string>(
+          "--elsewhere", [options](const std::string&) { options->quantize.elsewhere_float = true; },
+          "float: nothing is rounded where the checkpoint gives no grid")
+      ->check(CLI::IsMember({"float"}))
+      ->type_name("float");
   evaluate->option_defaults()->group("Output");
   evaluate->add_option("--json", options->json, "Also write the report as JSON")->type_name("FILE");
   evaluate->add_flag("--quiet", options->quiet, "No progress");

@@ -209,7 +209,7 @@ Executor::Executor(Graph given, PointReading* reading, ExecutorOptions options)
       const bool asked = reading != nullptr && !point.name.empty();
       plan_->visitors[i].push_back(asked ? reading->At(point, graph.TypeOf(node.out[0])) : nullptr);
       plan_->point_grids[i].push_back(asked ? reading->GridAt(point) : nullptr);
-      if (plan_->visitors[i].back() != nullptr) uses[i] = {true, reading->Writes()};
+      if (plan_->visitors[i].back() != nullptr) uses[i] = {true, reading->Writes(), reading->Observes()};
     }
   }
   plan_->memory = PlanMemory(graph, uses);

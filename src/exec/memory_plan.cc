@@ -38,7 +38,7 @@ std::vector<char> NeededNodes(const Graph& graph, const std::vector<PointUseOfNo
   std::vector<char> needed(graph.Nodes().size(), 0);
   for (int i = static_cast<int>(graph.Nodes().size()) - 1; i >= 0; --i) {
     const Node& node = graph.Nodes()[i];
-    const bool observed = points[i].visited && !points[i].writes;
+    const bool observed = points[i].visited && points[i].observes;
     needed[i] = observed || std::any_of(node.out.begin(), node.out.end(), [&](ValueId id) { return value_needed[id]; });
     if (needed[i])
       for (const ValueId id : node.in) value_needed[id] = 1;

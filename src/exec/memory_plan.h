@@ -24,6 +24,7 @@ struct MemoryPlan {
 struct PointUseOfNode {
   bool visited = false;  // a visitor looks at or changes the values
   bool writes = false;
+  bool observes = false;
 };
 
 // Values that only rename others (views, points that do not write) share a home; an operator that may overwrite its first

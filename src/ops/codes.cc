@@ -128,6 +128,15 @@ void Dequantize(const Tensor& codes, const QParams& grid, int64_t first, std::sp
   });
 }
 
+Tensor RowsOfCodes(const Tensor& codes, int64_t begin, int64_t end) {
+  QParams grid = *codes.Grid();
+  if (grid.PerChannel()) {
+    grid.scale = {grid.scale.begin() + begin, grid.scale.begin() + end};
+    grid.zero_point = {grid.zero_point.begin() + begin, grid.zero_point.begin() + end};
+  }
+  return codes.Slice(begin, end, 0).WithGrid(std::make_shared<QParams>(std::move(grid)));
+}
+
 void SignedCodes(const Tensor& codes, int64_t first, std::span<int8_t> out) {
   CIRCLET_CHECK(IsInteger(codes.GetDType()) && BitWidth(codes.GetDType()) <= 8, "codes of type {} in bytes",
                 Name(codes.GetDType()));

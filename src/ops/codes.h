@@ -21,6 +21,9 @@ void StoreCodes(const int16_t* codes, int64_t count, int64_t first, DType dtype,
 // Elements first .. first + values.size() - 1 (flat) as (code - zero_point) * scale. Throws what CodeAt throws.
 void Dequantize(const Tensor& codes, const QParams& grid, int64_t first, std::span<float> values);
 
+// Rows [begin, end) of codes with their grid, which keeps the rows' scales where it has one a row.
+Tensor RowsOfCodes(const Tensor& codes, int64_t begin, int64_t end);
+
 // The same elements as signed bytes; uint8 codes less 128. Codes of at most 8 bits (CHECKed).
 void SignedCodes(const Tensor& codes, int64_t first, std::span<int8_t> out);
 

@@ -45,6 +45,23 @@ std::vector<LoopAxis> BroadcastLoop(const Shape& a, const Shape& b, const Shape&
   return axes;
 }
 
+template <typename Tag>
+constexpr bool kOfIntegers = std::is_same_v<Tag, AddTag> || std::is_same_v<Tag, MulTag>;
+
+// calls element(a's offset, b's offset, index) for each element of the loop.
+template <typename Element>
+void ForElements(const std::vector<LoopAxis>& axes, int64_t count, const Element& element) {
+  for (int64_t index = 0; index < count; ++index) {
+    int64_t rest = index, a = 0, b = 0;
+    for (const LoopAxis& axis : axes) {
+      a += rest % axis.size * axis.a_step;
+      b += rest % axis.size * axis.b_step;
+      rest /= axis.size;
+    }
+    element(a, b, index);
+  }
+}
+
 // One innermost run. A repeated first operand is written out: simd has no scalar-first form.
 void BinaryRun(simd::BinaryOp op, const float* a, const float* b, const LoopAxis& axis, int64_t count, float* y) {
   if (axis.a_step == 1 && axis.b_step == 1) return simd::Binary(op, a, b, count, y);
@@ -66,19 +83,31 @@ void BinaryRun(simd::BinaryOp op, const float* a, const float* b, const LoopAxis
 template <typename Tag>
 std::vector<TensorType> Binary<Tag>::Infer(Types in) const {
   ExpectInputs(kName, in, 2);
+  if (kOfIntegers<Tag> && in[0].dtype == DType::kI64 && in[1].dtype == DType::kI64)
+    return {{DType::kI64, Broadcast(kName, in[0].shape, in[1].shape)}};
   ExpectFloat(kName, in);
   return {{DType::kF32, Broadcast(kName, in[0].shape, in[1].shape)}};
 }
 
 template <typename Tag>
 void Binary<Tag>::Eval(const EvalContext& context) const {
-  const float* a = context.in[0].F32().data();
-  const float* b = context.in[1].F32().data();
-  float* y = context.out[0].F32().data();
   const int64_t elements = context.out[0].Elements();
   if (elements == 0) return;
   const std::vector<LoopAxis> axes =
       BroadcastLoop(context.in[0].GetShape(), context.in[1].GetShape(), context.out[0].GetShape());
+  if (context.out[0].GetDType() == DType::kI64) {
+    const int64_t *const a = context.in[0].I64().data(), *const b = context.in[1].I64().data();
+    int64_t* const y = context.out[0].I64().data();
+    ForElements(axes, elements, [&](int64_t i, int64_t j, int64_t index) {
+      // Modulo 2^64, so that no file makes it overflow.
+      const auto left = static_cast<uint64_t>(a[i]), right = static_cast<uint64_t>(b[j]);
+      y[index] = static_cast<int64_t>(std::is_same_v<Tag, AddTag> ? left + right : left * right);
+    });
+    return;
+  }
+  const float* a = context.in[0].F32().data();
+  const float* b = context.in[1].F32().data();
+  float* y = context.out[0].F32().data();
   const LoopAxis inner = axes[0];
   if (axes.size() == 1) {
     ParallelFor(elements, kElementGrain, [&](int64_t begin, int64_t end) {

@@ -82,9 +82,8 @@ int64_t FilesBytes(std::span<const PhaseSpec> phases, const Calibration& calibra
       for (const Value& value : graph.Values()) {
         if (value.kind == ValueKind::kConstant) bytes += CodeBytes(value.type);
         if (value.kind != ValueKind::kWeight) continue;
-        const PointSpec spec = value.weight_point.name.empty()
-                                   ? PointSpec{.kind = QuantKind::kNone}
-                                   : calibration.GetRecipe().SpecFor(value.weight_point, calibration.GetDialect());
+        const PointSpec spec = value.weight_point.name.empty() ? PointSpec{.kind = QuantKind::kNone}
+                                                               : calibration.SpecFor(value.weight_point);
         bytes +=
             spec.kind == QuantKind::kAffine ? TensorType{spec.dtype, value.type.shape}.Bytes() : value.type.Bytes();
         channels[value.name] = value.weight_axis < 0 ? 1 : value.type.shape[value.weight_axis];

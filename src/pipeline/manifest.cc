@@ -8,6 +8,7 @@
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
 #include "ops/integer_product.h"
+#include "pipeline/stored_codes.h"
 
 namespace circlet {
 namespace fs = std::filesystem;
@@ -116,6 +117,11 @@ void OutputRun::Finish(const Settings& settings, const Calibration& calibration,
                              {"inputs", inputs_},
                              {"outputs", outputs}};
   if (!options_.command.empty()) manifest["command"] = options_.command;
+  for (const CodesChecksum& codes : result.stored_codes)
+    manifest[kStoredCodes][codes.parameter] = {{"bits", codes.bits},
+                                               {"codes", codes.codes},
+                                               {"codes_sha256", codes.codes_sha256},
+                                               {"scales_sha256", codes.scales_sha256}};
   if (result.grids) manifest["grids"] = ToJson(*result.grids);
   if (widened) manifest["widening"] = ToJson(*result.widening);
   WriteJson(Directory() / kManifestFile, manifest);

@@ -13,7 +13,9 @@
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
+#include "circlet/quant/affine.h"
 #include "circlet/report/terminal.h"
+#include "ops/codes.h"
 #include "ops/tally.h"
 #include "pipeline/estimate.h"
 #include "pipeline/manifest.h"
@@ -92,7 +94,7 @@ void RequireVacant(const QuantizeOptions& options) {
 // What cannot be exported is said before anything is computed.
 void CheckExportable(const Calibration& calibration, const std::vector<Point>& points) {
   for (const Point& point : points) {
-    const PointSpec spec = calibration.GetRecipe().SpecFor(point, calibration.GetDialect());
+    const PointSpec spec = calibration.SpecFor(point);
     if (spec.kind == QuantKind::kMx)
       Fail(
           "{}: MX formats are simulated only, a Circle file cannot hold them; set the point to an integer type, or use "
@@ -166,6 +168,7 @@ class Run {
   void Prefetch(const PhaseSpec& phase) const;
   void RunPhases(RunState* state, RunParts* parts, OutputRun* output);
   void RunPhase(int number);
+  void MeasureSecondRounding(const std::string& name, const WeightSource& stored, const RoundedWeights& rounded);
   void ShareChange();
   void Describe(QuantizeResult& result) const;
   void FillResult();
@@ -326,6 +329,9 @@ void Run::RunPhase(int number) {
     progress_->Begin(phase.name, runner.Work(phase.stage));
     Within(phase.name, [&] { runner.Run(phase.stage, result_.stages); });
     for (const Step& step : phase.stage.steps)
+      if (!step.own)
+        ForWeights(step, *phase.items, [&](const std::string& name) { MeasureSecondRounding(name, stored, rounded); });
+    for (const Step& step : phase.stage.steps)
       ForWeights(step, *phase.items, [&](const std::string& name) { job_.Release(name); });
   });
   write(/*first=*/false);
@@ -340,6 +346,36 @@ void Run::RunPhase(int number) {
   for (const Schedule::Drop& drop : schedule_.After(number))
     store_.Drop(drop.key, drop.keeps_verification ? verification_ : std::set<int>{});
   phase = {.name = phase.name};
+}
+
+// By how much a weight that lay on a grid before moves to its new one.
+void Run::MeasureSecondRounding(const std::string& name, const WeightSource& stored, const RoundedWeights& rounded) {
+  const std::string form = job_.RoundedBefore(name);
+  if (form.empty()) return;
+  const Tensor before = stored(name), after = rounded(name);
+  double changed = 0, all = 0;
+  std::mutex mutex;
+  std::map<int64_t, std::pair<double, double>> parts;  // summed in order, whatever thread made them
+  VisitWeight(before, [&](std::span<const float> values, int64_t first) {
+    std::vector<float> now(values.size());
+    if (after.Grid() != nullptr) {
+      Dequantize(after, *after.Grid(), first, now);
+    } else {
+      std::copy_n(after.F32().begin() + first, now.size(), now.begin());
+    }
+    std::pair<double, double> part;
+    for (size_t i = 0; i < now.size(); ++i) {
+      part.first += std::pow(double{now[i]} - values[i], 2);
+      part.second += std::pow(double{values[i]}, 2);
+    }
+    const std::lock_guard lock(mutex);
+    parts[first] = part;
+  });
+  for (const auto& [first, part] : parts) {
+    changed += part.first;
+    all += part.second;
+  }
+  result_.second_roundings.push_back({name, form, all > 0 ? std::sqrt(changed / all) : 0});
 }
 
 void Run::RunPhases(RunState* state, RunParts* parts, OutputRun* output) {
@@ -390,8 +426,8 @@ QuantizeResult Run::Compute() {
     Prepare(output->StateDirectory(), &*state);
     store_.UseFiles(state->ValuesDirectory(), ActivationBudget());
     units_.emplace(output->Directory(), calibration, store_);
-    parts.emplace(RunParts{calibration, store_, *units_, result_.stages, result_.linears, head_, result_.compute_change,
-                           result_.seconds});
+    parts.emplace(RunParts{calibration, store_, *units_, result_.stages, result_.linears, result_.second_roundings,
+                           head_, result_.compute_change, result_.seconds});
     result_.resumed_phases = state->Load(*parts, SpecsOfPoints(), result_.phases);
   } else {
     const std::filesystem::path directory = TemporaryDirectory();
@@ -449,8 +485,7 @@ void Run::TellStart(int64_t budget) const {
 
 std::function<PointSpec(const std::string&)> Run::SpecsOfPoints() const {
   std::map<std::string, PointSpec> specs;
-  for (const Point& point : job_.Points())
-    specs[point.name] = settings_.recipe.SpecFor(point, job_.GetCalibration().GetDialect());
+  for (const Point& point : job_.Points()) specs[point.name] = job_.GetCalibration().SpecFor(point);
   return [specs = std::move(specs)](const std::string& point) {
     const auto it = specs.find(point);
     if (it == specs.end()) Fail("{}: is no point of this run; start again with --force", point);
@@ -524,6 +559,16 @@ QuantizeOptions WithSettings(QuantizeOptions options, Settings& settings) {
 
 RunSettings::RunSettings(const QuantizeOptions& asked)
     : file(Settings::Load(asked.recipe, asked.set)), options(WithSettings(asked, file)), world(World()) {
+  if (options.elsewhere_float) {
+    if (options.exports || Writes())
+      Fail(
+          "--elsewhere float: is a measurement of the reference's arithmetic, no files are written of it; use "
+          "evaluate");
+    BuilderSpecs& specs = file.recipe.specs;
+    specs.activation = specs.weight = QuantSpec::None();
+    specs.linear_weight = specs.embedding_weight = specs.lm_head_weight = specs.vision_patch_embed_weight =
+        specs.norm_weight = QuantSpec::None();
+  }
   if (file.recipe.rounding && !options.qparams.empty())
     Fail("--qparams: the file has grids, recipe {} also makes codes, which takes calibration; leave one of them out",
          file.recipe.Name());

@@ -80,6 +80,9 @@ class ModelJob {
   virtual std::span<const DataFile> Files() const = 0;
   // Of all samples as they were read.
   virtual std::string SamplesHash() const = 0;
+  // What a parameter had been rounded to before ("int4 in groups of 32", "Q4_0"), for those that the run rounds again;
+  // empty: it had not been.
+  virtual std::string RoundedBefore(const std::string& parameter) const = 0;
   // What the family knows of the result: model, samples, what the checkpoint and its config held besides.
   virtual void Describe(QuantizeResult& result) const = 0;
 };

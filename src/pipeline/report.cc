@@ -1,5 +1,8 @@
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
@@ -123,6 +126,52 @@ std::string LinearsText(const std::vector<RoundedLinear>& linears) {
   return text + "\n";
 }
 
+double Share(const GivenPoint& point) {
+  return point.values > 0 ? static_cast<double>(point.beyond) / static_cast<double>(point.values) : 0;
+}
+
+// What of a packed checkpoint went to the files, and what did not.
+std::string PackedText(const QuantizeResult& result) {
+  std::string text;
+  if (!result.stored_codes.empty()) {
+    std::map<int, int64_t> by_bits;
+    for (const CodesChecksum& codes : result.stored_codes) ++by_bits[codes.bits];
+    std::vector<std::string> parts;
+    for (const auto& [bits, count] : by_bits) parts.push_back(fmt::format("{} of {} bits", count, bits));
+    text +=
+        fmt::format("{} weights are the checkpoint's codes: {}\n", result.stored_codes.size(), fmt::join(parts, ", "));
+  }
+  if (!result.given.empty()) {
+    const GivenPoint& worst = *std::ranges::max_element(result.given, {}, Share);
+    const auto clamped = std::ranges::count_if(result.given, [](const GivenPoint& point) { return point.beyond > 0; });
+    text += fmt::format(
+        "{} points have the checkpoint's grids; at {} of them calibration values lie beyond, at most {:.3f} % "
+        "({})\n",
+        result.given.size(), clamped, 100 * Share(worst), worst.name);
+  }
+  if (!result.unused_scales.empty())
+    text += fmt::format("scales that are not used: {}, {}{} (all: unused_scales of the JSON report)\n",
+                        result.unused_scales.size(), result.unused_scales[0],
+                        result.unused_scales.size() > 1 ? " ..." : "");
+  if (!result.modules_without_scale.empty())
+    text += fmt::format("linears without a scale: {}, {}{} (all: modules_without_scale of the JSON report)\n",
+                        result.modules_without_scale.size(), result.modules_without_scale[0],
+                        result.modules_without_scale.size() > 1 ? " ..." : "");
+  if (!result.second_roundings.empty()) {
+    const SecondRounding& worst =
+        *std::ranges::max_element(result.second_roundings, {}, &SecondRounding::relative_error);
+    double sum = 0;
+    for (const SecondRounding& rounding : result.second_roundings) sum += rounding.relative_error;
+    text += fmt::format(
+        "{} weights were rounded before ({}) and are rounded a second time, by {:.2f} % of their norm on average, at "
+        "most "
+        "{:.2f} % ({}); by module: second_roundings of the JSON report\n",
+        result.second_roundings.size(), result.second_roundings[0].form,
+        100 * sum / static_cast<double>(result.second_roundings.size()), 100 * worst.relative_error, worst.parameter);
+  }
+  return text.empty() ? text : "\n" + text;
+}
+
 }  // namespace
 
 std::string NotesText(const QuantizeResult& result) {
@@ -174,6 +223,7 @@ std::string ReportText(const QuantizeResult& result) {
       "error: norm of a position's differences over that of its float values; median and 99th percentile of "
       "positions\n";
   if (!result.linears.empty()) text += "\n" + LinearsText(result.linears);
+  text += PackedText(result);
   if (result.agreement) text += fmt::format("\n{}\n", AgreementText(*result.agreement));
   if (result.perplexity) text += PerplexityText(*result.perplexity);
   if (const auto& captions = result.captions)
@@ -242,6 +292,20 @@ std::string ReportJson(const QuantizeResult& result) {
                                {"nearest_loss", Number(linear.nearest_loss)},
                                {"rows_to_nearest", linear.rows_to_nearest},
                                {"rows_corrected", linear.rows_corrected}});
+  for (const GivenPoint& point : result.given)
+    json["given_grids"].push_back({{"point", point.name},
+                                   {"dtype", Name(point.grid.dtype)},
+                                   {"scale", F32(point.grid.scale[0])},
+                                   {"zero_point", point.grid.zero_point[0]},
+                                   {"values", point.values},
+                                   {"beyond", point.beyond},
+                                   {"share_beyond", Share(point)}});
+  if (!result.unused_scales.empty()) json["unused_scales"] = result.unused_scales;
+  if (!result.modules_without_scale.empty()) json["modules_without_scale"] = result.modules_without_scale;
+  for (const SecondRounding& rounding : result.second_roundings)
+    json["second_roundings"].push_back({{"parameter", rounding.parameter},
+                                        {"form", rounding.form},
+                                        {"relative_error", Number(rounding.relative_error)}});
   if (result.perplexity) json["perplexity"] = ToJson(*result.perplexity);
   if (result.agreement) json["agreement"] = ToJson(*result.agreement);
   if (result.captions)

@@ -167,6 +167,9 @@ nlohmann::json IdentityOf(const QuantizeOptions& options, const Recipe& recipe, 
             {"--text-only", options.text_only},
             {"--vision-profile", options.vision_profile},
             {"--widen", options.widen},
+            {"--requantize", options.requantize},
+            {"--int16-twin", options.int16_twin},
+            {"--kv-scales", options.kv_scales},
             {"--compute", options.compute == Compute::kBf16 ? "bf16" : "float32"}}}};
 }
 
@@ -281,6 +284,8 @@ void RunState::Restore(const nlohmann::json& state, RunParts& parts,
   parts.units.Restore(state.at("units"));
   for (const nlohmann::json& error : state.at("errors")) parts.errors.push_back(RestoreError(error));
   for (const nlohmann::json& linear : state.at("linears")) parts.linears.push_back(RestoreLinear(linear));
+  for (const nlohmann::json& again : state.value("second_roundings", nlohmann::json::array()))
+    parts.second_roundings.push_back({again.at(0), again.at(1), std::bit_cast<double>(again.at(2).get<int64_t>())});
   if (!state.at("head").is_null()) parts.head = RestoreHead(state.at("head"));
   if (!state.at("change").is_null()) parts.change = RestoreChange(state.at("change"));
   parts.seconds = state.at("seconds").get<std::map<std::string, double>>();
@@ -311,6 +316,7 @@ void RunState::SaveNewParams(int done, const ParameterStore& params) {
   nlohmann::json order = nlohmann::json::array();
   for (; params_saved_ < params.Size(); ++params_saved_) {
     const std::string& name = params.Names()[params_saved_];
+    if (params.Find(name)->GivenWithCodes()) continue;
     fresh.Set(*params.Find(name));
     order.push_back(name);
   }
@@ -328,6 +334,9 @@ bool RunState::Save(int done, RunParts& parts) {
   for (const StageError& error : parts.errors) errors.push_back(SaveError(error));
   for (const RoundedLinear& linear : parts.linears) linears.push_back(SaveLinear(linear));
   for (const auto& [name, observer] : parts.calibration.Observers()) observers[name] = observer->State();
+  nlohmann::json again = nlohmann::json::array();
+  for (const SecondRounding& rounding : parts.second_roundings)
+    again.push_back({rounding.parameter, rounding.form, std::bit_cast<int64_t>(rounding.relative_error)});
   nlohmann::json state{{"done", done},
                        {"identity", identity_},
                        {"params", params_files_},
@@ -335,6 +344,7 @@ bool RunState::Save(int done, RunParts& parts) {
                        {"units", parts.units.Save()},
                        {"errors", errors},
                        {"linears", linears},
+                       {"second_roundings", again},
                        {"change", parts.change ? SaveChange(*parts.change) : nlohmann::json()},
                        {"head", parts.head ? SaveHead(*parts.head) : nlohmann::json()},
                        {"seconds", parts.seconds},

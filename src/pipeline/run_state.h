@@ -31,6 +31,7 @@ struct RunParts {
   UnitWriter& units;
   std::vector<StageError>& errors;
   std::vector<RoundedLinear>& linears;
+  std::vector<SecondRounding>& second_roundings;
   std::optional<HeadResult>& head;
   std::optional<ComputeChange>& change;
   std::map<std::string, double>& seconds;

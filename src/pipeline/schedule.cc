@@ -76,7 +76,7 @@ void AddCodes(std::span<const PhaseSpec> phases, const Calibration& calibration,
     for (const Step& step : phases[phase].stage.steps) {
       if (step.fresh || phases[phase].items->Empty()) continue;
       for_weights(step.build((*phases[phase].items)[0]), [&](const Value& value) {
-        const PointSpec spec = calibration.GetRecipe().SpecFor(value.weight_point, calibration.GetDialect());
+        const PointSpec spec = calibration.SpecFor(value.weight_point);
         if (spec.kind == QuantKind::kAffine)
           made.try_emplace(value.name, Made{phase, TensorType{spec.dtype, value.type.shape}.Bytes()});
       });

@@ -18,14 +18,15 @@ namespace circlet {
 
 namespace {
 
-// A parameter as float32, converted once and kept until the source goes.
-WeightSource CachedFloat(WeightSource stored) {
-  return
-      [stored = std::move(stored), cache = std::make_shared<std::map<std::string, Tensor>>()](const std::string& name) {
-        Tensor& tensor = (*cache)[name];
-        if (tensor.Empty()) tensor = ToF32(stored(name));
-        return tensor;
-      };
+// A parameter as float32 (one that is stored as codes as products take it), converted once and kept until the source
+// goes.
+WeightSource CachedFloat(const Calibration& calibration, WeightSource stored) {
+  return [&calibration, stored = std::move(stored),
+          cache = std::make_shared<std::map<std::string, Tensor>>()](const std::string& name) {
+    Tensor& tensor = (*cache)[name];
+    if (tensor.Empty()) tensor = calibration.ReferenceOperand(stored(name));
+    return tensor;
+  };
 }
 
 }  // namespace
@@ -213,7 +214,7 @@ void StageRunner::Observe(const Step& step, StepRounding& rounding) {
     if (variants.insert(item->variant).second) ordered |= OrderMatters(c_.calibration, step.build(*item));
   const bool side_by_side = SideBySide(graph) && !ordered;
   std::vector<StepRuns> workers(Threads());
-  const WeightSource float_weights = Shared(CachedFloat(c_.stored));
+  const WeightSource float_weights = Shared(CachedFloat(c_.calibration, c_.stored));
   const WeightSource stored = Shared(c_.stored);  // linears take bf16 as it is
   const Item* const repeated = c_.items.Repeated();
   ObserverMap of_control, of_repeated;
@@ -227,7 +228,7 @@ void StageRunner::Observe(const Step& step, StepRounding& rounding) {
     const Item& item = *items[i];
     ObserverMap* const observers = observers_of(item, w);
     const auto reading_of = [&]() -> std::unique_ptr<PointReading> {
-      if (observers == nullptr) return nullptr;
+      if (observers == nullptr) return ObserveReading::Reference(c_.calibration);
       return std::make_unique<ObserveReading>(c_.calibration, *observers);
     };
     ReadyGraph& plan = workers[w].For(
@@ -254,7 +255,8 @@ void StageRunner::RunInFloat(const Stage& stage, const std::function<std::unique
   if (items.empty()) return;
   for (const Step& step : stage.steps) {
     std::vector<StepRuns> workers(Threads());
-    const WeightSource weights = Shared(c_.compute == Compute::kBf16 ? c_.stored : CachedFloat(c_.stored));
+    const WeightSource weights =
+        Shared(c_.compute == Compute::kBf16 ? c_.stored : CachedFloat(c_.calibration, c_.stored));
     const Graph graph = step.build(**std::ranges::max_element(items, {}, &Item::length));
     ForItems(static_cast<int64_t>(items.size()), SideBySide(graph), [&](int64_t i, int w) {
       const Item& item = *items[i];

@@ -105,7 +105,7 @@ std::vector<LinearGroup> LinearGroupsOf(const Graph& graph, const Calibration& c
     const Value& weight = graph.At(node.in[node.op.WeightInput()]);
     if (weight.kind != ValueKind::kWeight || !IsLinear(weight.weight_point.kind) || !seen.insert(weight.name).second)
       continue;
-    const PointSpec spec = calibration.GetRecipe().SpecFor(weight.weight_point, calibration.GetDialect());
+    const PointSpec spec = calibration.SpecFor(weight.weight_point);
     if (spec.kind != QuantKind::kAffine || spec.axis != 0 || BitWidth(spec.dtype) > 8) continue;
     // Behind a point that only says again what grid the value lies on.
     ValueId input = node.in[0];

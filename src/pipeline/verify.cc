@@ -17,6 +17,7 @@
 #include "circlet/quant/dialect.h"
 #include "circlet/report/terminal.h"
 #include "ops/integer_product.h"
+#include "pipeline/stored_codes.h"
 #include "pipeline/units.h"
 
 namespace circlet {
@@ -165,6 +166,10 @@ class StoredCodes {
 struct Listing {
   std::string dialect, instruction_set;
   std::map<std::string, std::string> sha256;  // by file
+  struct Checksums {
+    std::string codes, scales;
+  };
+  std::map<std::string, Checksums> stored_codes;  // of a packed checkpoint, by parameter
   struct Unit {
     std::string name, file;
     bool whole_graph = false;
@@ -226,6 +231,13 @@ Listing ReadListing(const fs::path& directory, std::vector<std::string>& notes) 
   listing.instruction_set = manifest.Required<std::string>("instruction_set");
   for (const JsonObject& output : manifest.Objects("outputs"))
     listing.sha256[output.Required<std::string>("file")] = output.Required<std::string>("sha256");
+
+  if (const std::optional<JsonObject> stored = manifest.OptionalObject(kStoredCodes))
+    for (const std::string& parameter : stored->Keys()) {
+      const JsonObject sums = stored->Object(parameter);
+      listing.stored_codes[parameter] = {sums.Required<std::string>("codes_sha256"),
+                                         sums.Required<std::string>("scales_sha256")};
+    }
 
   if (!CheckHash(listing, directory / kPipelineFile))
     notes.push_back(fmt::format("{} is not listed in {}: its hash was not compared", kPipelineFile, kManifestFile));
@@ -293,6 +305,28 @@ void CheckKeys(const Listing& listing, const StoredCodes& codes) {
            NearestHint(name, known), kPipelineFile);
 }
 
+// Whether the file's weights are the codes that the checkpoint held. `found`: those that are, by name.
+void CompareStoredCodes(const Listing& listing, const std::string& file, const circle::Model& model,
+                        std::set<std::string>& found, std::vector<std::string>& lost) {
+  for (const circle::Tensor& tensor : model.tensors) {
+    const auto stored = listing.stored_codes.find(tensor.name);
+    if (stored == listing.stored_codes.end() || tensor.data.Empty()) continue;
+    if (!tensor.qparams || !tensor.qparams->PerChannel() || BitWidth(tensor.type.dtype) > 8) {
+      lost.push_back(
+          fmt::format("{}: {} has it as {} without a scale a row", tensor.name, file, tensor.type.ToString()));
+      continue;
+    }
+    const CodesChecksum sums = DescribeCodes(tensor.name, 0, tensor.data.WithGrid(&*tensor.qparams));
+    const bool codes = sums.codes_sha256 == stored->second.codes, scales = sums.scales_sha256 == stored->second.scales;
+    if (codes && scales) {
+      found.insert(tensor.name);
+    } else {
+      lost.push_back(fmt::format("{}: its {} in {} are not the checkpoint's (SHA-256 in {}); quantize again",
+                                 tensor.name, codes ? "scales" : "codes", file, kManifestFile));
+    }
+  }
+}
+
 void RunUnit(const circle::Model& model, const StoredCodes& codes, UnitVerdict& verdict) {
   std::map<std::string, Tensor> inputs;
   for (size_t k = 0; k < model.inputs.size(); ++k) {
@@ -330,6 +364,7 @@ VerifyResult::Verdict VerdictOf(const VerifyResult& result) {
   using Verdict = VerifyResult::Verdict;
   const auto any = [&](const auto& test) { return std::ranges::any_of(result.units, test); };
   if (any([](const UnitVerdict& unit) { return !unit.fault.empty(); })) return Verdict::kDamaged;
+  if (!result.lost_codes.empty()) return Verdict::kDamaged;
   const bool exact_files = DialectFromName(result.dialect).exact_files;
   if (exact_files && !result.broken_boundaries.empty()) return Verdict::kDifferent;
   const bool same_set = result.made_with == result.this_set;
@@ -401,6 +436,7 @@ VerifyResult Verify(const VerifyOptions& options) {
   result.made_with = listing.instruction_set;
   result.this_set = InstructionSets();
 
+  std::set<std::string> stored;
   Progress progress(options.progress);
   progress.Begin("verify", static_cast<int64_t>(listing.units.size()));
   for (const Listing::Unit& unit : listing.units) {
@@ -415,6 +451,7 @@ VerifyResult Verify(const VerifyOptions& options) {
       const circle::Model model = circle::Read(path);
       verdict.operators = static_cast<int64_t>(model.operators.size());
       CompareEnds(unit, model, result.broken_boundaries);
+      CompareStoredCodes(listing, unit.file, model, stored, result.lost_codes);
       RunUnit(model, codes, verdict);
     } catch (const Error& error) {
       verdict.fault = error.what();
@@ -422,6 +459,13 @@ VerifyResult Verify(const VerifyOptions& options) {
     result.units.push_back(std::move(verdict));
     progress.Advance();
   }
+  for (const auto& [parameter, sums] : listing.stored_codes) {
+    const bool judged = std::ranges::any_of(result.lost_codes,
+                                            [&](const std::string& lost) { return lost.starts_with(parameter + ":"); });
+    if (!stored.contains(parameter) && !judged)
+      result.lost_codes.push_back(fmt::format("{}: no file holds its codes; quantize again", parameter));
+  }
+  result.stored_codes = static_cast<int64_t>(stored.size());
   result.verdict = VerdictOf(result);
   result.exact = std::ranges::any_of(result.units, [](const UnitVerdict& unit) { return unit.values > 0; }) &&
                  std::ranges::all_of(result.units,
@@ -449,6 +493,9 @@ std::string VerifyText(const VerifyResult& result) {
     if (!unit.judged && unit.different > 0) unjudged.push_back(unit.unit);
   }
   for (const std::string& boundary : result.broken_boundaries) notes += fmt::format("boundary {}\n", boundary);
+  for (const std::string& lost : result.lost_codes) notes += lost + "\n";
+  if (result.stored_codes > 0)
+    notes += fmt::format("{} weights have the checkpoint's codes and scales (SHA-256)\n", result.stored_codes);
   for (const std::string& note : result.notes) notes += note + "\n";
   if (!result.exact && result.made_with != result.this_set)
     notes += fmt::format(
@@ -483,6 +530,8 @@ std::string VerifyJson(const VerifyResult& result) {
                    {"dialect", result.dialect},
                    {"units", units},
                    {"broken_boundaries", result.broken_boundaries},
+                   {"stored_codes", result.stored_codes},
+                   {"lost_codes", result.lost_codes},
                    {"notes", result.notes}});
 }
 

@@ -36,7 +36,7 @@ Grid AsymmetricGrid(float min, float max, float qmin, float qmax) {
   return {scale, static_cast<int32_t>(zero_point)};
 }
 
-// A weight as a matrix: one row for each index of axis 0. Hands out rows as float32.
+// A weight as a matrix: one row for each index of axis 0. Hands out rows as float32; of codes with a grid their values.
 class Rows {
  public:
   explicit Rows(const Tensor& tensor) : tensor_(tensor) {
@@ -62,6 +62,11 @@ class Rows {
 
   // `count` elements of a row, in place where they are float32 already, else in `buffer`.
   const float* Get(int64_t row, int64_t column, int64_t count, std::vector<float>& buffer) const {
+    if (tensor_.Grid() != nullptr) {
+      buffer.resize(count);
+      Dequantize(tensor_, *tensor_.Grid(), row * width_ + column, buffer);
+      return buffer.data();
+    }
     const std::byte* from = At(row, column);
     const auto address = reinterpret_cast<uintptr_t>(from);
     if (tensor_.GetDType() == DType::kF32 && address % alignof(float) == 0) return reinterpret_cast<const float*>(from);
@@ -71,7 +76,10 @@ class Rows {
   }
   const float* Get(int64_t row, std::vector<float>& buffer) const { return Get(row, 0, width_, buffer); }
 
-  void Copy(int64_t row, float* out) const { CopyTo(At(row, 0), width_, out); }
+  void Copy(int64_t row, float* out) const {
+    if (tensor_.Grid() == nullptr) return CopyTo(At(row, 0), width_, out);
+    Dequantize(tensor_, *tensor_.Grid(), row * width_, {out, static_cast<size_t>(width_)});
+  }
 
  private:
   const std::byte* At(int64_t row, int64_t column) const {

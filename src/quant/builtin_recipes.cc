@@ -29,6 +29,16 @@ constexpr std::string_view kW4 = R"(    activation: int16
     norm_weight: int16
 )";
 
+constexpr std::string_view kAsCheckpoint = R"(    packed_weights: uint4 # of codes of up to 4 bits; or int4
+    activation: int16
+    weight: int16
+    linear_weight: uint8
+    embedding_weight: uint8
+    lm_head_weight: uint8
+    vision_patch_embed_weight: uint8
+    norm_weight: int16
+)";
+
 constexpr std::string_view kW8 = R"(    activation: int16
     weight: int16
     linear_weight: uint8
@@ -107,7 +117,7 @@ constexpr std::string_view kGptq = R"(  - name: gptq
 constexpr std::string_view kWidened = R"(    widen: auto
 )";
 
-constexpr std::array<Builtin, 11> kBuiltins{{
+constexpr std::array<Builtin, 12> kBuiltins{{
     {"default", "# 16-bit activations and weights: the most accurate integer model.\n",
      R"(    activation: int16
     weight: int16
@@ -141,6 +151,9 @@ constexpr std::array<Builtin, 11> kBuiltins{{
     {"w8a8-mixed",
      "# 8-bit activations with 16 bits for the stream of the layers: the least that real weights live on.\n",
      kW8A8Mixed, "", "", kWidened},
+    {"as-checkpoint",
+     "# Codes and int8 grids of a checkpoint that was trained with them, 16 bits and 8-bit weights elsewhere.\n",
+     kAsCheckpoint},
     {"smoke-u8", "# 8 bits everywhere: what a wrapper-smoke case without a recipe of its own uses.\n",
      R"(    activation: uint8
     weight: uint8

@@ -2,6 +2,8 @@
 
 #include <fmt/ranges.h>
 
+#include <cstring>
+
 #include "circlet/base/threads.h"
 #include "circlet/quant/affine.h"
 #include "circlet/quant/mx.h"
@@ -22,6 +24,20 @@ bool SameType(const PointSpec& a, const PointSpec& b) {
          (a.dtype == b.dtype && a.scheme.symmetric == b.scheme.symmetric && a.axis == b.axis);
 }
 
+// Codes as signed 4-bit ones differ from unsigned ones around 8 in each code's highest bit.
+void FlipSigns(std::span<std::byte> bytes) {
+  for (std::byte& two : bytes) two ^= std::byte{0x88};
+}
+
+// Stored codes in the type of `grid`, whose codes mean the same values.
+Tensor InTypeOf(const Tensor& codes, const std::shared_ptr<const QParams>& grid) {
+  if (codes.GetDType() == grid->dtype) return codes.WithGrid(grid);
+  const Tensor flipped = Tensor::Uninitialized({grid->dtype, codes.GetShape()});
+  std::memcpy(flipped.Raw(), codes.Raw(), static_cast<size_t>(codes.Bytes()));
+  FlipSigns({flipped.Raw(), static_cast<size_t>(flipped.Bytes())});
+  return flipped.WithGrid(grid);
+}
+
 std::string TypeText(const PointSpec& spec) {
   if (spec.kind == QuantKind::kMx) return "MX";
   if (spec.kind == QuantKind::kNone) return "float";
@@ -30,6 +46,32 @@ std::string TypeText(const PointSpec& spec) {
 }
 
 }  // namespace
+
+void Calibration::GivePoint(const std::string& name, QParams grid) { given_points_[name] = std::move(grid); }
+
+void Calibration::GiveCodes(const std::string& name, QParams grid) {
+  PointSpec spec{.point = name, .dtype = grid.dtype, .scheme = {.per_channel = true, .symmetric = true}, .axis = 0};
+  spec.observer.kind = ObserverSpec::Kind::kGiven;
+  params_.Set({.spec = std::move(spec), .min = {0}, .max = {0}, .qparams = std::move(grid)});
+}
+
+const QParams* Calibration::GivenGrid(const Point& point) const {
+  if (point.use == PointUse::kExportOnly) return nullptr;
+  const auto given = given_points_.find(point.name);
+  return given == given_points_.end() ? nullptr : &given->second;
+}
+
+PointSpec Calibration::SpecFor(const Point& point) const {
+  if (const PointParams* const codes = params_.Find(point.name); codes != nullptr && codes->GivenWithCodes())
+    return codes->spec;
+  const auto given = given_points_.find(point.name);
+  if (given == given_points_.end()) return recipe_.SpecFor(point, dialect_);
+  const QParams& grid = given->second;
+  return {.point = point.name,
+          .dtype = grid.dtype,
+          .scheme = {.symmetric = grid.zero_point[0] == 0},
+          .observer = {.kind = ObserverSpec::Kind::kGiven, .step = grid.scale[0], .zero_point = grid.zero_point[0]}};
+}
 
 void Calibration::UseFrozen(ParameterStore params) {
   params_ = std::move(params);
@@ -43,7 +85,12 @@ void Calibration::CheckTypes(std::span<const Point> points, const std::string& f
   for (const Point& point : points) {
     const PointParams* frozen = params_.Find(point.name);
     if (frozen == nullptr) continue;
-    const PointSpec spec = recipe_.SpecFor(point, dialect_);
+    const PointSpec spec = SpecFor(point);
+    if (const QParams* const given = GivenGrid(point); given != nullptr && SameType(frozen->spec, spec)) {
+      if (frozen->qparams != *given)
+        Fail("{}: {} has another grid there than the checkpoint gives it; leave --qparams out", file, point.name);
+      continue;
+    }
     if (SameType(frozen->spec, spec) || different++ >= kShown) continue;
     shown.push_back(fmt::format("{} is {} there and {} here", point.name, TypeText(frozen->spec), TypeText(spec)));
   }
@@ -60,13 +107,13 @@ void Calibration::Resume(const ParameterStore& params) {
 Observer* Calibration::ObserverOf(const Point& point, ObserverMap& observers) const {
   if (all_frozen_ || point.use == PointUse::kBoundary || params_.Find(point.name) != nullptr) return nullptr;
   auto [it, inserted] = observers.try_emplace(point.name);
-  if (inserted) it->second = Observer::Make(recipe_.SpecFor(point, dialect_));
+  if (inserted) it->second = Observer::Make(SpecFor(point));
   return it->second.get();
 }
 
 bool Calibration::OrderMatters(const Point& point) const {
   if (all_frozen_ || point.use == PointUse::kBoundary || params_.Find(point.name) != nullptr) return false;
-  const PointSpec spec = recipe_.SpecFor(point, dialect_);
+  const PointSpec spec = SpecFor(point);
   return spec.kind == QuantKind::kAffine && spec.observer.kind == ObserverSpec::Kind::kEma;
 }
 
@@ -82,7 +129,7 @@ void Calibration::Freeze(const Graph& graph, const WeightSource& weights) {
   for (const Value& value : graph.Values()) {
     const std::string& name = value.weight_point.name;
     if (value.kind != ValueKind::kWeight || name.empty() || params_.Find(name) != nullptr) continue;
-    const PointSpec spec = recipe_.SpecFor(value.weight_point, dialect_);
+    const PointSpec spec = SpecFor(value.weight_point);
     params_.Set(spec.kind == QuantKind::kAffine ? ParamsOfWeight(weights(value.name), spec) : PointParams{.spec = spec});
   }
   for (const Node& node : graph.Nodes()) {
@@ -90,7 +137,7 @@ void Calibration::Freeze(const Graph& graph, const WeightSource& weights) {
       if (point.name.empty() || point.use == PointUse::kBoundary || params_.Find(point.name) != nullptr) continue;
       const auto observer = observers_.find(point.name);
       CIRCLET_CHECK(observer != observers_.end(), "{} was not observed before its graph was frozen", point.name);
-      params_.Set(circlet::ParamsOf(*observer->second, recipe_.SpecFor(point, dialect_), point.headroom_below));
+      params_.Set(circlet::ParamsOf(*observer->second, SpecFor(point), point.headroom_below));
       observers_.erase(observer);
     }
   }
@@ -126,7 +173,8 @@ std::shared_ptr<const QParams> Calibration::GridOfRows(const std::string& name, 
   const PointParams* params = params_.Find(name);
   if (params == nullptr || params->spec.kind != QuantKind::kAffine) return nullptr;
   // Grids from a file: nobody has looked at the weights yet, and codes cannot tell a NaN.
-  if (all_frozen_) Within(name, [&] { RangeOfWeight(rows, -1); });
+  if (all_frozen_ && rows.Grid() == nullptr && !IsInteger(rows.GetDType()))
+    Within(name, [&] { RangeOfWeight(rows, -1); });
   auto grid = std::make_shared<QParams>(params->qparams);
   if (grid->PerChannel()) {
     const auto cut = [&](auto& values) {
@@ -140,13 +188,15 @@ std::shared_ptr<const QParams> Calibration::GridOfRows(const std::string& name, 
 
 Tensor Calibration::RoundedRows(const std::string& name, const Tensor& rows, int64_t first_row) const {
   const std::shared_ptr<const QParams> grid = GridOfRows(name, rows, first_row);
+  if (grid != nullptr && HoldsCodes(name)) return OperandOf(InTypeOf(rows, grid));
   if (grid != nullptr && MultipliedAsCodes(rows, *grid))
     return OperandOf(QuantizeWeight(rows, *grid, dialect_.rounding).codes.WithGrid(grid));
   return RoundedValues(name, rows, grid.get());
 }
 
 Tensor Calibration::RoundedRowsAt(const std::string& name, const Tensor& table, std::span<const int64_t> ids) const {
-  const Tensor rows = RowsOf(table, ids);
+  if (HoldsCodes(name)) return DequantizedRows(table, ids);
+  const Tensor rows = table.Grid() != nullptr ? DequantizedRows(table, ids) : RowsOf(table, ids);
   const PointParams* params = params_.Find(name);
   if (params == nullptr || params->spec.kind != QuantKind::kAffine) return RoundedValues(name, rows, nullptr);
   const QParams& of_table = params->qparams;
@@ -171,7 +221,17 @@ Tensor Calibration::RoundedValues(const std::string& name, const Tensor& rows, c
 Tensor Calibration::CodesOfRows(const std::string& name, const Tensor& rows, int64_t first_row) const {
   const std::shared_ptr<const QParams> grid = GridOfRows(name, rows, first_row);
   if (grid == nullptr) return {};
+  if (HoldsCodes(name)) return InTypeOf(rows, grid);
   return Within(name, [&] { return QuantizeWeight(rows, *grid, dialect_.rounding).codes; }).WithGrid(grid);
+}
+
+bool Calibration::HoldsCodes(const std::string& name) const {
+  const PointParams* const params = params_.Find(name);
+  return params != nullptr && params->GivenWithCodes();
+}
+
+Tensor Calibration::ReferenceOperand(const Tensor& stored) const {
+  return stored.Grid() != nullptr ? OperandOf(stored) : ToF32(stored);
 }
 
 Tensor Calibration::OperandOf(const Tensor& codes) const {
@@ -194,17 +254,34 @@ bool Calibration::MultipliedAsCodes(const Tensor& weight, const QParams& grid) c
   return SummedInIntegers(&usual, &grid, weight.GetShape()[1]);
 }
 
+namespace {
+
+simd::Grid GridOfTensor(const QParams& grid, Rounding rounding) {
+  const CodeRange codes = CodesOf(grid.dtype);
+  return {grid.scale[0], grid.zero_point[0], static_cast<int32_t>(codes.min), static_cast<int32_t>(codes.max),
+          rounding};
+}
+
+}  // namespace
+
 // ---- Observing ----------------------------------------------------------------------------------------------------
 
 class ObserveReading::Visitor final : public PointVisitor {
  public:
-  Visitor(const ObserveReading& reading, Observer& observer, const TensorType& type)
+  // Either may be null: nobody observes, or nothing is given.
+  Visitor(const ObserveReading& reading, Observer* observer, const QParams* given, const TensorType& type)
       : reading_(reading),
         observer_(observer),
         elements_(type.shape.Elements()),
-        width_(type.shape.Rank() == 0 ? 1 : type.shape[-1]) {}
+        width_(type.shape.Rank() == 0 ? 1 : type.shape[-1]) {
+    if (given != nullptr) given_ = GridOfTensor(*given, reading.calibration_.GetDialect().rounding);
+  }
   void Visit(std::span<float> values, int64_t first) override {
-    if (!reading_.slice_) return observer_.Visit(values, first);
+    if (observer_ != nullptr) Observe(values, first);
+    if (given_) simd::Snap(values.data(), static_cast<int64_t>(values.size()), *given_);
+  }
+  void Observe(std::span<float> values, int64_t first) {
+    if (!reading_.slice_) return observer_->Visit(values, first);
     const Slice& slice = *reading_.slice_;
     const bool cut = width_ == slice.columns;
     if (!cut && slice.column > 0) return;
@@ -213,31 +290,42 @@ class ObserveReading::Visitor final : public PointVisitor {
     for (int64_t at = 0; at < static_cast<int64_t>(values.size());) {
       const int64_t row = (first + at) / width_, column = (first + at) % width_;
       const int64_t size = std::min<int64_t>(width_ - column, static_cast<int64_t>(values.size()) - at);
-      observer_.Visit(values.subspan(at, size), (slice.position + row) * width + begin + column);
+      observer_->Visit(values.subspan(at, size), (slice.position + row) * width + begin + column);
       at += size;
     }
   }
   void Begin(int64_t sample) {
+    if (observer_ == nullptr) return;
     const std::optional<Slice>& slice = reading_.slice_;
     const int64_t width = slice && width_ == slice->columns ? slice->width : width_;
-    observer_.BeginSample(sample, slice ? slice->length * width : elements_);
+    observer_->BeginSample(sample, slice ? slice->length * width : elements_);
   }
-  void End() { observer_.EndSample(); }
+  void End() {
+    if (observer_ != nullptr) observer_->EndSample();
+  }
 
  private:
   const ObserveReading& reading_;
-  Observer& observer_;
+  Observer* observer_;
   int64_t elements_, width_;
+  std::optional<simd::Grid> given_;
 };
 
-ObserveReading::ObserveReading(const Calibration& calibration, ObserverMap& observers)
+ObserveReading::ObserveReading(const Calibration& calibration, ObserverMap* observers)
     : calibration_(calibration), observers_(observers) {}
+
+std::unique_ptr<ObserveReading> ObserveReading::Reference(const Calibration& calibration) {
+  if (!calibration.GivesPoints()) return nullptr;
+  return std::unique_ptr<ObserveReading>(new ObserveReading(calibration, nullptr));
+}
+
 ObserveReading::~ObserveReading() = default;
 
 PointVisitor* ObserveReading::At(const Point& point, const TensorType& type) {
-  Observer* observer = calibration_.ObserverOf(point, observers_);
-  if (observer == nullptr) return nullptr;
-  visitors_.push_back(std::make_unique<Visitor>(*this, *observer, type));
+  Observer* const observer = observers_ == nullptr ? nullptr : calibration_.ObserverOf(point, *observers_);
+  const QParams* const given = calibration_.GivenGrid(point);
+  if (observer == nullptr && given == nullptr) return nullptr;
+  visitors_.push_back(std::make_unique<Visitor>(*this, observer, given, type));
   return visitors_.back().get();
 }
 
@@ -256,11 +344,7 @@ namespace {
 
 class AffineVisitor final : public PointVisitor {
  public:
-  AffineVisitor(const QParams& qparams, Rounding rounding) {
-    const CodeRange codes = CodesOf(qparams.dtype);
-    grid_ = {qparams.scale[0], qparams.zero_point[0], static_cast<int32_t>(codes.min), static_cast<int32_t>(codes.max),
-             rounding};
-  }
+  AffineVisitor(const QParams& qparams, Rounding rounding) : grid_(GridOfTensor(qparams, rounding)) {}
   void Visit(std::span<float> values, int64_t) override {
     simd::Snap(values.data(), static_cast<int64_t>(values.size()), grid_);
   }
@@ -334,9 +418,15 @@ namespace {
 
 class LazyCodes final : public circle::LazyConstant {
  public:
-  LazyCodes(Tensor weight, const QParams& grid, Rounding rounding)
-      : weight_(std::move(weight)), grid_(grid), rounding_(rounding) {}
+  // `stored`: the weight holds the codes already.
+  LazyCodes(Tensor weight, const QParams& grid, Rounding rounding, bool stored)
+      : weight_(std::move(weight)), grid_(grid), rounding_(rounding), stored_(stored) {}
   void Fill(int64_t first, std::span<std::byte> out) const override {
+    if (stored_) {
+      std::memcpy(out.data(), weight_.Raw() + first, out.size());
+      if (weight_.GetDType() != grid_.dtype) FlipSigns(out);
+      return;
+    }
     QuantizeWeightBytes(weight_, grid_, rounding_, first, out);
   }
 
@@ -344,6 +434,7 @@ class LazyCodes final : public circle::LazyConstant {
   Tensor weight_;
   QParams grid_;
   Rounding rounding_;
+  bool stored_;
 };
 
 }  // namespace
@@ -355,7 +446,7 @@ std::shared_ptr<const circle::LazyConstant> CalibratedGrids::LazyWeightCodes(con
   if (weights_.HoldsCodes(name) || !Own(name).Empty()) return nullptr;
   const Tensor weight = weights_.Stored(name);
   if (TensorType{grid.dtype, weight.GetShape()}.Bytes() <= kLargeBytes) return nullptr;
-  return std::make_shared<LazyCodes>(weight, grid, calibration_.GetDialect().rounding);
+  return std::make_shared<LazyCodes>(weight, grid, calibration_.GetDialect().rounding, calibration_.HoldsCodes(name));
 }
 
 Tensor CalibratedGrids::WeightCodes(const std::string& name, const QParams& grid) const {

@@ -201,6 +201,55 @@ class PercentileObserver final : public Observer {
   std::atomic<uint64_t> floor_{0};  // weaker entries cannot be kept any more
 };
 
+// Watches values that go to a grid which is not theirs to change.
+class GivenObserver final : public Observer {
+ public:
+  GivenObserver(const ObserverSpec& spec, DType type) : Observer(spec), type_(type) {
+    const CodeRange codes = CodesOf(type);
+    low_ = (static_cast<float>(codes.min - spec.zero_point) - 0.5f) * spec.step;
+    high_ = (static_cast<float>(codes.max - spec.zero_point) + 0.5f) * spec.step;
+  }
+
+  void Visit(std::span<const float> values, int64_t first) override {
+    Observer::Visit(values, first);
+    values_ += static_cast<int64_t>(values.size());
+    beyond_ += std::ranges::count_if(values, [this](float value) { return value < low_ || value > high_; });
+  }
+  void Merge(const Observer& other) override {
+    Observer::Merge(other);
+    const Beyond more = other.CountBeyond();
+    values_ += more.values;
+    beyond_ += more.beyond;
+  }
+  Beyond CountBeyond() const override { return {values_, beyond_}; }
+  json State() const override {
+    json state = Observer::State();
+    state["given"] = {{"dtype", Name(type_)}, {"step", F32(spec_.step)}, {"zero_point", spec_.zero_point}};
+    state["values"] = values_.load();
+    state["beyond"] = beyond_.load();
+    return state;
+  }
+  static std::unique_ptr<Observer> FromState(const json& state) {
+    const JsonObject object(state, std::string(kStateName)), given = object.Object("given");
+    const ObserverSpec spec{.kind = ObserverSpec::Kind::kGiven,
+                            .step = F32(given.Raw("step"), given.Where("step")),
+                            .zero_point = given.Required<int>("zero_point")};
+    auto observer = std::make_unique<GivenObserver>(spec, DTypeFromName(given.Required<std::string>("dtype")));
+    observer->Restore(state);
+    observer->values_ = object.Required<int64_t>("values");
+    observer->beyond_ = object.Required<int64_t>("beyond");
+    return observer;
+  }
+
+ protected:
+  QParams GridOver(Bounds, const PointSpec&) const override { return {type_, -1, {spec_.step}, {spec_.zero_point}}; }
+
+ private:
+  DType type_;
+  float low_, high_;
+  std::atomic<int64_t> values_{0}, beyond_{0};
+};
+
 std::unique_ptr<Observer> MakeOf(const ObserverSpec& spec) {
   switch (spec.kind) {
     case ObserverSpec::Kind::kMinMax:
@@ -209,6 +258,8 @@ std::unique_ptr<Observer> MakeOf(const ObserverSpec& spec) {
       return std::make_unique<EmaObserver>(spec);
     case ObserverSpec::Kind::kPercentile:
       return std::make_unique<PercentileObserver>(spec);
+    case ObserverSpec::Kind::kGiven:
+      break;  // Make and FromState make it, which know its type
   }
   return std::make_unique<MinMaxObserver>(spec);
 }
@@ -216,11 +267,15 @@ std::unique_ptr<Observer> MakeOf(const ObserverSpec& spec) {
 }  // namespace
 
 std::unique_ptr<Observer> Observer::Make(const PointSpec& spec) {
-  return MakeOf(spec.kind == QuantKind::kAffine ? spec.observer : ObserverSpec{});
+  if (spec.kind != QuantKind::kAffine) return MakeOf({});
+  if (spec.observer.kind == ObserverSpec::Kind::kGiven)
+    return std::make_unique<GivenObserver>(spec.observer, spec.dtype);
+  return MakeOf(spec.observer);
 }
 
 std::unique_ptr<Observer> Observer::FromState(const json& state) {
   const JsonObject object(state, std::string(kStateName));
+  if (object.Has("given")) return GivenObserver::FromState(state);
   const QuantSpec spec = QuantSpecFromJson(object.Raw("spec"), kStateName);
   std::unique_ptr<Observer> observer = MakeOf(spec.observer.value_or(ObserverSpec{}));
   observer->Restore(state);
@@ -262,7 +317,8 @@ void Observer::Merge(const Observer& other) {
 }
 
 json Observer::State() const {
-  return {{"spec", ToJson(QuantSpec{.observer = spec_})},
+  const bool given = spec_.kind == ObserverSpec::Kind::kGiven;
+  return {{"spec", ToJson(QuantSpec{.observer = given ? ObserverSpec{} : spec_})},
           {"min", F32(min_)},
           {"max", F32(max_)},
           {"samples", samples_},
@@ -291,7 +347,11 @@ QParams Observer::Freeze(const PointSpec& spec, float headroom_below) const {
         "no_quant in the recipe",
         spec.point);
   const Bounds covered = Covered(spec);
-  return ComputeQParams(covered.min - headroom_below, covered.max, spec.dtype, spec.scheme.symmetric);
+  return GridOver({covered.min - headroom_below, covered.max}, spec);
+}
+
+QParams Observer::GridOver(Bounds covered, const PointSpec& spec) const {
+  return ComputeQParams(covered.min, covered.max, spec.dtype, spec.scheme.symmetric);
 }
 
 }  // namespace circlet

@@ -48,7 +48,9 @@ void AppendPoint(std::string& text, const PointParams& params) {
     if (i > 0) text += ',';
     text += std::to_string(params.qparams.zero_point[i]);
   }
-  text += "]}";
+  text += ']';
+  if (params.Given()) text += fmt::format(",\"values\":{},\"beyond\":{}", params.beyond.values, params.beyond.beyond);
+  text += '}';
 }
 
 std::vector<float> ReadFloats(const JsonObject& object, std::string_view key) {
@@ -64,6 +66,7 @@ std::vector<float> ReadFloats(const JsonObject& object, std::string_view key) {
 ObserverSpec ObserverFromName(const JsonObject& object, const std::string& name) {
   if (name == "MinMaxObserver") return {};
   if (name == "EMAObserver") return {.kind = ObserverSpec::Kind::kEma};
+  if (name == "GivenObserver") return {.kind = ObserverSpec::Kind::kGiven};
   if (name == "PercentileObserver") return {.kind = ObserverSpec::Kind::kPercentile};
   object.FailAt("observer", fmt::format("unknown observer \"{}\"; known are MinMaxObserver, EMAObserver, "
                                         "PercentileObserver, MXObserver, IdentityObserver",
@@ -113,6 +116,10 @@ PointParams ReadPoint(const JsonObject& object, const std::string& name) {
   params.qparams.scale = ReadFloats(object, "scale");
   params.qparams.zero_point = object.Required<std::vector<int>>("zero_point");
   CheckNumbers(object, params);
+  if (!params.Given()) return params;
+  spec.observer.step = params.qparams.scale.front();
+  spec.observer.zero_point = params.qparams.zero_point.front();
+  params.beyond = {object.Required<int64_t>("values"), object.Required<int64_t>("beyond")};
   return params;
 }
 
@@ -143,6 +150,7 @@ PointParams ParamsOf(const Observer& observer, const PointSpec& spec, float head
   if (spec.kind != QuantKind::kAffine) return params;
   params.min = {observer.Min()};
   params.max = {observer.Max()};
+  params.beyond = observer.CountBeyond();
   return params;
 }
 
@@ -174,13 +182,16 @@ const PointParams& ParameterStore::Get(std::string_view point) const {
 
 std::string ToText(const ParameterStore& store, const json& header) {
   json members = header.is_null() ? json::object() : header;
-  members["points"] = store.Size();
+  std::vector<const PointParams*> written;
+  for (const std::string& name : store.Names())
+    if (const PointParams* const params = store.Find(name); !params->GivenWithCodes()) written.push_back(params);
+  members["points"] = written.size();
   std::string text = members.dump(1);
   text.resize(text.size() - 2);  // without "\n}"
   text += ",\n \"quant_points\":{\n";
-  for (size_t i = 0; i < store.Size(); ++i) {
-    AppendPoint(text, *store.Find(store.Names()[i]));
-    text += i + 1 < store.Size() ? ",\n" : "\n";
+  for (size_t i = 0; i < written.size(); ++i) {
+    AppendPoint(text, *written[i]);
+    text += i + 1 < written.size() ? ",\n" : "\n";
   }
   text += " }\n}\n";
   return text;

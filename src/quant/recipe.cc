@@ -181,6 +181,15 @@ PointSpec Recipe::SpecFor(const Point& point, const Dialect& dialect) const {
                      weight ? specs.weight : specs.activation, dialect);
 }
 
+std::string Recipe::PlaceOf(const Point& point) const {
+  std::string place;
+  for (const OverridePolicy& policy : policies)
+    if (policy.Matches(point)) place = policy.where;
+  for (const Override& candidate : overrides)
+    if (PathNames(candidate.path, point.name)) place = candidate.where;
+  return place;
+}
+
 std::vector<std::string> Recipe::UnusedOverrides(std::span<const Point> points) const {
   std::vector<std::string> texts;
   for (const Override& override : overrides)

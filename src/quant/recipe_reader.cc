@@ -46,6 +46,9 @@ class StageReader {
       ReadOverrides(*tree_.Find("raw_overrides"), "");
     }
     ReadWidening();
+    if (stage_.Has("packed_weights"))
+      recipe_.packed_weights =
+          Choice(stage_, "packed_weights", "uint4", {"uint4", "int4"}, {}) == "int4" ? DType::kI4 : DType::kU4;
     recipe_.print_overrides = stage_.Optional<bool>("print_overrides", false);
     stage_.Optional<bool>("verbose");             // nothing more is said
     stage_.Optional<bool>("reuse_gptq_qparams");  // there is no gptq stage to reuse from

@@ -102,7 +102,8 @@ TEST(RecipeTest, SmokeU8IsEightBitsEverywhereButInThePositionTable) {
 TEST(RecipeTest, UnknownNamesNameTheNearest) {
   EXPECT_THAT(ErrorText([] { Recipe::Load("w4a61"); }),
               HasSubstr("unknown recipe \"w4a61\"; nearest: \"w4a16\"; known are default, w4a16, w8a8, mixed8, w8a16, "
-                        "w4a16-gptq, w3a16-gptq, w8a16-gptq, w4a16-mixed, w8a8-mixed, smoke-u8, or give the path of a YAML file"));
+                        "w4a16-gptq, w3a16-gptq, w8a16-gptq, w4a16-mixed, w8a8-mixed, as-checkpoint, smoke-u8, or give "
+                        "the path of a YAML file"));
   EXPECT_THAT(ErrorText([] { Recipe::BuiltinText("w8a61"); }), HasSubstr("nearest: \"w8a16\""));
   EXPECT_THAT(ErrorText([] { Recipe::Load("/no/such/quant.yaml"); }), HasSubstr("/no/such/quant.yaml"));
 }

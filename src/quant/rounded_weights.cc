@@ -36,20 +36,6 @@ struct RoundedWeights::State {
   }
 };
 
-namespace {
-
-// Codes of rows [begin, end) with their grid.
-Tensor SliceOfCodes(const Tensor& codes, int64_t begin, int64_t end) {
-  QParams grid = *codes.Grid();
-  if (grid.PerChannel()) {
-    grid.scale = {grid.scale.begin() + begin, grid.scale.begin() + end};
-    grid.zero_point = {grid.zero_point.begin() + begin, grid.zero_point.begin() + end};
-  }
-  return codes.Slice(begin, end, 0).WithGrid(std::make_shared<QParams>(std::move(grid)));
-}
-
-}  // namespace
-
 RoundedWeights::RoundedWeights(const Calibration& calibration, WeightSource stored, Use use, WeightSource made)
     : state_(new State{calibration, std::move(stored), use, std::move(made), {}, {}}) {}
 
@@ -73,8 +59,10 @@ Tensor RoundedWeights::Slice(const std::string& name, int64_t begin, int64_t end
   State& s = *state_;
   const std::lock_guard lock(s.mutex);
   if (const Tensor codes = s.Found(name); !codes.Empty())
-    return s.calibration.OperandOf(SliceOfCodes(codes, begin, end));
-  return s.calibration.RoundedRows(name, s.stored(name).Slice(begin, end, 0), begin);
+    return s.calibration.OperandOf(RowsOfCodes(codes, begin, end));
+  const Tensor stored = s.stored(name);
+  return s.calibration.RoundedRows(
+      name, stored.Grid() != nullptr ? RowsOfCodes(stored, begin, end) : stored.Slice(begin, end, 0), begin);
 }
 
 Tensor RoundedWeights::Rows(const std::string& name, std::span<const int64_t> ids) const {
@@ -86,16 +74,7 @@ Tensor RoundedWeights::Rows(const std::string& name, std::span<const int64_t> id
     if (codes.Empty()) table = s.stored(name);
   }
   if (codes.Empty()) return s.calibration.RoundedRowsAt(name, table, ids);
-  const int64_t count = codes.GetShape()[0], width = codes.GetShape()[1];
-  const Tensor rows = Tensor::Uninitialized({DType::kF32, {static_cast<int64_t>(ids.size()), width}});
-  ParallelFor(static_cast<int64_t>(ids.size()), std::max<int64_t>(1, (1 << 16) / width),
-              [&](int64_t begin, int64_t end) {
-                for (int64_t i = begin; i < end; ++i) {
-                  RequireRow(ids[i], i, count);
-                  Dequantize(codes, *codes.Grid(), ids[i] * width, rows.F32().subspan(i * width, width));
-                }
-              });
-  return rows;
+  return DequantizedRows(codes, ids);
 }
 
 Tensor RoundedWeights::Codes(const std::string& name) const {

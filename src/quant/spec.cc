@@ -181,6 +181,8 @@ std::string_view PointSpec::ObserverName() const {
       return "EMAObserver";
     case ObserverSpec::Kind::kPercentile:
       return "PercentileObserver";
+    case ObserverSpec::Kind::kGiven:
+      return "GivenObserver";
   }
   return "";
 }

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 #include <functional>
 #include <numeric>
 
@@ -10,6 +9,9 @@
 #include "circlet/model/gemma4/vision.h"
 #include "circlet/model/gemma4/weights.h"
 #include "circlet/preprocess/image.h"
+#include "circlet/quant/calibration.h"
+#include "ops/table.h"
+#include "pipeline/gemma4/given.h"
 #include "runtime/units.h"
 
 namespace circlet::runtime {
@@ -20,9 +22,12 @@ std::string HiddenKey(int layer) { return layer == 0 ? "inputs_embeds" : fmt::fo
 
 class GraphUnit : public RunnableUnit {
  public:
-  GraphUnit(std::string unit, const Graph& graph, WeightSource weights,
+  // `calibration`: grids that a packed checkpoint gives.
+  GraphUnit(std::string unit, const Graph& graph, WeightSource weights, const Calibration& calibration,
             const std::function<std::string(const std::string& end, bool output)>& key_of)
-      : weights_(std::move(weights)), executor_(graph, nullptr) {
+      : weights_(std::move(weights)),
+        reading_(ObserveReading::Reference(calibration)),
+        executor_(graph, reading_.get()) {
     name = std::move(unit);
     for (const ValueId id : graph.Inputs()) inputs.push_back({graph.At(id).name, key_of(graph.At(id).name, false)});
     for (const Graph::Output& output : graph.Outputs()) outputs.push_back({output.name, key_of(output.name, true)});
@@ -33,25 +38,29 @@ class GraphUnit : public RunnableUnit {
 
  protected:
   WeightSource weights_;
+  std::unique_ptr<PointReading> reading_;
   Executor executor_;
 };
 
 // A table is read by the rows that are asked for: its graph sees just those.
 class TableUnit final : public GraphUnit {
  public:
-  TableUnit(std::string unit, const Graph& graph, Tensor table, std::string output_key)
-      : GraphUnit(std::move(unit), graph, nullptr,
+  // `groups`: rows of the table that make up one.
+  TableUnit(std::string unit, const Graph& graph, Tensor table, int64_t groups, const Calibration& calibration,
+            std::string output_key)
+      : GraphUnit(std::move(unit), graph, nullptr, calibration,
                   [&](const std::string&, bool output) { return output ? output_key : ""; }),
-        table_(std::move(table)) {}
+        table_(std::move(table)),
+        groups_(groups) {}
 
   Values Run(const Values& given) override {
     const std::span<const int64_t> ids = given.at("ids").I64();
     const auto count = static_cast<int64_t>(ids.size());
-    const int64_t row = table_.Bytes() / table_.GetShape()[0];
-    const Tensor rows(TensorType{table_.GetDType(), {count, table_.GetShape()[1]}});
-    for (int64_t i = 0; i < count; ++i)
-      std::memcpy(rows.Raw() + i * row, table_.Raw() + ids[i] * row, static_cast<size_t>(row));
-    weights_ = [rows = ToF32(rows)](const std::string&) { return rows; };
+    std::vector<int64_t> wanted;
+    for (const int64_t id : ids)
+      for (int64_t group = 0; group < groups_; ++group) wanted.push_back(id * groups_ + group);
+    const Tensor rows = table_.Grid() != nullptr ? DequantizedRows(table_, wanted) : ToF32(RowsOf(table_, wanted));
+    weights_ = [rows](const std::string&) { return rows; };
     executor_.ForgetWeights();
     std::vector<int64_t> places(ids.size());
     std::iota(places.begin(), places.end(), 0);
@@ -60,6 +69,7 @@ class TableUnit final : public GraphUnit {
 
  private:
   Tensor table_;
+  int64_t groups_;
 };
 
 class CheckpointUnits final : public UnitSource {
@@ -67,8 +77,11 @@ class CheckpointUnits final : public UnitSource {
   CheckpointUnits(const std::filesystem::path& directory, const SessionOptions& options)
       : weights_(ModelWeights::Open(ReadConfig(directory), directory, options.text_only)),
         config_(weights_.GetConfig()),
-        dialect_(DialectFromName("default")),
+        given_(weights_.HoldsCodes() ? gemma4::GivenBy(weights_, {}, kDefault) : gemma4::GivenGrids()),
+        dialect_(DialectOf(given_)),
+        calibration_(Recipe::Load("default"), dialect_),
         vision_(config_.vision.has_value() && !options.text_only) {
+    for (const auto& [point, grid] : given_.points) calibration_.GivePoint(point, grid);
     constexpr int64_t kUsual = 2048;
     const int64_t most = config_.text.max_positions > 0 ? config_.text.max_positions : kUsual;
     facts_ = {.context = options.context > 0 ? options.context : std::min(kUsual, most),
@@ -124,10 +137,10 @@ class CheckpointUnits final : public UnitSource {
     const std::vector<int64_t> real(positions.begin(), positions.begin() + 2 * valid);
     if (features_ == nullptr || real != positions_) {
       const VisionWeights weights(
-          vision, [this](const std::string& name) { return Float(name); }, dialect_);
+          vision, [this](const std::string& name) { return Operand(name); }, dialect_);
       Graph graph;
       BuildVisionPrefill(BlockBuilder(graph, dialect_), config_, real);
-      features_ = std::make_unique<GraphUnit>("vision_prefill", graph, weights.For(real),
+      features_ = std::make_unique<GraphUnit>("vision_prefill", graph, weights.For(real), calibration_,
                                               [](const std::string&, bool) { return ""; });
       positions_ = real;
     }
@@ -154,10 +167,16 @@ class CheckpointUnits final : public UnitSource {
     return pointers;
   }
 
-  // A parameter as float32, once for all graphs.
-  Tensor Float(const std::string& name) {
-    Tensor& kept = floats_[name];
-    if (kept.Empty()) kept = weights_.Float(name);
+  static Dialect DialectOf(const gemma4::GivenGrids& given) {
+    Dialect dialect = kDefault;
+    dialect.given = &given.added;
+    return dialect;
+  }
+
+  // A parameter as products take it, float32 or codes, once for all graphs.
+  Tensor Operand(const std::string& name) {
+    Tensor& kept = operands_[name];
+    if (kept.Empty()) kept = calibration_.ReferenceOperand(weights_.Stored(name));
     return kept;
   }
 
@@ -166,7 +185,7 @@ class CheckpointUnits final : public UnitSource {
     Graph graph;
     build(BlockBuilder(graph, dialect_));
     return std::make_unique<GraphUnit>(
-        std::move(name), graph, [this](const std::string& weight) { return Float(weight); }, key_of);
+        std::move(name), graph, [this](const std::string& weight) { return Operand(weight); }, calibration_, key_of);
   }
 
   // A unit that has an input "visual" only tells the session where pictures go (Fused).
@@ -185,7 +204,8 @@ class CheckpointUnits final : public UnitSource {
     const auto table = [&](const char* name, const char* parameter, const std::string& key, const auto& build) {
       Graph graph;
       build(BlockBuilder(graph, dialect_));
-      units.push_back(std::make_unique<TableUnit>(name, graph, weights_.Stored(parameter), key));
+      units.push_back(std::make_unique<TableUnit>(name, graph, weights_.Stored(parameter),
+                                                  parameter == kPleTable ? text.ple_groups : 1, calibration_, key));
     };
     table("token_embedding", "model.language_model.embed_tokens.weight", HiddenKey(0),
           [&](const BlockBuilder& b) { BuildTokenEmbedding(b, text, length, length); });
@@ -223,10 +243,12 @@ class CheckpointUnits final : public UnitSource {
 
   ModelWeights weights_;
   Gemma4Config config_;
+  gemma4::GivenGrids given_;
   Dialect dialect_;
+  Calibration calibration_;
   bool vision_;
   ModelFacts facts_;
-  std::map<std::string, Tensor> floats_;
+  std::map<std::string, Tensor> operands_;
   std::map<std::string, LayerConfig> types_;
   std::map<std::string, Turned> rope_;  // of the step that runs, by attention
   std::unique_ptr<RunnableUnit> head_;

@@ -282,7 +282,10 @@ std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe
 }
 
 std::vector<SmokePart> ModelParts(const std::filesystem::path& model, const std::filesystem::path& samples) {
-  const auto weights = std::make_shared<const ModelWeights>(ModelWeights::Open(RequireFloat(ReadConfig(model), model), model));
+  const auto weights = std::make_shared<const ModelWeights>(ModelWeights::Open(ReadConfig(model), model));
+  if (weights->HoldsCodes())
+    Fail("{}: holds codes with grids of activations, which trace does not keep; evaluate and quantize --save-stages do",
+         model.string());
   const Gemma4Config* const config = &weights->GetConfig();
   const SampleOptions options{.vocab_size = config->text.vocab_size,
                               .placeholders = {config->image_token_id, config->video_token_id, config->audio_token_id}};

@@ -22,6 +22,8 @@ class PointReading {
   virtual PointVisitor* At(const Point& point, const TensorType& type) = 0;
   // Whether visitors change values (fake-quantize) or only look (observe).
   virtual bool Writes() const = 0;
+  // Whether visitors look at values, so that those are computed which nothing else reads.
+  virtual bool Observes() const { return !Writes(); }
   // The grid that the values of a point lie on when the reading is done with them; null: on none. It must stay valid as
   // long as the reading.
   virtual const QParams* GridAt(const Point&) { return nullptr; }

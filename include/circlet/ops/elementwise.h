@@ -4,7 +4,8 @@
 
 namespace circlet {
 
-// Binary arithmetic with NumPy broadcasting, float32: y = a + b, a - b, a * b, max(a, b), min(a, b).
+// Binary arithmetic with NumPy broadcasting, float32: y = a + b, a - b, a * b, max(a, b), min(a, b). Sums and products
+// of int64 as well: indices of tables are computed so.
 template <typename Tag>
 struct Binary {
   static constexpr std::string_view kName = Tag::kName;

@@ -37,7 +37,9 @@ struct QuantizeOptions {
   std::string random_samples;     // "NxLENGTH"
   int64_t random_images = 0;      // as many random samples with one picture each beside them
 
-  std::string recipe = "default";  // built-in name or YAML file
+  // Built-in name or YAML file; empty: "default", or "as-checkpoint" where the checkpoint holds codes with grids of
+  // activations.
+  std::string recipe;
   std::vector<std::string> set;    // recipe assignments "a.b.c=value"
   std::string dialect = "default";
   std::filesystem::path qparams;  // frozen grids instead of calibration
@@ -52,6 +54,11 @@ struct QuantizeOptions {
   enum class Units { kAuto, kDeployment, kAll } units = Units::kAuto;
   std::string widen;                     // of the residual stream: "auto", "off", or a number; empty: the recipe's
   bool text_only = false;                // leave samples with pictures out
+  // Of checkpoints that hold codes with grids of activations (docs/packed.md).
+  bool requantize = false;               // round anew where the recipe says otherwise than the checkpoint
+  bool int16_twin = false;               // int16 grids of 256 steps for each step of the checkpoint's int8 ones
+  bool kv_scales = false;                // the checkpoint's int8 grids for the caches of keys and values too
+  bool elsewhere_float = false;          // what the checkpoint gives no grid stays float; only without `output`
   std::string vision_profile;            // named profile or JSON file; default: the most frequent of the samples
 
   // Bytes that the process may take for itself, pages of mapped files apart; activations past it go to files. Below
@@ -92,6 +99,28 @@ struct RoundedLinear {
   double loss = 0;           // before correction
   double nearest_loss = 0;   // of rounding to the nearest
   int64_t rows_to_nearest = 0, rows_corrected = 0;
+};
+
+// A point whose grid the checkpoint gives.
+struct GivenPoint {
+  std::string name;
+  QParams grid;
+  int64_t values = 0, beyond = 0;  // of the calibration samples: all, and those beyond the grid
+};
+
+// A parameter that the checkpoint holds as codes, which the files hold as well: SHA-256 of the signed codes, a byte
+// each, row by row, and of the scales as float32.
+struct CodesChecksum {
+  std::string parameter;
+  int bits = 0;
+  int64_t codes = 0;
+  std::string codes_sha256, scales_sha256;
+};
+
+// A weight that had been rounded before the run rounded it: in groups (compressed-tensors) or on a Q4_0 grid.
+struct SecondRounding {
+  std::string parameter, form;
+  double relative_error = 0;  // norm of what rounding changes, in parts of the weight's
 };
 
 struct UnitFile {
@@ -161,6 +190,11 @@ struct QuantizeResult {
   std::string dated;                  // "chat_template.jinja:3": the prompts hold the date, written there
   std::vector<StageError> stages;     // in order of computation
   std::vector<RoundedLinear> linears;  // in order of rounding
+  std::vector<GivenPoint> given;       // by name
+  std::vector<std::string> unused_scales;          // of the checkpoint: "NAME: reason"
+  std::vector<std::string> modules_without_scale;  // "NAME: input, output"
+  std::vector<CodesChecksum> stored_codes;
+  std::vector<SecondRounding> second_roundings;
   ErrorMetrics output;                // of the last stage's output
   PositionSummary output_by_position;
   bool output_on_calibration_data = false;

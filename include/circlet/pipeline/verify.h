@@ -47,6 +47,8 @@ struct VerifyResult {
   // "hidden.3: decoder_layer_prefill_2.out.0 is .., .. expects .."; also ends that are not what pipeline.json says.
   std::vector<std::string> broken_boundaries;
   std::vector<std::string> notes;  // what could not be looked at
+  int64_t stored_codes = 0;        // weights whose codes and scales are the packed checkpoint's, by checksum
+  std::vector<std::string> lost_codes;  // of weights that the manifest lists: "NAME: what is wrong"
   bool exact = false;          // something was compared, and every compared code is equal
   bool within_bounds = false;  // the verdict is kExact or kWithinBounds
   Verdict verdict = Verdict::kNothingCompared;

@@ -38,6 +38,19 @@ class Calibration final {
   const Recipe& GetRecipe() const { return recipe_; }
   const Dialect& GetDialect() const { return dialect_; }
 
+  // Grids that a checkpoint says, before anything is observed: of a point, which values are rounded to in every
+  // reading, also while others are observed; and of a parameter, whose source then holds its codes in the grid's type.
+  // Nothing changes them.
+  void GivePoint(const std::string& name, QParams grid);
+  void GiveCodes(const std::string& name, QParams grid);
+  // Whether the parameter's source holds its codes.
+  bool HoldsCodes(const std::string& name) const;
+  bool GivesPoints() const { return !given_points_.empty(); }
+  // Null: the point's grid is not given, or it only stands in files.
+  const QParams* GivenGrid(const Point& point) const;
+  // What a point's grid shall be: the checkpoint's, or the recipe's.
+  PointSpec SpecFor(const Point& point) const;
+
   // Frozen points from a file: nothing is observed any more, and a point that the file lacks is an Error when it is
   // met.
   void UseFrozen(ParameterStore params);
@@ -75,6 +88,8 @@ class Calibration final {
   Tensor CodesOfRows(const std::string& name, const Tensor& rows, int64_t first_row) const;
   // What products take of such codes.
   Tensor OperandOf(const Tensor& codes) const;
+  // A parameter as products of the reference take it: float32, or codes on their grid.
+  Tensor ReferenceOperand(const Tensor& stored) const;
 
   const ParameterStore& Params() const { return params_; }
   ObserverMap& Observers() { return observers_; }
@@ -94,6 +109,7 @@ class Calibration final {
   bool all_frozen_ = false;
   ParameterStore params_;
   ObserverMap observers_;
+  std::map<std::string, QParams, std::less<>> given_points_;
 };
 
 // Parameters on their grids, each made once, for as long as this object or a copy of it lives: what the simulation
@@ -126,15 +142,19 @@ class RoundedWeights {
   std::shared_ptr<State> state_;
 };
 
-// Feeds observers. One reading for each executor.
+// Feeds observers, and rounds values at points whose grids are given. One reading for each executor.
 class ObserveReading final : public PointReading {
  public:
   explicit ObserveReading(Calibration& calibration) : ObserveReading(calibration, calibration.Observers()) {}
   // Feeds `observers`, for Calibration::Absorb: samples that are observed side by side need their own.
-  ObserveReading(const Calibration& calibration, ObserverMap& observers);
+  ObserveReading(const Calibration& calibration, ObserverMap& observers) : ObserveReading(calibration, &observers) {}
+  // What a float run takes that observes nothing; null where no grid is given.
+  static std::unique_ptr<ObserveReading> Reference(const Calibration& calibration);
   ~ObserveReading() override;
   PointVisitor* At(const Point& point, const TensorType& type) override;
-  bool Writes() const override { return false; }
+  bool Writes() const override { return calibration_.GivesPoints(); }
+  bool Observes() const override { return observers_ != nullptr; }
+  const QParams* GridAt(const Point& point) override { return calibration_.GivenGrid(point); }
 
   // EMA takes a sample as a whole.
   void Begin(int64_t sample, const std::optional<Slice>& piece = std::nullopt) override;
@@ -142,8 +162,9 @@ class ObserveReading final : public PointReading {
 
  private:
   class Visitor;
+  ObserveReading(const Calibration& calibration, ObserverMap* observers);  // null: nothing is observed
   const Calibration& calibration_;
-  ObserverMap& observers_;
+  ObserverMap* observers_;
   std::vector<std::unique_ptr<Visitor>> visitors_;
   std::optional<Slice> slice_;
 };

@@ -1,10 +1,18 @@
 #pragma once
 
+#include <set>
+#include <string>
 #include <string_view>
 
 #include "circlet/base/qparams.h"
 
 namespace circlet {
+
+// Points that a model has only because a checkpoint gives their grids (docs/packed.md), by full name.
+struct GivenPoints {
+  std::set<std::string, std::less<>> inputs;   // act_in of linears that do not share the grid of what they read
+  std::set<std::string, std::less<>> outputs;  // act_out of clipped linears, rounded ahead of the bounds
+};
 
 // Where circlet computes what the reference computes, and where it deliberately does better. Each switch means one
 // thing; docs/dialects.md says which graphs it changes, its reason and its measured effect.
@@ -56,6 +64,8 @@ struct Dialect {
   bool exact_files;
   // Of ties, and of the division by the scale.
   Rounding rounding;
+  // Of a run, no matter of the dialect; null: none. Outlives every graph.
+  const GivenPoints* given = nullptr;
 
   bool operator==(const Dialect&) const = default;
 };

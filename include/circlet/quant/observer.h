@@ -43,6 +43,12 @@ class Observer {
   float Max() const { return max_; }
   int64_t Samples() const { return samples_; }       // samples that brought values
   int64_t NonFinite() const { return non_finite_; }  // NaNs and infinities among the values
+  // Of a given grid: values seen, and how many of them lay beyond it.
+  struct Beyond {
+    int64_t values = 0, beyond = 0;
+    bool operator==(const Beyond&) const = default;
+  };
+  virtual Beyond CountBeyond() const { return {}; }
 
   virtual nlohmann::json State() const;
 
@@ -59,6 +65,8 @@ class Observer {
   virtual void Fold(Bounds range);
   // The range that the grid shall cover.
   virtual Bounds Covered(const PointSpec&) const { return {min_, max_}; }
+  // The grid over that range.
+  virtual QParams GridOver(Bounds covered, const PointSpec& spec) const;
   virtual void Restore(const nlohmann::json& state);
 
   const ObserverSpec spec_;

@@ -23,9 +23,14 @@ struct PointParams {
   PointSpec spec;
   std::vector<float> min, max;  // one element, or one a channel; +inf, -inf: never observed
   QParams qparams;              // empty scale for points that are not affine
+  Observer::Beyond beyond;      // of calibration values, where the grid was given
   bool operator==(const PointParams&) const = default;
 
   bool Observed() const { return !min.empty() && min.front() <= max.front(); }
+  // Whether the checkpoint says the grid (PointSpec::observer): nobody changes it.
+  bool Given() const { return spec.kind == QuantKind::kAffine && spec.observer.kind == ObserverSpec::Kind::kGiven; }
+  // Whether it is that of a parameter's codes, which the checkpoint holds as well: no file of grids repeats it.
+  bool GivenWithCodes() const { return Given() && spec.axis >= 0; }
 };
 
 // Of a parameter, whose values are all at hand: exact ranges, one a row or one in all as `spec` says. Throws Error
@@ -56,7 +61,8 @@ class ParameterStore {
 
   // The schema of the reference's goldens: {..., "points": N, "quant_points": {NAME: {observer, dtype, qscheme,
   // channel_axis, min, max, scale, zero_point}}}; numbers are the shortest decimals of their float32, one point a line.
-  // `header` is an object whose members stand in front. Written whole or not at all.
+  // `header` is an object whose members stand in front. Grids of stored codes (GivenWithCodes) are left out. Written
+  // whole or not at all.
   void Save(const std::filesystem::path& path, const nlohmann::json& header) const;
   // Throws Error naming the file, the point and the field: unknown names, lists of different lengths, scales that are
   // not positive, zero points outside the element type. Observer arguments are not in the file: they come back as

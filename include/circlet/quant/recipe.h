@@ -57,10 +57,10 @@ struct BuilderSpecs {
 
 class Recipe {
  public:
-  // A built-in name (default, w4a16, w8a8, mixed8, w8a16, smoke-u8) or the path of a YAML or JSON file, with
-  // assignments "a.b.c=value" on top. Errors name file and line: unknown keys of the section with the nearest known
-  // one, keys of the reference that circlet does not support yet, stages other than ptq, values of the wrong type or
-  // out of range. Other sections are passed over; Settings reads all of a file.
+  // A built-in name (default, w4a16, w8a8, mixed8, w8a16, as-checkpoint, smoke-u8) or the path of a YAML or JSON file,
+  // with assignments "a.b.c=value" on top. Errors name file and line: unknown keys of the section with the nearest
+  // known one, keys of the reference that circlet does not support yet, stages other than ptq, values of the wrong type
+  // or out of range. Other sections are passed over; Settings reads all of a file.
   static Recipe Load(const std::string& name_or_path, std::span<const std::string> assignments = {});
   static Recipe Parse(std::string_view text, const std::string& file, std::span<const std::string> assignments = {});
   // From a file's tree; `root`: the same, whose section is read of it.
@@ -78,12 +78,18 @@ class Recipe {
   bool quantizes = true;  // whether the pipeline has its ptq stage
   BuilderSpecs specs;
   std::optional<WideningOption> widen;   // of the residual stream; not given: off
+  // Codes and grids that a packed checkpoint holds stay as they are; those of up to 4 bits are written in this type,
+  // int4 or uint4. Not given: all is rounded as the recipe says.
+  std::optional<DType> packed_weights;
   std::vector<OverridePolicy> policies;  // weakest first
   std::vector<Override> overrides;       // raw_overrides
   bool print_overrides = false;
 
   // The specification of a point: builder default, then policies, then overrides (quantization.md 4.4, 4.5, 4.8).
   PointSpec SpecFor(const Point& point, const Dialect& dialect) const;
+
+  // Where the last policy or override stands that speaks of the point; empty: none does.
+  std::string PlaceOf(const Point& point) const;
 
   // What every override and every policy without allow_empty that matches none of `points` is told:
   // "quant.yaml:14: no point "a.b"; nearest: "a.c"".

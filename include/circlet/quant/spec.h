@@ -29,7 +29,7 @@ Scheme SchemeFromName(std::string_view name);  // throws Error listing the known
 
 // How statistics become a range (quantization.md 3).
 struct ObserverSpec {
-  enum class Kind : uint8_t { kMinMax, kEma, kPercentile };
+  enum class Kind : uint8_t { kMinMax, kEma, kPercentile, kGiven };
   Kind kind = Kind::kMinMax;
   double momentum = 0.9;               // kEma: weight of the past, in (0, 1)
   double percentile = 99.99;           // kPercentile: (0, 100]; symmetric: of |x|; asymmetric: both tails together
@@ -37,6 +37,8 @@ struct ObserverSpec {
   int64_t max_samples = 131072;        // kPercentile: values kept
   int64_t samples_per_batch = 4096;    // kPercentile: values taken from one tensor
   uint64_t seed = 0;                   // kPercentile: which values are kept
+  float step = 0;                      // kGiven: the scale, which no value changes; no recipe asks for it
+  int32_t zero_point = 0;              // kGiven
   bool operator==(const ObserverSpec&) const = default;
 };
 
@@ -79,7 +81,7 @@ struct PointSpec {
   MxSpec mx;
   bool operator==(const PointSpec&) const = default;
 
-  // "MinMaxObserver", "EMAObserver", "PercentileObserver", "MXObserver", "IdentityObserver".
+  // "MinMaxObserver", "EMAObserver", "PercentileObserver", "GivenObserver", "MXObserver", "IdentityObserver".
   std::string_view ObserverName() const;
 };
 

@@ -20,7 +20,7 @@ ValueId Clamp(const BlockBuilder& b, ValueId x, const std::string& side) {
 ValueId Linear(const BlockBuilder& b, ValueId x, int64_t out) { return LinearOf(WeightKind::kLinear, b, x, out); }
 
 ValueId LinearOf(WeightKind kind, const BlockBuilder& b, ValueId x, int64_t out) {
-  x = b.RequantizingPoint("act_in", x, kind);
+  x = b.GivenInput() ? b.Point("act_in", x, PointUse::kNormal, kind) : b.RequantizingPoint("act_in", x, kind);
   const ValueId weight = b.Weight("weight", {out, b.ShapeOf(x)[-1]}, kind);
   return b.Point("act_out", b.Add(FullyConnected{}, {x, weight}), PointUse::kNormal, kind);
 }
@@ -42,6 +42,7 @@ ValueId ClippedLinear(const BlockBuilder& b, ValueId x, int64_t out) {
   x = point("act_in", Clamp(b, x, "input"));
   const ValueId weight = linear.Weight("weight", {out, b.ShapeOf(x)[-1]}, WeightKind::kLinear);
   const ValueId y = b.Add(FullyConnected{}, {x, weight});
+  if (linear.GivenOutput()) return b.Point("act_clipped", Clamp(b, point("act_out", y), "output"));
   if (b.GetDialect().clamp_after_point) return Clamp(b, point("act_out", y), "output");
   return point("act_out", Clamp(b, y, "output"));
 }

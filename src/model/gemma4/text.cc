@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <map>
+#include <numeric>
 
 #include "circlet/model/gemma4/blocks.h"
 #include "model/gemma4/text_parts.h"
@@ -126,8 +127,19 @@ LayerResults Layer(const BlockBuilder& b, const TextConfig& config, int index, c
 }
 
 // Rows of a table times sqrt(width) (quantization.md 6.4), up to the point that the caller puts behind the product.
-ValueId ScaledRows(const BlockBuilder& b, ValueId ids, int64_t rows, int64_t row_width, float scale) {
-  ValueId row = b.Add(Gather{}, {b.Weight("weight", {rows, row_width}, WeightKind::kEmbedding), ids});
+// `groups`: rows of the table that make up one.
+ValueId ScaledRows(const BlockBuilder& b, ValueId ids, int64_t rows, int64_t row_width, float scale,
+                   int64_t groups = 1) {
+  const int64_t length = b.ShapeOf(ids)[1];
+  if (groups > 1) {
+    std::vector<int64_t> of_group(groups);
+    std::iota(of_group.begin(), of_group.end(), 0);
+    const std::vector<int64_t> count{groups};
+    const ValueId first = b.Add(Mul{}, {b.Reshape(ids, {1, length, 1}), b.Constant(Tensor::Of<int64_t>({1}, count))});
+    ids = b.Add(Add{}, {first, b.Constant(Tensor::Of<int64_t>({1, 1, groups}, of_group))});
+  }
+  const Shape table{rows * groups, row_width / groups};
+  ValueId row = b.Add(Gather{}, {b.Weight("weight", table, WeightKind::kEmbedding), ids});
   // Every row of the table has a grid of its own; the file says where they meet the common one (quantization.md B14).
   if (!b.GetDialect().gather_requantizes) row = b.Add(Requantize{}, {row});
   row = b.Point("embedding", row);
@@ -154,7 +166,8 @@ ValueId TokenPle(const BlockBuilder& b, const TextConfig& config, ValueId ids, i
   const BlockBuilder root = b.At(kTextRoot);
   const BlockBuilder table = root.At("embed_tokens_per_layer");
   const int64_t length = b.ShapeOf(ids)[1], layers = config.NumLayers();
-  ValueId row = ScaledRows(table, ids, rows, layers * config.ple_dim, std::sqrt(static_cast<float>(config.ple_dim)));
+  ValueId row = ScaledRows(table, ids, rows, layers * config.ple_dim, std::sqrt(static_cast<float>(config.ple_dim)),
+                           config.ple_groups);
   row = b.Reshape(table.Point("act_out", row), {1, length, layers, config.ple_dim});
   // The grid of a whole graph's input is that of this part, not of the sum that comes in (quantization.md B6).
   if (b.GetDialect().whole_graph_points) row = b.Point(kWholePlePoint, row, PointUse::kExportOnly);

@@ -4,6 +4,7 @@
 #include "circlet/base/threads.h"
 #include "circlet/model/gemma4/vision.h"
 #include "circlet/quant/affine.h"
+#include "ops/codes.h"
 
 namespace circlet {
 namespace {
@@ -78,14 +79,29 @@ struct VisionWeights::State {
   WeightSource stored;
   Dialect dialect;
 
+  Tensor Float(const std::string& name) const {
+    const Tensor tensor = stored(name);
+    if (tensor.Grid() == nullptr) return ToF32(tensor);
+    const Tensor values = Tensor::Uninitialized({DType::kF32, tensor.GetShape()});
+    Dequantize(tensor, *tensor.Grid(), 0, values.F32());
+    return values;
+  }
+
+  // Of codes the scales are doubled.
   Tensor FoldedProjection() const {
-    const Tensor doubled = ToF32(stored(InputProjection())).Clone();
+    const Tensor projection = stored(InputProjection());
+    if (projection.Grid() != nullptr) {
+      auto grid = std::make_shared<QParams>(*projection.Grid());
+      for (float& scale : grid->scale) scale *= 2.0f;
+      return projection.WithGrid(std::shared_ptr<const QParams>(std::move(grid)));
+    }
+    const Tensor doubled = ToF32(projection).Clone();
     for (float& value : doubled.F32()) value *= 2.0f;
     return doubled;
   }
 
   Tensor Bias() const {
-    const Tensor weight = ToF32(stored(InputProjection()));
+    const Tensor weight = Float(InputProjection());
     const int64_t columns = weight.GetShape()[1];
     Tensor bias(TensorType{DType::kF32, {weight.GetShape()[0]}});
     for (int64_t row = 0; row < bias.Elements(); ++row) {

@@ -22,7 +22,6 @@ namespace {
 constexpr std::string_view kText = "model.language_model.";
 constexpr std::string_view kVision = "model.vision_tower.";
 constexpr std::string_view kHead = "lm_head.weight";
-constexpr std::string_view kPleTable = "model.language_model.embed_tokens_per_layer.weight";
 constexpr std::string_view kEmbedding = "model.language_model.embed_tokens.weight";
 constexpr size_t kListedProblems = 12;
 
@@ -320,14 +319,6 @@ std::string CanonicalName(std::string_view checkpoint_name) {
   for (const char* part : {"vision_tower.", "embed_vision.", "audio_tower.", "embed_audio."})
     if (name.starts_with(part)) return fmt::format("model.{}", name);
   return fmt::format("{}{}", kText, name);
-}
-
-Gemma4Config RequireFloat(Gemma4Config config, const std::filesystem::path& directory) {
-  if (config.quantization && config.quantization->GetMethod() == QuantizationConfig::Method::kGemma)
-    Fail("{}: quantization_config: quant_method \"gemma\" holds codes with grids of activations, which this command does "
-         "not keep; give the checkpoint whose name ends in -qat-q4_0-unquantized",
-         (directory / "config.json").string());
-  return config;
 }
 
 bool IsVisionTensor(std::string_view checkpoint_name) {

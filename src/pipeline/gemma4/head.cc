@@ -8,6 +8,7 @@
 
 #include "circlet/base/threads.h"
 #include "circlet/model/gemma4/text.h"
+#include "ops/codes.h"
 #include "pipeline/exchange.h"
 #include "pipeline/gemma4/agreement.h"
 #include "pipeline/gemma4/captions.h"
@@ -100,8 +101,10 @@ Graph Head::Build(int64_t length, int64_t rows) const {
 template <typename Body>
 void Head::ForVocabulary(const Body& body) const {
   const Tensor stored = context_.weights.Stored(kHeadWeight);
-  for (int64_t first = 0; first < vocab_; first += rows_)
-    body(first, stored.Slice(first, std::min(vocab_, first + rows_), 0));
+  for (int64_t first = 0; first < vocab_; first += rows_) {
+    const int64_t end = std::min(vocab_, first + rows_);
+    body(first, stored.Grid() != nullptr ? RowsOfCodes(stored, first, end) : stored.Slice(first, end, 0));
+  }
 }
 
 int64_t Head::Work() const {
@@ -156,13 +159,14 @@ class Head::Measurement {
     s_.calibration.Freeze(head_.Build(1, vocab_), s_.stored);
     s_.frozen();
     ReadRoundedHead();
+    c_.weights.Release(kHeadWeight);
     return Result();
   }
 
  private:
   // A weight in the form that products take, converted once for all lengths; codes stay codes.
   Tensor Operand(const Tensor& rows) const {
-    if (rows.Grid() != nullptr) return rows;
+    if (rows.Grid() != nullptr) return s_.calibration.OperandOf(rows);
     return s_.compute == Compute::kBf16 ? ToBF16(rows) : ToF32(rows);
   }
   // One thread's executors for one slice of the vocabulary.
@@ -176,6 +180,7 @@ class Head::Measurement {
     if (plan != nullptr) return *plan;
     std::unique_ptr<PointReading> points;
     if (reading == Reading::kObserve) points = std::make_unique<ObserveReading>(s_.calibration, worker.observers);
+    if (reading == Reading::kFloat) points = ObserveReading::Reference(s_.calibration);
     if (reading == Reading::kRound) points = std::make_unique<FakeQuantReading>(s_.calibration);
     plan = std::make_unique<ReadyGraph>(head_.Build(length, rows), std::move(points), options);
     return *plan;
@@ -221,7 +226,7 @@ class Head::Measurement {
     ForAll(
         ReadInFloat,
         [&](int64_t, const Tensor& rows) {
-          weight = ToF32(rows);
+          weight = s_.calibration.ReferenceOperand(rows);
           operand = Operand(rows);
         },
         [&](const Item& item, int64_t first, int64_t rows, Worker& worker) {

@@ -15,6 +15,7 @@
 #include "pipeline/gemma4/items.h"
 #include "pipeline/gemma4/stream.h"
 #include "pipeline/gemma4/verification.h"
+#include "pipeline/stored_codes.h"
 
 namespace circlet::gemma4 {
 namespace {
@@ -23,7 +24,7 @@ ModelWeights OpenWeights(const QuantizeOptions& options) {
   if (!std::filesystem::is_directory(options.model))
     Fail("{}: {}; give a checkpoint directory with config.json and safetensors", options.model.string(),
          std::filesystem::exists(options.model) ? "is no directory" : "does not exist");
-  return ModelWeights::Open(RequireFloat(ReadConfig(options.model), options.model), options.model, options.text_only);
+  return ModelWeights::Open(ReadConfig(options.model), options.model, options.text_only);
 }
 
 bool WritesWholeModel(const QuantizeOptions& options, const ModelWeights& weights) {
@@ -31,7 +32,7 @@ bool WritesWholeModel(const QuantizeOptions& options, const ModelWeights& weight
   if (options.units != QuantizeOptions::Units::kAuto) return options.units == QuantizeOptions::Units::kAll;
   int64_t bytes = 0;
   for (const auto& [canonical, stored] : weights.GetInventory().name_in_checkpoint)
-    bytes += weights.Stored(canonical).Bytes();
+    bytes += weights.StoredBytes(canonical);
   return bytes <= kSmallModelBytes;
 }
 
@@ -51,7 +52,7 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
       weights_(Timed(load_seconds_, [&] { return OpenWeights(settings.options); })),
       config_(weights_.GetConfig()),
       data_(Timed(load_seconds_, [&] { return ReadData(settings.options, settings.file, config_); })),
-      calibration_(settings.recipe, DialectFromName(settings.options.dialect)),
+      calibration_(settings.recipe, RunDialect()),
       context_{.config = config_,
                .settings = settings.file,
                .weights = weights_,
@@ -90,7 +91,113 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
   points_ = text_stages_.Points();
   if (config_.vision && !options.text_only)
     for (Point& point : VisionPoints(config_, calibration_.GetDialect())) points_.push_back(std::move(point));
+  Give();
   if (!options.qparams.empty()) calibration_.CheckTypes(points_, options.qparams.string());
+}
+
+// Whether the checkpoint's codes and grids go to the files.
+bool Gemma4Job::KeepsCodes() const { return weights_.HoldsCodes() && settings_.recipe.packed_weights.has_value(); }
+
+// With the points that the checkpoint's grids need.
+Dialect Gemma4Job::RunDialect() {
+  const QuantizeOptions& options = settings_.options;
+  Dialect dialect = DialectFromName(options.dialect);
+  const std::string config = (options.model / "config.json").string();
+  if (!weights_.HoldsCodes()) {
+    if (settings_.recipe.packed_weights)
+      Fail("recipe {}: keeps the codes of a checkpoint (packed_weights), and {} has none; choose another recipe",
+           settings_.recipe.Name(), options.model.string());
+    for (const auto& [given, flag] :
+         {std::pair(options.requantize, "--requantize"), std::pair(options.int16_twin, "--int16-twin"),
+          std::pair(options.kv_scales, "--kv-scales"), std::pair(options.elsewhere_float, "--elsewhere float")})
+      if (given)
+        Fail("{}: has an effect only on a checkpoint of codes with grids of activations (quant_method \"gemma\")",
+             flag);
+    return dialect;
+  }
+  if (!settings_.recipe.packed_weights) {
+    const auto& [parameter, packed] = *weights_.GetInventory().packed.begin();
+    if (!options.requantize)
+      Fail(
+          "{}: the checkpoint holds its weight as codes of {} bits, trained for the grids of activations that it "
+          "gives; "
+          "recipe {} would round them again. Leave out --recipe (as-checkpoint keeps codes and grids), or say "
+          "--requantize",
+          parameter.substr(0, parameter.rfind('.')), packed.form.bits, settings_.recipe.Name());
+    return dialect;
+  }
+  if (options.dialect != kDefault.name)
+    Fail(
+        "--dialect {}: codes and grids of a checkpoint go to files of the dialect default; leave it out, or choose "
+        "another recipe with --requantize",
+        options.dialect);
+  if (settings_.recipe.rounding)
+    Fail("recipe {}: its gptq stage makes codes, packed_weights keeps the checkpoint's; leave one of them out",
+         settings_.recipe.Name());
+  if (settings_.recipe.widen.value_or(WideningOption{}) != WideningOption{})
+    Fail("--widen: a wider stream would change the codes of {}; leave it out", config);
+  if (options.compute == Compute::kBf16)
+    Fail("--compute bf16: products of the checkpoint's codes are sums of integers; leave it out");
+  given_ = GivenBy(weights_, {.int16_twin = options.int16_twin, .kv_scales = options.kv_scales}, dialect);
+  dialect.given = &given_.added;
+  return dialect;
+}
+
+// Hands codes and grids to the calibration. A recipe that says otherwise of one of them is obeyed with --requantize
+// only.
+void Gemma4Job::Give() {
+  if (!KeepsCodes()) return;
+  const bool requantize = settings_.options.requantize;
+  const auto contradicts = [&](const Point& point, const std::string& what) {
+    const std::string place = settings_.recipe.PlaceOf(point);
+    if (!place.empty() && !requantize)
+      Fail("{}: {} contradicts the checkpoint, which gives {}; leave it out, or say --requantize", point.name, place,
+           what);
+    return !place.empty();
+  };
+  for (const Point& point : points_) {
+    if (const auto given = given_.points.find(point.name); given != given_.points.end()) {
+      if (!contradicts(point, fmt::format("{} with scale {}", Name(given->second.dtype), given->second.scale[0])))
+        calibration_.GivePoint(point.name, given->second);
+      continue;
+    }
+    const PackedParameter* const packed = point.role == PointRole::kWeight ? weights_.Packed(point.name) : nullptr;
+    if (packed == nullptr || contradicts(point, fmt::format("codes of {} bits", packed->form.bits))) continue;
+    const Tensor codes = Stored()(point.name);
+    QParams grid = *codes.Grid();
+    if (point.kind == WeightKind::kPatchProjection)  // pixels stay in [0,1], so the projection is doubled
+      for (float& scale : grid.scale) scale *= 2;
+    if (grid.dtype == DType::kU4 && *settings_.recipe.packed_weights == DType::kI4) {
+      grid.dtype = DType::kI4;
+      grid.zero_point.assign(grid.zero_point.size(), 0);
+    }
+    calibration_.GiveCodes(point.name, std::move(grid));
+    weights_.Release(point.name);
+  }
+}
+
+std::string Gemma4Job::RoundedBefore(const std::string& parameter) const {
+  if (const PackedParameter* const packed = weights_.Packed(parameter)) {
+    if (packed->form.group != 0) return fmt::format("int4 in groups of {}", packed->form.group);
+    return calibration_.HoldsCodes(parameter) ? "" : fmt::format("codes of {} bits", packed->form.bits);
+  }
+  const bool linear_of_text = parameter.starts_with(kTextRoot) && parameter.find("norm") == parameter.npos;
+  if (!linear_of_text || !weights_.Has(parameter) || weights_.GetWidening() != nullptr) return "";
+  return weights_.Blocks(parameter) ? "Q4_0" : "";
+}
+
+void Gemma4Job::DescribePacked(QuantizeResult& result) const {
+  for (const auto& [name, grid] : given_.points)
+    if (const PointParams* const params = calibration_.Params().Find(name); params != nullptr && params->Given())
+      result.given.push_back({name, grid, params->beyond.values, params->beyond.beyond});
+  if (!KeepsCodes()) return;
+  result.unused_scales = given_.unused;
+  result.modules_without_scale = given_.without;
+  for (const auto& [parameter, packed] : weights_.GetInventory().packed)
+    if (calibration_.HoldsCodes(parameter)) {
+      result.stored_codes.push_back(DescribeCodes(parameter, packed.form.bits, Stored()(parameter)));
+      weights_.Release(parameter);
+    }
 }
 
 // From a file of grids comes the stream that they were calibrated on.
@@ -269,9 +376,9 @@ void Gemma4Job::Describe(QuantizeResult& result) const {
   if (widening_ && (settings_.recipe.widen.value_or(WideningOption{}) != WideningOption{} || !widening_->Empty()))
     result.widening = *widening_;
   for (const auto& [canonical, stored] : weights_.GetInventory().name_in_checkpoint)
-    if (!context_.images.Empty() || !IsVisionTensor(canonical))
-      result.weight_bytes += weights_.Stored(canonical).Bytes();
+    if (!context_.images.Empty() || !IsVisionTensor(canonical)) result.weight_bytes += weights_.StoredBytes(canonical);
   DescribeUnused(result);
+  DescribePacked(result);
 }
 
 // What the run did not use or had to assume. Of parts that do not run, one line is enough on the terminal.
@@ -317,8 +424,24 @@ void Gemma4Job::DescribeUnused(QuantizeResult& result) const {
 
 namespace circlet {
 
+namespace {
+
+// Codes that were trained for what they are stay as they are, unless somebody asks for a recipe.
+QuantizeOptions WithRecipe(QuantizeOptions options) {
+  if (!options.recipe.empty()) return options;
+  options.recipe = "default";
+  const std::filesystem::path config = options.model / "config.json";
+  if (options.model.empty() || !std::filesystem::is_regular_file(config)) return options;
+  const std::optional<QuantizationConfig> packed = ReadConfig(options.model).quantization;
+  if (packed && packed->GetMethod() == QuantizationConfig::Method::kGemma) options.recipe = "as-checkpoint";
+  return options;
+}
+
+}  // namespace
+
 // The only family there is; with another one config.json's "architectures" chooses here.
-QuantizeResult Quantize(const QuantizeOptions& options) {
+QuantizeResult Quantize(const QuantizeOptions& asked) {
+  const QuantizeOptions options = WithRecipe(asked);
   if (options.resume && options.force)
     Fail("--resume goes on with an unfinished run, --force starts again: give one of them");
   const RunSettings settings(options);
@@ -327,7 +450,7 @@ QuantizeResult Quantize(const QuantizeOptions& options) {
 }
 
 std::string DryRun(const QuantizeOptions& options) {
-  const RunSettings settings(options);
+  const RunSettings settings(WithRecipe(options));
   gemma4::Gemma4Job job(settings);
   return DryRunJob(settings, job);
 }

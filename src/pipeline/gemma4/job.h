@@ -9,6 +9,7 @@
 #include "model/gemma4/vision_profile.h"
 #include "pipeline/gemma4/context.h"
 #include "pipeline/gemma4/data.h"
+#include "pipeline/gemma4/given.h"
 #include "pipeline/gemma4/head.h"
 #include "pipeline/gemma4/text_stages.h"
 #include "pipeline/gemma4/text_units.h"
@@ -33,6 +34,7 @@ class Gemma4Job final : public ModelJob {
   WeightSource Stored() const override;
   void Prefetch(const std::string& parameter) const override { weights_.Prefetch(parameter); }
   void Release(const std::string& parameter) const override { weights_.Release(parameter); }
+  std::string RoundedBefore(const std::string& parameter) const override;
   void RequireUnchanged() const override { weights_.GetCheckpoint().RequireUnchanged(); }
   int64_t WholeGraphBytes() const override;
   nlohmann::json Contract(const std::vector<std::string>& units) const override;
@@ -42,6 +44,10 @@ class Gemma4Job final : public ModelJob {
 
  private:
   void SettleWidening(const ParameterStore* frozen);
+  Dialect RunDialect();
+  bool KeepsCodes() const;
+  void Give();
+  void DescribePacked(QuantizeResult& result) const;
   void AddVisionPhases(std::vector<PhaseSpec>& phases);
   void AddVisionUnits(PhaseSpec& phase);
   std::string HashOfSamples() const;
@@ -56,6 +62,7 @@ class Gemma4Job final : public ModelJob {
   std::optional<Widening> widening_;
   bool prepared_ = false;
   RunData data_;
+  GivenGrids given_;  // nothing but of checkpoints whose codes are kept
   Calibration calibration_;
   Context context_;
   bool whole_;  // whole-graph files too

@@ -40,8 +40,16 @@ Graph TextStages::TablesGraph(int64_t length) const {
 }
 
 Tensor TextStages::TableRows(const std::string& name, const Item& item, const RoundedWeights* rounded) const {
-  const std::vector<int64_t>& ids = context_.SequenceOf(item).ids;
-  return rounded != nullptr ? rounded->Rows(name, ids) : ToF32(RowsOf(context_.weights.Stored(name), ids));
+  std::vector<int64_t> ids = context_.SequenceOf(item).ids;
+  if (const int64_t groups = config_.ple_groups; groups > 1 && name == kPleTable) {
+    std::vector<int64_t> rows;
+    for (const int64_t id : ids)
+      for (int64_t group = 0; group < groups; ++group) rows.push_back(id * groups + group);
+    ids = std::move(rows);
+  }
+  if (rounded != nullptr) return rounded->Rows(name, ids);
+  const Tensor table = context_.weights.Stored(name);
+  return table.Grid() != nullptr ? DequantizedRows(table, ids) : ToF32(RowsOf(table, ids));
 }
 
 Tensor TextStages::Merged(const Item& item, std::span<const Tensor> read) const {

@@ -20,6 +20,10 @@ class BlockBuilder : public Builder {
     return dialect_.requantizing_points ? Point(name, value, PointUse::kNormal, kind) : value;
   }
 
+  // Whether the checkpoint gives a linear's input a grid that is not its producer's; its clipped output one.
+  bool GivenInput() const { return dialect_.given != nullptr && dialect_.given->inputs.contains(Path("act_in")); }
+  bool GivenOutput() const { return dialect_.given != nullptr && dialect_.given->outputs.contains(Path("act_out")); }
+
  private:
   BlockBuilder(Builder builder, const Dialect& dialect) : Builder(std::move(builder)), dialect_(dialect) {}
 

@@ -19,6 +19,8 @@ ValueId Norm(const BlockBuilder& b, ValueId x, float eps, bool gain);
 //   y = clamp(clamp(x, input_min, input_max) W^T, output_min, output_max)
 // with the bounds as scalar parameters; an infinite bound binds nothing. Points linear.act_in, between the first clamp
 // and the product, and linear.act_out, behind the second clamp, or ahead of it (clamp_after_point; quantization.md B7).
+// Where a checkpoint gives linear.act_out its grid, values are rounded first and clipped then, into a point
+// act_clipped.
 ValueId ClippedLinear(const BlockBuilder& b, ValueId x, int64_t out);
 // The same in models without bounds.
 ValueId UnclippedLinear(const BlockBuilder& b, ValueId x, int64_t out);

@@ -23,6 +23,9 @@
 
 namespace circlet {
 
+// The table of per-layer embeddings.
+inline constexpr std::string_view kPleTable = "model.language_model.embed_tokens_per_layer.weight";
+
 // Where the result of a linear or norm goes; random values are chosen by it.
 enum class Flow : uint8_t {
   kInner,
@@ -84,9 +87,6 @@ struct Inventory {
 // of packed parameters every missing, misshapen or impossible scale.
 Inventory CheckInventory(Gemma4Config& config, const Checkpoint& checkpoint, bool text_only = false);
 
-// The config; throws Error when the weights are codes of quant_method "gemma", which hold more than float weights do.
-Gemma4Config RequireFloat(Gemma4Config config, const std::filesystem::path& directory);
-
 // Whether a tensor, by its name in the checkpoint, belongs to the vision tower with its projector; to the audio tower.
 bool IsVisionTensor(std::string_view checkpoint_name);
 bool IsAudioTensor(std::string_view checkpoint_name);
@@ -113,6 +113,10 @@ class ModelWeights {
   Tensor Float(std::string_view name) const;
   // Bytes that it takes in the checkpoint.
   int64_t StoredBytes(std::string_view name) const;
+  // Whether parameters are codes with grids of activations (quant_method "gemma").
+  bool HoldsCodes() const {
+    return config_.quantization && config_.quantization->GetMethod() == QuantizationConfig::Method::kGemma;
+  }
   // How a parameter is packed; null: it is an ordinary tensor.
   const PackedParameter* Packed(std::string_view name) const;
   // The codes and scales of a parameter in blocks: one that is stored so, or one whose bfloat16 values lie on the grid of
