@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -13,6 +14,7 @@
 #include "circlet/model/gemma4/weights.h"
 #include "circlet/preprocess/image.h"
 #include "circlet/preprocess/tokenizer.h"
+#include "golden.h"
 #include "model/gemma4/presets.h"
 #include "model/gemma4/random_weights.h"
 #include "temp_directory.h"
@@ -112,9 +114,12 @@ TEST(MakeCheckpointTest, UnknownPresetNamesTheKnownOnes) {
     MakeCheckpoint("e2", 1, directory.Path());
     FAIL() << "no error";
   } catch (const Error& error) {
-    EXPECT_THAT(error.what(), AllOf(HasSubstr("no preset \"e2\""), HasSubstr("known are tiny, e2b-short, e2b, e4b")));
+    EXPECT_THAT(error.what(),
+                AllOf(HasSubstr("no preset \"e2\""),
+                      HasSubstr("known are tiny, e2b-short, e2b, e2b-qat-mobile-short, e2b-qat-mobile, e4b")));
   }
-  EXPECT_THAT(CheckpointPresets(), ElementsAre("tiny", "e2b-short", "e2b", "e4b"));
+  EXPECT_THAT(CheckpointPresets(),
+              ElementsAre("tiny", "e2b-short", "e2b", "e2b-qat-mobile-short", "e2b-qat-mobile", "e4b"));
 }
 
 TEST(MakeCheckpointTest, CheckpointInTheWayIsLeftAlone) {
@@ -161,6 +166,59 @@ int64_t CountParameters(const nlohmann::json& config, std::string_view prefix) {
   for (const Parameter& tensor : StoredTensors(config))
     if (tensor.name.starts_with(prefix) && tensor.shape.Rank() > 0) count += tensor.shape.Elements();
   return count;
+}
+
+// Derived from public counts and sizes of the released mobile file, to the byte.
+TEST(PresetTest, E2bQatMobileHoldsTheTensorsOfTheReleasedFile) {
+  const nlohmann::json released = nlohmann::json::parse(GoldenText("qat/e2b_tensors.json.xz"));
+  const nlohmann::json config = PresetFiles("e2b-qat-mobile").at("config.json");
+  EXPECT_EQ(config.at("quantization_config"), released.at("quantization_config"));
+  const std::map<DType, std::string> names{
+      {DType::kF32, "F32"}, {DType::kBF16, "BF16"}, {DType::kU8, "U8"}, {DType::kI8, "I8"}};
+  std::map<std::string, nlohmann::json> found, expected;
+  int64_t bytes = 0;
+  for (const StoredTensor& tensor : TensorsOfFile(config)) {
+    const auto sizes = tensor.type.shape.Sizes();
+    found[tensor.name] = {names.at(tensor.type.dtype), std::vector<int64_t>(sizes.begin(), sizes.end())};
+    bytes += tensor.type.Bytes();
+  }
+  for (const auto& [name, type] : released.at("tensors").items()) expected[name] = type;
+  EXPECT_EQ(found.size(), 2780u);
+  EXPECT_EQ(bytes, released.at("payload_bytes").get<int64_t>());
+  for (const auto& [name, type] : expected) EXPECT_EQ(found[name], type) << name;
+  EXPECT_EQ(found.size(), expected.size());
+}
+
+TEST(MakeCheckpointTest, APackedOneIsReadBackAsCodesThatFollowTheFloatOne) {
+  const TempDirectory directory;
+  const CheckpointSummary summary = MakeCheckpoint("e2b-qat-mobile-short", 7, directory.Path());
+  const ModelWeights weights = ModelWeights::Open(ReadConfig(directory.Path()), directory.Path());
+  EXPECT_EQ(static_cast<int64_t>(weights.GetCheckpoint().Names().size()), summary.tensors);
+  EXPECT_FALSE(weights.GetConfig().vision->use_clipped_linears);
+  const std::map<std::string, int> bits{{"model.language_model.layers.0.mlp.up_proj.weight", 4},
+                                        {"model.language_model.layers.4.mlp.up_proj.weight", 2},
+                                        {"model.language_model.layers.4.per_layer_input_gate.weight", 8},
+                                        {"model.language_model.embed_tokens.weight", 2}};
+  for (const auto& [name, width] : bits) {
+    SCOPED_TRACE(name);
+    ASSERT_NE(weights.Packed(name), nullptr);
+    EXPECT_EQ(weights.Packed(name)->form.bits, width);
+    // Against the random values that were packed: half a step at most, of a largest value of 2^(bits - 1) - 1/2 steps.
+    Parameter parameter;
+    for (const Parameter& candidate : Parameters(weights.GetConfig()))
+      if (candidate.name == name) parameter = candidate;
+    const RandomTensor random(parameter, 7);
+    const Tensor values = weights.Float(name);
+    const std::vector<float>& scales = weights.Stored(name).Grid()->scale;
+    std::vector<uint16_t> row(random.Columns());
+    for (const int64_t at : {int64_t{0}, random.Rows() - 1}) {
+      random.FillRow(at, row.data());
+      for (int64_t i = 0; i < random.Columns(); ++i) {
+        const float value = std::bit_cast<float>(static_cast<uint32_t>(row[i]) << 16);
+        ASSERT_NEAR(values.F32()[at * random.Columns() + i], value, 0.5001f * scales[at]) << i;
+      }
+    }
+  }
 }
 
 TEST(PresetTest, TowersAndTablesCountAsInTheCostModel) {

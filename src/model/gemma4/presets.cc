@@ -3,11 +3,15 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
 
 #include "circlet/base/error.h"
 #include "circlet/io/names.h"
+#include "circlet/io/packed/packed_weight.h"
+#include "circlet/io/packed/quantization_config.h"
+#include "circlet/model/gemma4/text.h"
 
 namespace circlet {
 namespace {
@@ -28,6 +32,7 @@ struct Preset {
   VisionSizes vision;
   int max_soft_tokens;
   bool audio;
+  bool packed = false;  // as Google's mobile checkpoints
 };
 
 constexpr VisionSizes ReleasedVision(int layers) {
@@ -52,6 +57,16 @@ constexpr Preset kPresets[] = {
      .head_dim = E2b::kHeadDim, .global_head_dim = E2b::kGlobalHeadDim,
      .ple_dim = E2b::kPleDim, .vocab = 262144, .window = E2b::kWindow, .max_positions = E2b::kMaxPositions,
      .vision = ReleasedVision(16), .max_soft_tokens = 280, .audio = true},
+    {.name = "e2b-qat-mobile-short", .layers = "SSFSF", .kv_shared = 2, .double_wide = true,
+     .hidden = E2b::kHidden, .intermediate = E2b::kIntermediate, .heads = E2b::kHeads, .kv_heads = E2b::kKvHeads,
+     .head_dim = E2b::kHeadDim, .global_head_dim = E2b::kGlobalHeadDim,
+     .ple_dim = E2b::kPleDim, .vocab = 8192, .window = E2b::kWindow, .max_positions = E2b::kMaxPositions,
+     .vision = ReleasedVision(2), .max_soft_tokens = 280, .audio = false, .packed = true},
+    {.name = "e2b-qat-mobile", .layers = "SSSSFSSSSFSSSSFSSSSFSSSSFSSSSFSSSSF", .kv_shared = 20, .double_wide = true,
+     .hidden = E2b::kHidden, .intermediate = E2b::kIntermediate, .heads = E2b::kHeads, .kv_heads = E2b::kKvHeads,
+     .head_dim = E2b::kHeadDim, .global_head_dim = E2b::kGlobalHeadDim,
+     .ple_dim = E2b::kPleDim, .vocab = 262144, .window = E2b::kWindow, .max_positions = E2b::kMaxPositions,
+     .vision = ReleasedVision(16), .max_soft_tokens = 280, .audio = true, .packed = true},
     {.name = "e4b", .layers = "SSSSSFSSSSSFSSSSSFSSSSSFSSSSSFSSSSSFSSSSSF", .kv_shared = 18, .double_wide = false,
      .hidden = 2560, .intermediate = 10240, .heads = 8, .kv_heads = 2, .head_dim = 256, .global_head_dim = 512,
      .ple_dim = 256, .vocab = 262144, .window = 512, .max_positions = 131072,
@@ -188,7 +203,34 @@ json AudioJson() {
           {"attention_context_left", 13}, {"attention_chunk_size", 12}, {"rms_norm_eps", 1e-6}};
 }
 
-json ConfigJson(const Preset& preset, const ControlTokens& tokens) {
+// As repositories quote it of the released file; the 2-bit MLPs are those of the layers that share keys and values.
+json QuantizationJson(const Preset& preset) {
+  const int own = static_cast<int>(preset.layers.size()) - preset.kv_shared;
+  const std::string own_layers = own > 10 ? fmt::format("(\\d|1[0-{}])", own - 11) : fmt::format("[0-{}]", own - 1);
+  const auto bits = [](int count) { return json{{"num_bits", count}}; };
+  const std::string layers = R"(language_model\.layers\.)";
+  return {{"quant_method", "gemma"},
+          {"num_bits", 4},
+          {"quantize_embeddings", true},
+          {"modules_to_not_convert",
+           {"model.vision_tower.patch_embedder", "model.audio_tower.subsample_conv_projection",
+            "model.audio_tower.output_proj", "relative_k_proj", "model.embed_audio", "model.embed_vision",
+            "per_layer_model_projection"}},
+          {"module_quant_configs",
+           {{"^lm_head$", bits(2)},
+            {R"(audio_tower(?!.*lconv1d\.linear_start))", bits(2)},
+            {R"(audio_tower\.layers\.\d+\.lconv1d\.linear_start\.)", bits(4)},
+            {R"(language_model\.embed_tokens$)", bits(2)},
+            {R"(language_model\.embed_tokens_per_layer$)", bits(4)},
+            {fmt::format(R"({}{}\.mlp\.)", layers, own_layers), bits(4)},
+            {fmt::format(R"({}\d+\.mlp\.)", layers), bits(2)},
+            {fmt::format(R"({}\d+\.per_layer_input_gate$)", layers), bits(8)},
+            {fmt::format(R"({}\d+\.per_layer_projection$)", layers), bits(8)},
+            {fmt::format(R"({}\d+\.self_attn\.)", layers), bits(4)},
+            {"vision_tower", bits(8)}}}};
+}
+
+json FloatConfigJson(const Preset& preset, const ControlTokens& tokens) {
   return {{"architectures", {"Gemma4ForConditionalGeneration"}},
           {"model_type", "gemma4"},
           {"dtype", "bfloat16"},
@@ -204,6 +246,15 @@ json ConfigJson(const Preset& preset, const ControlTokens& tokens) {
           {"text_config", TextJson(preset)},
           {"vision_config", VisionJson(preset)},
           {"audio_config", preset.audio ? AudioJson() : json(nullptr)}};
+}
+
+json ConfigJson(const Preset& preset, const ControlTokens& tokens) {
+  json config = FloatConfigJson(preset, tokens);
+  if (!preset.packed) return config;
+  config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = false;
+  config["quantization_config"] = QuantizationJson(preset);
+  config.erase("dtype");
+  return config;
 }
 
 json GenerationJson(const ControlTokens& tokens) {
@@ -376,6 +427,68 @@ std::vector<Parameter> StoredTensors(const json& config) {
   std::vector<Parameter> list = Parameters(stored);
   if (stored.has_audio) AddAudio(config.at("audio_config"), stored.text.hidden_size, list);
   std::ranges::sort(list, {}, &Parameter::name);
+  return list;
+}
+
+namespace {
+
+// A parameter as one tensor or, when it is packed, as several.
+void AddStored(const Parameter& parameter, const PackedForm& form, int64_t groups, std::vector<StoredTensor>& list) {
+  using Part = StoredTensor::Part;
+  const std::string module = parameter.name.substr(0, parameter.name.rfind('.'));
+  if (!form.Packed()) {
+    // The tower of sound and both projectors are stored so, where they are not packed.
+    const bool wide = IsAudioTensor(parameter.name) || parameter.name.starts_with("model.embed_vision.");
+    list.push_back({parameter.name, {wide ? DType::kF32 : DType::kBF16, parameter.shape}, parameter, Part::kValues});
+    return;
+  }
+  const bool table = parameter.kind == WeightKind::kEmbedding;
+  const auto add = [&](const char* name, TensorType type, Part part) {
+    list.push_back({module + name, std::move(type), parameter, part, form.bits, static_cast<size_t>(groups)});
+  };
+  const int64_t rows = parameter.shape[0];
+  add(table ? ".embedding_quantized" : ".weight",
+      {form.bits == 8 ? DType::kI8 : DType::kU8, {rows, PackedRowBytes(form.bits, parameter.shape[1])}}, Part::kCodes);
+  add(table ? ".embedding_scale" : ".weight_scale", {DType::kF32, {rows, groups}}, Part::kScales);
+  if (table) return;
+  add(".input_activation_scale", {DType::kF32, {}}, Part::kInputStep);
+  add(".output_activation_scale", {DType::kF32, {}}, Part::kOutputStep);
+}
+
+}  // namespace
+
+std::vector<StoredTensor> TensorsOfFile(const json& config) {
+  const std::optional<QuantizationConfig> packed = QuantizationConfig::Parse(config.dump(), "config.json");
+  std::vector<StoredTensor> list;
+  if (!packed) {
+    for (const Parameter& parameter : StoredTensors(config))
+      list.push_back({parameter.name, {DType::kBF16, parameter.shape}, parameter, StoredTensor::Part::kValues});
+    return list;
+  }
+  const TextConfig text = ParseConfig(config, "config.json").text;
+  for (const Parameter& parameter : StoredTensors(config)) {
+    const std::string& name = parameter.name;
+    const bool bound = parameter.kind == WeightKind::kLowerBound || parameter.kind == WeightKind::kUpperBound;
+    const std::string first = fmt::format("{}.layers.", kTextRoot);
+    const bool shared_norm = name.starts_with(first) && name.ends_with(".self_attn.k_norm.weight") &&
+                             text.layers[std::stoi(name.substr(first.size()))].kv_shared;
+    if (bound || shared_norm) continue;
+    const bool table = parameter.kind == WeightKind::kEmbedding;
+    const bool can = name.ends_with(".weight") && (table || IsLinear(parameter.kind));
+    const PackedForm form =
+        can ? packed->FormOf(name.substr(0, name.rfind('.')),
+                             table ? QuantizationConfig::Module::kTable : QuantizationConfig::Module::kLinear, false)
+            : PackedForm{};
+    AddStored(parameter, form, name == kPleTable ? text.NumLayers() : 1, list);
+  }
+  for (int i = 0; i < text.NumLayers(); ++i)
+    for (const char* side : {"k", "v"})
+      list.push_back({fmt::format("{}.layers.{}.self_attn.{}_cache_scale", kTextRoot, i, side),
+                      {DType::kF32, {}},
+                      {},
+                      StoredTensor::Part::kCacheStep});
+  std::ranges::stable_sort(list, std::greater(),
+                           [](const StoredTensor& tensor) { return BitWidth(tensor.type.dtype); });
   return list;
 }
 

@@ -30,6 +30,28 @@ std::map<std::string, nlohmann::json> PresetFiles(std::string_view preset);
 // the audio tower, which no run reads (model.md 1.2, 1.4).
 std::vector<Parameter> StoredTensors(const nlohmann::json& config);
 
+// A tensor of a file: what of which parameter it holds.
+struct StoredTensor {
+  enum class Part : uint8_t {
+    kValues,
+    kCodes,      // packed as Google packs them
+    kScales,     // of the codes, a group each
+    kInputStep,  // of int8 activations
+    kOutputStep,
+    kCacheStep,
+  };
+  std::string name;
+  TensorType type;
+  Parameter parameter;
+  Part part = Part::kValues;
+  int bits = 0;       // of the codes
+  size_t groups = 1;  // scales a row
+};
+
+// The same as they are stored: bfloat16, or, where config.json has a quantization_config, packed (docs/packed.md).
+// Those come by falling size of their elements, so that each is aligned.
+std::vector<StoredTensor> TensorsOfFile(const nlohmann::json& config);
+
 // Tensors in order, cut where a bfloat16 shard would pass `limit_bytes`; a larger tensor is a shard by itself.
 std::vector<std::vector<Parameter>> SplitIntoShards(const std::vector<Parameter>& tensors, int64_t limit_bytes);
 

@@ -16,6 +16,9 @@ namespace circlet {
 //   tiny       every structural feature of E2B in 0.8 MB
 //   e2b-short  E2B's widths with 5 of its 35 layers (2 of them KV-shared), 2 vision layers, a vocabulary of 8192: 0.6
 //   GB e2b        E2B as released: 2011 tensors, 10.2 GB e4b        E4B: 16 GB
+//   e2b-qat-mobile, e2b-qat-mobile-short  the same as Google's mobile checkpoint stores it: codes of 2, 4 and 8 bits
+//   with
+//                                         scales and int8 steps of activations, one file of 2780 tensors, 2.5 GB
 std::vector<std::string> CheckpointPresets();
 
 struct CheckpointSummary {
