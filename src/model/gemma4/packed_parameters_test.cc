@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 
 #include <cstring>
+#include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
@@ -180,11 +181,13 @@ TEST(PackedParametersTest, StorageThatIsNotWhatTheConfigSaysIsNamed) {
               HasSubstr("has 3 scales a row of 160 columns; expected a number that divides"));
   EXPECT_THAT(become("model.language_model.embed_tokens.embedding_scale", {DType::kF32, {2048, 2}}),
               HasSubstr("expected one"));
-  EXPECT_THAT(
-      ErrorAfter("w4a16-ct", [](auto& tensors) { Tensor& shape = tensors.at(kUp + std::string(".weight_shape"));
-                shape = shape.Clone();
-                shape.I64()[1] = 96; }),
-      HasSubstr("says [256,96], config.json [256,128]"));
+  EXPECT_THAT(ErrorAfter("w4a16-ct",
+                         [](auto& tensors) {
+                           Tensor& shape = tensors.at(kUp + std::string(".weight_shape"));
+                           shape = shape.Clone();
+                           shape.I64()[1] = 96;
+                         }),
+              HasSubstr("says [256,96], config.json [256,128]"));
   EXPECT_THAT(ErrorAfter("w4a16-ct",
                          [](auto& tensors) {
                            tensors[kUp + std::string(".weight_g_idx")] = Tensor({DType::kI32, {128}});
@@ -220,6 +223,33 @@ TEST(PackedParametersTest, WithoutBoundsNothingIsClipped) {
   const ModelWeights weights = Open(checkpoint);
   EXPECT_FALSE(weights.GetConfig().vision->use_clipped_linears);
   EXPECT_THAT(weights.GetInventory().notes, testing::Contains(HasSubstr("holds no bounds: nothing is clipped")));
+}
+
+// Codes in one shard, their scales in another.
+TEST(PackedParametersTest, AWeightAndItsScaleMayLieInDifferentShards) {
+  PackedCheckpoint checkpoint("e2b");
+  std::map<std::string, Tensor> codes = checkpoint.Tensors(), scales;
+  for (auto it = codes.begin(); it != codes.end();) {
+    auto next = std::next(it);
+    if (it->first.ends_with("_scale")) scales.insert(codes.extract(it));
+    it = next;
+  }
+  const std::filesystem::path path = checkpoint.Path();
+  std::filesystem::remove(path / "model.safetensors");
+  const std::string first = "model-00001-of-00002.safetensors", second = "model-00002-of-00002.safetensors";
+  WriteSafetensors(path / first, codes);
+  WriteSafetensors(path / second, scales);
+  nlohmann::json index;
+  for (const auto& [name, tensor] : codes) index["weight_map"][name] = first;
+  for (const auto& [name, tensor] : scales) index["weight_map"][name] = second;
+  WriteFile(path / "model.safetensors.index.json", index.dump());
+  const PackedCheckpoint whole("e2b");
+  const Tensor stored = Open(checkpoint).Stored(ParameterOf(kUp)), expected = Open(whole).Stored(ParameterOf(kUp));
+  EXPECT_EQ(std::memcmp(stored.Raw(), expected.Raw(), static_cast<size_t>(expected.Bytes())), 0);
+  EXPECT_EQ(*stored.Grid(), *expected.Grid());
+  // Half of a scale.
+  std::filesystem::resize_file(path / second, std::filesystem::file_size(path / second) - 2);
+  EXPECT_THAT(ErrorText([&] { Open(checkpoint); }), HasSubstr(second));
 }
 
 }  // namespace
