@@ -242,6 +242,32 @@ TEST_F(RuntimeTest, WithSixteenBitActivationsASplitMovesCodesByLittle) {
   EXPECT_LE(difference.largest, 60);
 }
 
+// Random models of the golden runs: several key/value heads, K as V, no per-layer embeddings, shared layers; a wider
+// stream; the reference's dialect, whose units meet on unequal grids.
+class AnyModel : public testing::TestWithParam<std::tuple<const char*, const char*>> {};
+
+TEST_P(AnyModel, RunsPromptsAndSingleTokens) {
+  const auto [model, dialect] = GetParam();
+  const GoldenRun run({model, "w8a8"}, dialect, [](QuantizeOptions& options) {
+    options.units = QuantizeOptions::Units::kDeployment;
+    options.save_stages = false;
+  });
+  const auto session = OpenSession(run.Result().output_directory);
+  const int64_t context = session->Facts().context;
+  std::vector<int64_t> ids;
+  for (int64_t i = 0; i < context; ++i) ids.push_back((i * 37 + 11) % 200 + 3);
+  const Difference difference = SplitAt(*session, ids, 3);
+  EXPECT_EQ(difference.codes, (context - 2) * session->Facts().vocabulary);
+  if (dialect == std::string("default"))
+    EXPECT_EQ(difference.different, 0);
+  else
+    EXPECT_LE(difference.largest, 40);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, AnyModel,
+                         testing::Combine(testing::Values("seed_example", "tiny_e2b", "tiny_wide"),
+                                          testing::Values("default", "tico")));
+
 // ---- Sequences ------------------------------------------------------------------------------------------------------
 
 GenerateOptions Greedy(int64_t most) { return {.sampling = {.temperature = 0}, .max_new_tokens = most}; }
