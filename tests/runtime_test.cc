@@ -512,6 +512,44 @@ TEST_F(RuntimeTest, PerplexityOfTheFilesIsTheSimulations) {
   EXPECT_THAT(refused.err, HasSubstr("--recipe: has no effect with --files"));
 }
 
+TEST_F(RuntimeTest, DataThatWasCalibratedOnIsToldAndRefusedIfAsked) {
+  const std::string heldout = ReadFile(kTiny / "eval/heldout.txt").substr(0, 3000);
+  const std::string first = heldout.substr(0, heldout.find('\n'));
+  WriteFile(own_.Path() / "calib.jsonl", nlohmann::json{{"type", "text"}, {"text", first}}.dump() + "\n");
+  WriteFile(own_.Path() / "eval.txt", heldout);
+  QuantizeOptions options{.model = kTiny,
+                          .output = own_.Path() / "out",
+                          .data = own_.Path() / "calib.jsonl",
+                          .recipe = "w8a8",
+                          .max_seq_len = 300,
+                          .eval_text = own_.Path() / "eval.txt",
+                          .eval_windows = 1,
+                          .units = QuantizeOptions::Units::kDeployment,
+                          .text_only = true};
+  const QuantizeResult result = Quantize(options);
+  const auto told = AllOf(HasSubstr("eval.txt: 1 of "), HasSubstr("lines also stand in the calibration data"),
+                          HasSubstr(first.substr(0, 20)));
+  EXPECT_THAT(result.notes, testing::Contains(told));
+  options.strict = true;
+  EXPECT_THAT(ErrorText([&] { Quantize(options); }), AllOf(told, HasSubstr("--strict")));
+  const std::vector<std::string> evaluate{
+      "evaluate", "--files", options.output, "--eval-text", own_.Path() / "eval.txt", "--eval-windows", "1", "--quiet"};
+  EXPECT_THAT(RunProgram(evaluate).out, told);
+  std::vector<std::string> strict = evaluate;
+  strict.push_back("--strict");
+  const ProgramResult refused = RunProgram(strict);
+  EXPECT_EQ(refused.exit_code, 2);
+  EXPECT_THAT(refused.err, told);
+
+  // Pictures are known by their pixels.
+  DataHashes pictures;
+  const Processor processor = LoadProcessor(kTiny);
+  const std::vector<CaptionTask> tasks = LoadCaptions(kTiny / "eval/captions.jsonl", processor, {});
+  EXPECT_EQ(OverlapOf(tasks, pictures), "");
+  AddPictures(tasks[3].prompt, pictures);
+  EXPECT_THAT(OverlapOf(tasks, pictures), AllOf(HasSubstr("1 of 100 pictures"), HasSubstr("images/eval_003.png")));
+}
+
 TEST_F(RuntimeTest, OfAChatOnlyTheLastTurnOfTheModelCounts) {
   const std::string question = R"({"role": "user", "content": "Who was glad?"})";
   const auto write = [&](const std::string& answer) {

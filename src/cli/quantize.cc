@@ -74,6 +74,7 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
       ->check(WholeNumber(1, std::numeric_limits<int>::max()));
   command.add_option("--eval-captions", options.eval_captions, "Pictures with questions and captions, JSON lines")
       ->type_name("FILE");
+  command.add_flag("--strict", options.strict, "Refuse to measure on what was calibrated on; else that is told");
   command
       .add_option("--compute", options.compute,
                   "Precision of the matrix products that calibrate and measure: float32, or bf16 on a processor with "
@@ -104,7 +105,7 @@ void TellWhenRunStopped(QuantizeOptions& options) {
 // What makes a quantized model has no say in one that is made.
 void RefuseBesideFiles(const CLI::App& evaluate) {
   const std::set<std::string> taken{"MODEL_DIR",   "--files", "--eval-text", "--eval-windows", "--eval-captions",
-                                    "--eval-chat", "--json",  "--quiet",     "--threads"};
+                                    "--eval-chat", "--json",  "--quiet",     "--strict",       "--threads"};
   for (const CLI::Option* given : evaluate.parse_order())
     if (!taken.contains(given->get_name()))
       Fail("{}: has no effect with --files, whose units are made already; leave it out", given->get_name());
@@ -124,6 +125,8 @@ int EvaluateFiles(const std::string& files, const std::string& chats, const Quan
                                                        .captions = options.eval_captions,
                                                        .chats = chats,
                                                        .windows = options.eval_windows,
+                                                       .calibrated_on = runtime::CalibratedOn(files),
+                                                       .strict = options.strict,
                                                        .progress = options.progress});
   if (!json.empty()) WriteFile(json, runtime::MeasuredJson(measured, "files"));
   fmt::print("{}", runtime::MeasuredText(measured, "files"));

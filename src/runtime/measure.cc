@@ -13,6 +13,7 @@
 #include "pipeline/gemma4/captions.h"
 #include "pipeline/gemma4/perplexity.h"
 #include "pipeline/gemma4/tails.h"
+#include "pipeline/units.h"
 #include "preprocess/data_lines.h"
 #include "runtime/units.h"
 
@@ -93,12 +94,22 @@ std::vector<Answered> LoadAnswers(const std::filesystem::path& path, const Proce
   return answers;
 }
 
+// Before anything is run on it.
+void Note(const std::filesystem::path& file, const std::string& overlap, const MeasureOptions& options,
+          Measured& measured) {
+  if (overlap.empty()) return;
+  measured.overlaps.push_back(fmt::format("{}: {}", file.string(), overlap));
+  if (options.strict)
+    Fail("{}; figures of such data flatter: take it out, or leave out --strict", measured.overlaps.back());
+}
+
 // Pictures that no unit is made for are left out and told.
 Captions MeasureCaptions(Session& session, Session* reference, const Processor& processor,
-                         const MeasureOptions& options, std::vector<std::string>& left_out, Progress& progress) {
+                         const MeasureOptions& options, Measured& measured, Progress& progress) {
   const ModelFacts& facts = session.Facts();
   const std::vector<CaptionTask> tasks =
       LoadCaptions(options.captions, processor, {.vocab_size = facts.vocabulary, .placeholders = facts.placeholders});
+  Note(options.captions, OverlapOf(tasks, options.calibrated_on), options, measured);
   const int64_t turn_end = processor.tokenizer.RequireId("<turn|>");
   const std::vector<int> stops(facts.stops.begin(), facts.stops.end());
   Captions captions;
@@ -113,7 +124,7 @@ Captions MeasureCaptions(Session& session, Session* reference, const Processor& 
     sequence.ids = sample.input_ids;
     progress.Advance();
     if (const std::string fault = session.PictureFault(sample); !fault.empty()) {
-      left_out.push_back(fmt::format("{}: {}", sample.source, fault));
+      measured.left_out.push_back(fmt::format("{}: {}", sample.source, fault));
       continue;
     }
     const Tails tails =
@@ -124,7 +135,8 @@ Captions MeasureCaptions(Session& session, Session* reference, const Processor& 
     agreements.push_back(gemma4::AgreementOf(tails, sequence.FirstRead()));
   }
   if (captions.pictures == 0)
-    Fail("{}: none of the {} pictures fits; the first: {}", options.captions.string(), tasks.size(), left_out.front());
+    Fail("{}: none of the {} pictures fits; the first: {}", options.captions.string(), tasks.size(),
+         measured.left_out.front());
   captions.agreement = gemma4::AgreementOf(agreements);
   return captions;
 }
@@ -172,6 +184,15 @@ json PerplexityJson(const Perplexity& perplexity, const std::optional<Agreement>
 
 }  // namespace
 
+DataHashes CalibratedOn(const std::filesystem::path& directory) {
+  const nlohmann::json tree = ReadJson(directory / kPipelineFile);
+  const auto hashes = JsonObject(tree, (directory / kPipelineFile).string()).OptionalObject("calibrated_on");
+  if (!hashes) return {};
+  const auto lines = hashes->Required<std::vector<std::string>>("lines"),
+             pictures = hashes->Required<std::vector<std::string>>("pictures");
+  return {{lines.begin(), lines.end()}, {pictures.begin(), pictures.end()}};
+}
+
 Measured Measure(Session& session, Session* reference, const Processor& processor, const MeasureOptions& options) {
   Measured measured;
   Progress progress(options.progress);
@@ -182,6 +203,7 @@ Measured Measure(Session& session, Session* reference, const Processor& processo
   };
   if (!options.text.empty()) {
     const std::string text = ReadFile(options.text);
+    Note(options.text, OverlapOf(text, options.calibrated_on), options, measured);
     std::vector<std::vector<int64_t>> windows = Within(options.text.string(), [&] {
       return PerplexityWindows(text, processor.tokenizer, gemma4::kWindow, session.Facts().bos);
     });
@@ -198,6 +220,9 @@ Measured Measure(Session& session, Session* reference, const Processor& processo
   }
   if (!options.chats.empty()) {
     const std::vector<Answered> chats = LoadAnswers(options.chats, processor, session.Facts());
+    std::string turns;
+    for (const Answered& chat : chats) turns += processor.tokenizer.Decode(chat.whole.input_ids, true) + "\n";
+    Note(options.chats, OverlapOf(turns, options.calibrated_on), options, measured);
     progress.Begin("chats", std::ssize(chats));
     Sums sums;
     for (const Answered& chat : chats) {
@@ -214,7 +239,7 @@ Measured Measure(Session& session, Session* reference, const Processor& processo
     settle(sums, measured.chat_perplexity, measured.chat_agreement);
   }
   if (!options.captions.empty())
-    measured.captions = MeasureCaptions(session, reference, processor, options, measured.left_out, progress);
+    measured.captions = MeasureCaptions(session, reference, processor, options, measured, progress);
   return measured;
 }
 
@@ -226,6 +251,7 @@ std::string MeasuredText(const Measured& measured, const std::string& name) {
   if (measured.captions)
     text +=
         fmt::format("captions: {} {} of {}\n", name, measured.captions->quantized_exact, measured.captions->pictures);
+  for (const std::string& overlap : measured.overlaps) text += overlap + "\n";
   if (!measured.left_out.empty())
     text += fmt::format("left out: {}, the first: {}\n", measured.left_out.size(), measured.left_out.front());
   return text;
@@ -238,6 +264,7 @@ std::string MeasuredJson(const Measured& measured, const std::string& name) {
     made["chat_perplexity"] = PerplexityJson(*measured.chat_perplexity, measured.chat_agreement);
   if (measured.captions)
     made["captions"] = {{"pictures", measured.captions->pictures}, {"exact", measured.captions->quantized_exact}};
+  made["overlaps"] = measured.overlaps;
   made["left_out"] = measured.left_out;
   return DumpJson(made);
 }

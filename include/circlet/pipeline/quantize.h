@@ -54,6 +54,7 @@ struct QuantizeOptions {
   enum class Units { kAuto, kDeployment, kAll } units = Units::kAuto;
   std::string widen;                     // of the residual stream: "auto", "off", or a number; empty: the recipe's
   bool text_only = false;                // leave samples with pictures out
+  bool strict = false;                   // an Error where data is measured that was calibrated on; else a note
   // Of checkpoints that hold codes with grids of activations (docs/packed.md).
   bool requantize = false;               // round anew where the recipe says otherwise than the checkpoint
   bool int16_twin = false;               // int16 grids of 256 steps for each step of the checkpoint's int8 ones

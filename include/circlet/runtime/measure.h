@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "circlet/pipeline/quantize.h"
+#include "circlet/preprocess/overlap.h"
 #include "circlet/preprocess/samples.h"
 #include "circlet/report/statistics.h"
 #include "circlet/runtime/generate.h"
@@ -21,14 +22,21 @@ struct MeasureOptions {
   // whose last turn is the model's, only the tokens of that turn count.
   std::filesystem::path text, captions, chats;
   std::optional<int64_t> windows;  // only the first of them
+  // What the model was calibrated on; data that stands there too is told, with `strict` an Error.
+  DataHashes calibrated_on;
+  bool strict = false;
   std::FILE* progress = nullptr;
 };
+
+// Of an output directory.
+DataHashes CalibratedOn(const std::filesystem::path& directory);
 
 struct Measured {
   // Of each the float figures are the reference's, those called quantized the session's; NaN without a reference.
   std::optional<Perplexity> perplexity, chat_perplexity;
   std::optional<Agreement> agreement, chat_agreement;
   std::optional<Captions> captions;
+  std::vector<std::string> overlaps;  // "heldout.txt: 3 of 812 lines also stand in the calibration data ..."
   std::vector<std::string> left_out;  // captions and chats whose picture the session has no units for, with the reason
 };
 

@@ -122,6 +122,12 @@ void ReadSamples(const SampleFile& file, bool frozen, const SampleOptions& rules
   if (!set.shortened.empty() && !data.shortened.empty()) data.shortened += "; ";
   data.shortened += set.shortened;
   if (static_cast<int64_t>(set.samples.size()) > file.most) set.samples.resize(file.most);
+  for (const Sample& sample : set.samples) {
+    if (frozen) break;
+    AddPictures(sample, data.calibrated_on);
+    if (!file.tensors)
+      AddLines(processor.Get().tokenizer.Decode(sample.input_ids, /*skip_special=*/true), data.calibrated_on);
+  }
   Append(std::move(set), data.calibration, data.skipped);
 }
 
@@ -141,6 +147,17 @@ void ReadWindows(const fs::path& path, std::optional<int64_t> most, const Gemma4
     return PerplexityWindows(text, processor.Get().tokenizer, kWindow, config.text.bos_token_id);
   });
   if (most && *most < static_cast<int64_t>(data.windows.size())) data.windows.resize(*most);
+}
+
+// What is measured and was calibrated on: an Error where `strict` asks for it.
+void FindOverlaps(const QuantizeOptions& options, RunData& data) {
+  const auto tell = [&](const fs::path& path, const std::string& overlap) {
+    if (!overlap.empty()) data.overlaps.push_back(fmt::format("{}: {}", path.string(), overlap));
+  };
+  if (!options.eval_text.empty()) tell(options.eval_text, OverlapOf(ReadFile(options.eval_text), data.calibrated_on));
+  tell(options.eval_captions, OverlapOf(data.captions, data.calibrated_on));
+  if (options.strict && !data.overlaps.empty())
+    Fail("{}; figures of such data flatter: take it out of either, or leave out --strict", data.overlaps.front());
 }
 
 // A square picture of at most 256 soft tokens behind the first ids of a random prompt.
@@ -217,6 +234,7 @@ RunData ReadData(const QuantizeOptions& options, const Settings& settings, const
       if (data.dated.empty()) data.dated = sample.date_place;
   for (const CaptionTask& task : data.captions)
     if (data.dated.empty()) data.dated = task.prompt.date_place;
+  FindOverlaps(options, data);
   if (!files.empty() && data.calibration.empty() && (options.qparams.empty() || data.evaluation.empty()))
     Fail("no calibration sample is left: {} have pictures, which this run leaves out", data.skipped.size());
   return data;

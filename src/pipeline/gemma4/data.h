@@ -7,6 +7,7 @@
 
 #include "circlet/model/gemma4/config.h"
 #include "circlet/pipeline/quantize.h"
+#include "circlet/preprocess/overlap.h"
 #include "circlet/preprocess/samples.h"
 #include "circlet/settings/settings.h"
 #include "model/gemma4/vision_profile.h"
@@ -25,6 +26,8 @@ struct RunData {
   std::string dated;            // where the chat template wrote the date into a prompt: Sample::date_place
   std::vector<DataFile> files;  // the JSON lines that were read, without their text
   bool random = false;
+  DataHashes calibrated_on;           // of the calibration samples; empty where grids are given
+  std::vector<std::string> overlaps;  // what is measured and was calibrated on, a line each
 
   // The items hold the pixels that they need.
   void ReleasePictures();

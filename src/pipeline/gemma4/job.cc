@@ -248,7 +248,9 @@ nlohmann::json Gemma4Job::Prepare(const nlohmann::json& saved, const Preparation
 }
 
 nlohmann::json Gemma4Job::Contract(const std::vector<std::string>& units) const {
-  return ContractOf(context_, units, profile_);
+  nlohmann::json contract = ContractOf(context_, units, profile_);
+  contract["calibrated_on"] = {{"lines", data_.calibrated_on.lines}, {"pictures", data_.calibrated_on.pictures}};
+  return contract;
 }
 
 WeightSource Gemma4Job::Stored() const {
@@ -386,6 +388,7 @@ void Gemma4Job::DescribeUnused(QuantizeResult& result) const {
   const bool runs_vision = !context_.images.Empty();
   const Inventory& inventory = weights_.GetInventory();
   result.notes = inventory.notes;
+  result.notes.insert(result.notes.end(), data_.overlaps.begin(), data_.overlaps.end());
   if (std::error_code none;
       settings_.Writes() && std::filesystem::is_directory(settings_.options.model / "chat_templates", none))
     result.notes.emplace_back(
