@@ -445,7 +445,7 @@ TEST_F(RuntimeTest, HostilePipelinesAreErrors) {
   expect([&](Json& json) { unit(json, "decoder_layer_prefill_0")["outputs"][0]["name"] = "new_key"; }, "hidden");
   expect([&](Json& json) { unit(json, "ple_projection_prefill")["outputs"][0]["key"] = "inputs_embeds"; }, "");
   expect([](Json& json) { json["phases"]["prefill"] = {"lm_head"}; }, "hidden");
-  expect([](Json& json) { json["phases"]["decode"] = Json::array(); }, "decode units");
+  expect([](Json& json) { json["phases"]["decode"] = Json::array(); }, "export.prefill_decode: false");
 }
 
 // ---- The contract ---------------------------------------------------------------------------------------------------
@@ -603,6 +603,21 @@ TEST_F(RuntimeTest, BesideTellsWhereTextsPart) {
   }
   EXPECT_GE(json.at("prompts")[0].at("kl"), json.at("prompts")[1].at("kl")) << "the worst first";
   EXPECT_NEAR(json.at("kl").get<double>(), kl, 1e-9);
+}
+
+TEST_F(RuntimeTest, ATicoExportWithPicturesAnswersAsTheCheckpointDoes) {
+  const fs::path out = own_.Path() / "out";
+  Quantize({.model = kTiny,
+            .output = out,
+            .data = kTiny / "eval/calib.jsonl",
+            .dialect = "tico",
+            .units = QuantizeOptions::Units::kDeployment});
+  const auto session = OpenSession(out), checkpoint = OpenSession(kTiny);
+  const Processor processor = LoadProcessor(out);
+  const std::vector<CaptionTask> tasks = LoadCaptions(kTiny / "eval/captions.jsonl", processor, {});
+  for (const Sample& prompt : {tasks[0].prompt, TextPrompt("Emma saw", processor, session->Facts(), "")})
+    EXPECT_EQ(Generate(*session, processor.tokenizer, prompt, Greedy(4)).ids,
+              Generate(*checkpoint, processor.tokenizer, prompt, Greedy(4)).ids);
 }
 
 // ---- The command ----------------------------------------------------------------------------------------------------

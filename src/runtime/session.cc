@@ -164,9 +164,11 @@ class UnitSession final : public Session {
   void Fuse(const RunnableUnit& unit, const std::vector<Tensor>& features, const std::vector<int64_t>& places,
             Step& step) {
     const auto text = std::ranges::find(unit.inputs, "text", &End::name);
+    text_key_ = text->key;
+    fused_key_ = unit.outputs.at(0).key;
     const Tensor& embeddings = step.values.at(text->key);
     const Tensor fused = features.empty() ? embeddings : source_->Fused(embeddings, features, places);
-    step.values[unit.outputs.at(0).key] = fused;
+    step.values[fused_key_] = fused;
   }
 
   static const LayerPlace& LayerOf(const RunnableUnit& unit, const End& end) {
@@ -190,7 +192,9 @@ class UnitSession final : public Session {
       return Gridded(cache.Slice(0, cache.GetShape()[2] - 1, 2), cache);
     }
     if (end.name.starts_with("shared_") && step.first > 0) return CacheOf(unit, end);
-    const auto value = step.values.find(end.key);
+    auto value = step.values.find(end.key);
+    // Without pictures the text itself is what the fusion makes, on a grid of its own where a dialect says so.
+    if (value == step.values.end() && end.key == fused_key_) value = step.values.find(text_key_);
     if (value == step.values.end()) Fail("{}: nothing computes its input \"{}\" ({})", unit.name, end.name, end.key);
     if (end.name != "per_layer_input") return value->second;
     const Shape& all = value->second.GetShape();  // [1,S,L,p]
@@ -243,6 +247,7 @@ class UnitSession final : public Session {
 
   std::unique_ptr<UnitSource> source_;
   std::map<std::string, Tensor> caches_;  // [1,KV,context,h] by key
+  std::string text_key_, fused_key_;      // of the fusion
   int64_t length_ = 0;
   Tensor hidden_;
   int64_t hidden_first_ = 0;
