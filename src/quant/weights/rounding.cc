@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
@@ -376,9 +377,9 @@ class MatrixRounding {
       for (int64_t r = 0; r < count; ++r) {
         grid.scale[first + r] = best.grids.scale[r];
         grid.zero_point[first + r] = static_cast<int32_t>(best.grids.zero_point[r]);
-        result.loss[first + r] = rounded.loss[r];
+        result.loss[first + r] = best.loss[r];
         result.nearest_loss[first + r] = rounded.nearest_loss[r];
-        nearest[first + r] = rounded.loss[r] == rounded.nearest_loss[r];
+        nearest[first + r] = rounded.nearest[r];
         corrected[first + r] = rounded.corrected[r];
       }
     });
@@ -392,77 +393,62 @@ class MatrixRounding {
  private:
   struct GroupRounding {
     GroupResult best;
-    std::vector<double> loss, nearest_loss;  // without the correction
-    std::vector<uint8_t> corrected;
+    std::vector<double> nearest_loss;
+    std::vector<uint8_t> nearest, corrected;
   };
 
   GroupRounding RoundGroup(int64_t first, int64_t count, int64_t panels) const {
     RowGroup group(metric_, options_, panels);
     Panels weight(n_, panels);
+    std::optional<Panels> change;
     Fill(weight, weight_.F32().data(), first, count);
-    const bool corrects = !change_.empty();
-    Fill(group.Target(), corrects ? weight_.F32().data() : target_.F32().data(), first, count);
+    if (Corrects()) Fill(change.emplace(n_, panels), change_.data(), first, count);
+    Fill(group.Target(), Corrects() ? weight_.F32().data() : target_.F32().data(), first, count);
     std::vector<float> low(static_cast<size_t>(group.Rows())), high(low);
     std::copy_n(range_.min.begin() + first, count, low.begin());
     std::copy_n(range_.max.begin() + first, count, high.begin());
+    // What decides between two codes of a row: with a correction E |W x_f - Q x|^2, which differs from
+    // e H' e - 2 e . change (e = Q - W) by nothing that depends on Q.
+    const auto true_losses = [&](const RowGrids& grids, const std::vector<double>& loss) {
+      if (!Corrects()) return loss;
+      group.ErrorsFrom(weight, grids);
+      std::vector<double> sums = group.Loss();
+      const std::vector<double> gained = group.ErrorsTimes(*change);
+      for (size_t r = 0; r < sums.size(); ++r) sums[r] -= 2 * gained[r];
+      return sums;
+    };
 
-    GroupRounding rounded{.corrected = std::vector<uint8_t>(static_cast<size_t>(count))};
+    GroupRounding rounded;
+    rounded.nearest.resize(static_cast<size_t>(count));
+    rounded.corrected.resize(static_cast<size_t>(count));
     const RowGrids widest = GridsOf(options_, low, high, 1);
     group.RoundToNearest(widest);
     rounded.nearest_loss = group.Loss();
+    const std::vector<double> nearest_true = true_losses(widest, rounded.nearest_loss);
     rounded.best = ResultOf(group, widest, rounded.nearest_loss, count);
-    const RowGrids ranges = BestRanges(group, weight, low, high);
-    const GroupResult improved = Improve(group, ranges, low, high, count);
-    for (int64_t r = 0; r < count; ++r)
-      if (improved.loss[r] < rounded.best.loss[r]) rounded.best.Take(r, improved, n_);
-    rounded.loss = rounded.best.loss;
-    if (!corrects) return rounded;
 
-    // By the true loss E |W x_f - Q x|^2, which differs from e H' e - 2 e . change (e = Q - W) by nothing that depends
-    // on Q.
-    Panels change(n_, panels);
-    Fill(change, change_.data(), first, count);
-    const auto true_losses = [&](const RowGrids& grids) {
-      group.ErrorsFrom(weight, grids);
-      std::vector<double> loss = group.Loss(), gained = group.ErrorsTimes(change);
-      for (size_t r = 0; r < loss.size(); ++r) loss[r] -= 2 * gained[r];
-      return loss;
-    };
-    const auto set_codes = [&] {
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t i = 0; i < n_; ++i)
-          group.Codes().Value(i, r) = rounded.best.codes[r * n_ + metric_.Order()[static_cast<size_t>(i)]];
-    };
-    set_codes();
-    rounded.best.loss = true_losses(rounded.best.grids);
-    Fill(group.Target(), target_.F32().data(), first, count);
-    GroupResult corrected = Improve(group, ranges, low, high, count);
-    corrected.loss = true_losses(corrected.grids);
-    for (int64_t r = 0; r < count; ++r) {
-      rounded.corrected[r] = corrected.loss[r] < rounded.best.loss[r];
-      if (rounded.corrected[r]) rounded.best.Take(r, corrected, n_);
-    }
-    return rounded;
-  }
-
-  // Codes for the group's target, from ranges that are good to begin with.
-  GroupResult Improve(RowGroup& group, RowGrids grids, const std::vector<float>& low, const std::vector<float>& high,
-                      int64_t count) const {
-    std::vector<double> loss;
-    if (options_.method.compensate) {
-      loss = group.Compensate(grids);
-      for (int i = 0; i < options_.method.solved_ranges; ++i) {
-        const RowGrids other = GridsOf(options_, low, high, FactorAt(options_, i, options_.method.solved_ranges));
-        const std::vector<double> other_loss = group.Compensate(other);
-        std::vector<bool> better(loss.size());
-        for (size_t r = 0; r < loss.size(); ++r) better[r] = other_loss[r] < loss[r];
-        TakeRows(grids, other, better);
-        for (size_t r = 0; r < loss.size(); ++r) loss[r] = std::min(loss[r], other_loss[r]);
+    RowGrids grids = BestRanges(group, weight, low, high);
+    std::vector<double> loss = Compensate(group, grids, low, high);
+    if (Corrects()) {
+      // Which target a row takes shows once columns have made up for each other; what follows goes on from there.
+      const std::vector<double> plain_true = true_losses(grids, loss);
+      const RowGrids plain_grids = grids;
+      const GroupResult plain = ResultOf(group, grids, loss, count);
+      Fill(group.Target(), target_.F32().data(), first, count);
+      loss = Compensate(group, grids, low, high);
+      const std::vector<double> corrected_true = true_losses(grids, loss);
+      for (int64_t r = 0; r < count; ++r) {
+        rounded.corrected[r] = corrected_true[r] < plain_true[r];
+        if (rounded.corrected[r]) continue;
+        loss[r] = plain.loss[r];
+        grids.scale[r] = plain_grids.scale[r];
+        grids.zero_point[r] = plain_grids.zero_point[r];
+        for (int64_t i = 0; i < n_; ++i) {
+          group.Target().Value(i, r) = weight.Value(i, r);
+          group.Codes().Value(i, r) = plain.codes[r * n_ + metric_.Order()[static_cast<size_t>(i)]];
+        }
       }
-      if (options_.method.solved_ranges > 0) group.Compensate(grids);
-    } else {
-      group.RoundToNearest(grids);
-      loss = group.Loss();
+      group.ErrorsFrom(group.Target(), grids);
     }
     for (int refit = 0;; ++refit) {
       for (int pass = 0; pass < options_.method.descent_passes && group.Descend(grids, loss); ++pass) {
@@ -470,7 +456,40 @@ class MatrixRounding {
       if (refit == options_.method.scale_refits) break;
       group.Refit(grids, loss);
     }
-    return ResultOf(group, grids, group.Loss(), count);
+    loss = group.Loss();
+    const GroupResult improved = ResultOf(group, grids, loss, count);
+    const std::vector<double> improved_true = true_losses(grids, loss);
+    for (int64_t r = 0; r < count; ++r) {
+      rounded.nearest[r] = !(improved_true[r] < nearest_true[r]);
+      if (rounded.nearest[r])
+        rounded.corrected[r] = false;
+      else
+        rounded.best.Take(r, improved, n_);
+    }
+    return rounded;
+  }
+
+  bool Corrects() const { return !change_.empty(); }
+
+  // The first codes for the group's target: columns that make up for each other, or the nearest; from ranges that are
+  // good to begin with, which may give way to better ones.
+  std::vector<double> Compensate(RowGroup& group, RowGrids& grids, const std::vector<float>& low,
+                                 const std::vector<float>& high) const {
+    if (!options_.method.compensate) {
+      group.RoundToNearest(grids);
+      return group.Loss();
+    }
+    std::vector<double> loss = group.Compensate(grids);
+    for (int i = 0; i < options_.method.solved_ranges; ++i) {
+      const RowGrids other = GridsOf(options_, low, high, FactorAt(options_, i, options_.method.solved_ranges));
+      const std::vector<double> other_loss = group.Compensate(other);
+      std::vector<bool> better(loss.size());
+      for (size_t r = 0; r < loss.size(); ++r) better[r] = other_loss[r] < loss[r];
+      TakeRows(grids, other, better);
+      for (size_t r = 0; r < loss.size(); ++r) loss[r] = std::min(loss[r], other_loss[r]);
+    }
+    if (options_.method.solved_ranges > 0) group.Compensate(grids);
+    return loss;
   }
 
   RowGrids BestRanges(RowGroup& group, Panels& weight, const std::vector<float>& low,

@@ -84,8 +84,8 @@ class InputCorrection {
   std::vector<float> factor32_;
 };
 
-// Each row for the weight and for `target` of an InputCorrection, whichever has the smaller true loss
-// E |W x_f - Q x|^2. Losses and rows_to_nearest are those without the correction.
+// Each row for the weight or for `target` of an InputCorrection, whichever has the smaller true loss E |W x_f - Q x|^2
+// before descent; none worse by that than rounded to the nearest. `loss` is by the target that the row took.
 RoundedMatrix RoundCorrected(const Tensor& weight, const Tensor& target, std::span<const double> change,
                              const Metric& metric, const RoundingOptions& options);
 

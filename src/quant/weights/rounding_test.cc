@@ -236,7 +236,7 @@ TEST(RoundingTest, TheBetterOfTwoTargetsIsTakenRowByRow) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   Tensor differences({DType::kF32, {problem.x.GetShape()[0], rows}});
-  for (float& value : differences.F32()) value = 0.05f * normal(random);
+  for (float& value : differences.F32()) value = 0.5f * normal(random);
   Moment change = Moment::Cross(rows, n, 1e3, problem.x.GetShape()[0]);
   change.Add(differences, problem.x);
   const Metric metric(problem.moment, {});
@@ -255,12 +255,20 @@ TEST(RoundingTest, TheBetterOfTwoTargetsIsTakenRowByRow) {
   const std::vector<double> a = true_loss(plain), b = true_loss(corrected);
   const RoundedMatrix both = RoundCorrected(problem.weight, target, change.Values(), metric, {});
   const std::vector<double> best = true_loss(both);
-  int64_t expected = 0;
+  RoundingOptions to_nearest;
+  to_nearest.method = {
+      .range = WeightRounding::Range::kMinMax, .compensate = false, .descent_passes = 0, .scale_refits = 0};
+  const std::vector<double> c = true_loss(Round(problem.weight, nullptr, metric, to_nearest));
+  // Each row is one of the three, and none worse than the last.
+  int64_t taken = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    EXPECT_NEAR(best[r], std::min(a[r], b[r]), 1e-6 * std::abs(a[r]));
-    expected += b[r] < a[r];
+    const auto is = [&](double loss) { return std::abs(best[r] - loss) <= 1e-6 * std::abs(loss); };
+    EXPECT_TRUE(is(a[r]) || is(b[r]) || is(c[r])) << r;
+    EXPECT_LE(best[r], c[r] + 1e-6 * std::abs(c[r])) << r;
+    taken += is(b[r]) && !is(a[r]);
   }
-  EXPECT_EQ(both.rows_corrected, expected);
+  EXPECT_EQ(both.rows_corrected, taken);
+  EXPECT_LT(std::accumulate(best.begin(), best.end(), 0.0), std::accumulate(a.begin(), a.end(), 0.0));
   EXPECT_GT(both.rows_corrected, 0);
 }
 
