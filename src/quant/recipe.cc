@@ -190,6 +190,29 @@ std::string Recipe::PlaceOf(const Point& point) const {
   return place;
 }
 
+std::vector<std::string> Recipe::Cautions() const {
+  std::vector<std::string> texts;
+  const auto cuts = [](const QuantSpec& spec) {
+    return spec.observer && spec.observer->kind == ObserverSpec::Kind::kPercentile;
+  };
+  std::string where;
+  if (cuts(specs.activation)) where = "activation";
+  for (const OverridePolicy& policy : policies)
+    if (where.empty() && cuts(policy.spec)) where = policy.name;
+  for (const Override& override : overrides)
+    if (where.empty() && cuts(override.spec)) where = override.path;
+  if (!where.empty())
+    texts.push_back(
+        fmt::format("{}: percentile observers cut the largest values off, which carry models with real weights; "
+                    "compare with minmax",
+                    where));
+  if (rounding && rounding->range == WeightRounding::Range::kMse && !rounding->compensate)
+    texts.emplace_back(
+        "gptq: ranges of the least squared error, without compensate, lose more than min/max on real weights; "
+        "take range: moments");
+  return texts;
+}
+
 std::vector<std::string> Recipe::UnusedOverrides(std::span<const Point> points) const {
   std::vector<std::string> texts;
   for (const Override& override : overrides)

@@ -115,8 +115,8 @@ TEST(RecipeTest, OtherSectionsOfAFileAreLeftToTheSettings) {
 
 TEST(RecipeTest, AGptqStageSaysHowWeightsAreRounded) {
   const auto method = [](const std::string& keys, const std::string& bits = "uint4") {
-    return *Recipe::Parse("pipeline:\n  - {name: gptq" + keys + "}\n  - {name: ptq, weight: int16, linear_weight: " +
-                              bits + "}\n",
+    return *Recipe::Parse("pipeline:\n  - {name: gptq" + keys +
+                              "}\n  - {name: ptq, weight: int16, linear_weight: " + bits + "}\n",
                           "quant.yaml")
                 .rounding;
   };
@@ -138,7 +138,8 @@ TEST(RecipeTest, AGptqStageSaysHowWeightsAreRounded) {
                                                    "stage has 4 bits; make them the same, or take 2 or 3"));
   EXPECT_THAT(error(", percdamp: 1.5"), HasSubstr("percdamp: is 1.5, must be 0 to 1"));
   EXPECT_THAT(error(", mse: min"), HasSubstr("mse: unknown \"min\""));
-  EXPECT_THAT(error(", groupsize: 128"), HasSubstr("groupsize: only -1 is possible: a Circle tensor has one scale a row"));
+  EXPECT_THAT(error(", groupsize: 128"),
+              HasSubstr("groupsize: only -1 is possible: a Circle tensor has one scale a row"));
   EXPECT_THAT(error(", perc_damp: 1"), HasSubstr("nearest: \"percdamp\""));
   EXPECT_THAT(ErrorText([] { Recipe::Parse("pipeline: [{name: ptq, weight: uint8}, {name: gptq}]", "quant.yaml"); }),
               HasSubstr("one gptq stage goes in front of the ptq stage"));
@@ -313,6 +314,22 @@ TEST(RecipePolicyTest, BadTargetsNameTheKey) {
       LoadError("pipeline: [{name: ptq, override_policies: [{name: p, target: {module: a, observers: [b]}, spec: 8}, "
                 "{name: p, target: {module: a, observers: [b]}, spec: 8}]}]"),
       HasSubstr("two policies are called \"p\"; rename one"));
+}
+
+TEST(RecipeTest, CutRangesAreCautionedAgainst) {
+  const auto cautions = [](const std::string& text) { return Recipe::Parse(text, "quant.yaml").Cautions(); };
+  EXPECT_THAT(cautions("pipeline:\n  - {name: ptq, activation: {dtype: int16, observer: percentile}}\n"),
+              testing::ElementsAre(HasSubstr("activation: percentile observers cut the largest values off")));
+  EXPECT_THAT(cautions("pipeline:\n  - name: ptq\n    override_policies:\n"
+                       "      - {name: stream, target: {module: layer, observers: [layer_scalar_out]},"
+                       " spec: {dtype: int16, observer: percentile}}\n"),
+              testing::ElementsAre(HasSubstr("stream: percentile")));
+  EXPECT_THAT(cautions("pipeline: [{name: gptq, range: mse, compensate: false}, {name: ptq, linear_weight: uint4}]\n"),
+              testing::ElementsAre(HasSubstr("take range: moments")));
+  EXPECT_THAT(cautions("pipeline: [{name: gptq, range: mse}, {name: ptq, linear_weight: uint4}]\n"),
+              testing::IsEmpty());
+  for (const std::string& name : Recipe::BuiltinNames())
+    EXPECT_THAT(Recipe::Load(name).Cautions(), testing::IsEmpty()) << name;
 }
 
 TEST(RecipeTest, KindsTellWhatAWeightIsRoundedTo) {

@@ -91,6 +91,9 @@ class Recipe {
   // Where the last policy or override stands that speaks of the point; empty: none does.
   std::string PlaceOf(const Point& point) const;
 
+  // What the recipe does that ruins models with real weights, a line each: ranges that are cut.
+  std::vector<std::string> Cautions() const;
+
   // What every override and every policy without allow_empty that matches none of `points` is told:
   // "quant.yaml:14: no point "a.b"; nearest: "a.c"".
   std::vector<std::string> UnusedOverrides(std::span<const Point> points) const;
