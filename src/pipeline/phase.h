@@ -69,6 +69,7 @@ struct StageEstimate {
   std::string name;
   int64_t weight_bytes = 0;   // parameters in float32
   int64_t working_bytes = 0;  // values of the longest item that live at a time, its inputs and outputs with them
+  int64_t waiting_bytes = 0;  // values that its rounding of weights keeps in the store meanwhile
   double flops = 0;           // of the matrix products of all readings of all items
 
   // The weights of a stage live once, in float32 or rounded, with their codes beside them while its files are written.

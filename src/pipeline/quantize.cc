@@ -161,6 +161,7 @@ class Run {
   void RequireMemory() const;
   int64_t NeededMemory() const;
   int64_t ActivationBudget() const;
+  int64_t ActivationBytes() const;
   int64_t NeededDisk() const;
   std::function<PointSpec(const std::string&)> SpecsOfPoints() const;
   void TellStart(int64_t budget) const;
@@ -232,12 +233,19 @@ int64_t Run::NeededMemory() const {
   return OwnMemoryBytes() + bytes;
 }
 
+// At most at a time in the store. The bound of the schedule and that of the roundings are taken at different stages.
+int64_t Run::ActivationBytes() const {
+  int64_t waiting = 0;
+  for (const StageEstimate& estimate : estimates_) waiting = std::max(waiting, estimate.waiting_bytes);
+  return schedule_.PeakBytes() + waiting;
+}
+
 // What a stage leaves of the limit. A tenth is for what is not counted: grids, plans, values that are compared, and the
 // allocator's holes.
 int64_t Run::ActivationBudget() const { return settings_.options.memory_limit / 10 * 9 - NeededMemory(); }
 
 int64_t Run::NeededDisk() const {
-  const int64_t activations = schedule_.PeakBytes();
+  const int64_t activations = ActivationBytes();
   if (settings_.Writes()) return FilesBytes(phases_, job_.GetCalibration()) + activations;
   return std::max<int64_t>(0, activations - std::max<int64_t>(0, ActivationBudget()));
 }
@@ -252,7 +260,7 @@ std::string Run::DryRun() const {
     table.Row({estimate.name, HumanBytes(estimate.weight_bytes), HumanBytes(estimate.working_bytes),
                fmt::format("{:.1f}", estimate.flops / 1e9), fmt::format("{:.1f}", estimate.flops / rate)});
   }
-  const int64_t activations = schedule_.PeakBytes(), memory = NeededMemory();
+  const int64_t activations = ActivationBytes(), memory = NeededMemory();
   QuantizeResult described;
   Describe(described);
   std::string text = table.ToString() + NotesText(described) + job_.PreparationText();
@@ -318,6 +326,7 @@ void Run::RunPhase(int number) {
                                    const std::lock_guard lock(progress_mutex);
                                    progress_->Advance();
                                  },
+                             .say = [&](const std::string& what) { progress_->Say(what); },
                              .linears = &result_.linears};
   clock.Time("stages", [&] {
     if (phase.output) {
@@ -478,7 +487,7 @@ void Run::TellStart(int64_t budget) const {
   if (result_.resumed_phases > 0)
     fmt::print(progress, "going on behind {}: {} of {} stages are done\n", phases_[result_.resumed_phases - 1].name,
                result_.resumed_phases, result_.phases);
-  if (const int64_t activations = schedule_.PeakBytes(); activations > budget)
+  if (const int64_t activations = ActivationBytes(); activations > budget)
     fmt::print(progress, "activations of {} pass the memory limit by {}, which goes to files\n",
                HumanBytes(activations), HumanBytes(activations - budget));
 }
@@ -526,6 +535,7 @@ void Run::FillResult() {
 // What is known before anything is computed.
 void Run::Describe(QuantizeResult& result) const {
   job_.Describe(result);
+  std::ranges::move(settings_.recipe.Cautions(), std::back_inserter(result.notes));
   if (!settings_.recipe.quantizes)
     result.notes.push_back(
         fmt::format("{}: its pipeline has no ptq stage; every point is int16", settings_.recipe.Name()));

@@ -50,6 +50,7 @@ struct StageContext {
   ComputeChange* change;                 // gathers what the control items tell; null without them
   std::function<void()> frozen = [] {};  // called when the phase's grids are, before anything is rounded to them
   std::function<void()> advance;         // called once an item and reading
+  std::function<void(const std::string& what)> say = [](const std::string&) {};  // shown as what is at work
   std::vector<RoundedLinear>* linears = nullptr;  // gathers what rounding methods tell; may be null
 
   bool IsMine(const Item& item) const { return item.rank == world.Rank(); }

@@ -123,13 +123,46 @@ std::vector<LinearGroup> LinearGroupsOf(const Graph& graph, const Calibration& c
   return groups;
 }
 
+namespace {
+
+// What stands between the nodes that a group needs and all others that later groups need; its input first.
+std::vector<ValueId> CutBefore(const Graph& graph, const std::vector<LinearGroup>& groups, size_t group) {
+  // By node: the first group that needs it.
+  std::vector<size_t> needed_by(graph.Nodes().size(), groups.size());
+  for (size_t g = groups.size(); g-- > 0;) {
+    std::vector<ValueId> asked{groups[g].input};
+    while (!asked.empty()) {
+      const Value& value = graph.At(asked.back());
+      asked.pop_back();
+      if (value.kind != ValueKind::kNode || needed_by[value.node] == g) continue;
+      needed_by[value.node] = g;
+      const std::vector<ValueId>& in = graph.Nodes()[value.node].in;
+      asked.insert(asked.end(), in.begin(), in.end());
+    }
+  }
+  std::vector<ValueId> cut{groups[group].input};
+  for (size_t i = 0; i < graph.Nodes().size(); ++i) {
+    if (needed_by[i] <= group || needed_by[i] == groups.size()) continue;
+    for (const ValueId id : graph.Nodes()[i].in) {
+      const Value& value = graph.At(id);
+      if (value.kind == ValueKind::kNode && needed_by[value.node] <= group && std::ranges::find(cut, id) == cut.end())
+        cut.push_back(id);
+    }
+  }
+  return cut;
+}
+
+}  // namespace
+
 void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& calibration, int rank,
                  StageEstimate& estimate) {
   if (!calibration.GetRecipe().rounding) return;
   const WeightRounding& method = *calibration.GetRecipe().rounding;
-  // Products with the moments: to the nearest, in order, descent, refits, the loss.
-  const int solves = (method.correct_inputs ? 2 : 1) * (3 + method.solved_ranges + method.scale_refits +
-                                                        method.descent_passes * (method.scale_refits + 1));
+  // Products of the errors with the moments: half a one for columns in order and for a loss, a whole one for a pass of
+  // descent and a refit.
+  const int targets = method.correct_inputs ? 2 : 1;
+  const double solves = 0.5 * targets * (1 + method.solved_ranges) + method.scale_refits +
+                        method.descent_passes * (method.scale_refits + 1) + (method.correct_inputs ? 3 : 1);
   for (const Step& step : stage.steps) {
     const Item* longest = nullptr;
     double positions = 0;
@@ -141,6 +174,18 @@ void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& ca
     if (longest == nullptr) continue;
     const Graph graph = step.build(*longest);
     const std::vector<LinearGroup> groups = LinearGroupsOf(graph, calibration);
+    // What waits for one item: from cut to cut, and the float inputs of all groups.
+    double waits = 0, between = 0;
+    const auto bytes_of = [&](ValueId id) { return static_cast<double>(graph.At(id).type.shape.Elements()) * 4; };
+    for (size_t g = 0; g < groups.size(); ++g) {
+      double bytes = 0;
+      for (const ValueId id : CutBefore(graph, groups, g)) bytes += bytes_of(id);
+      between = std::max(between, bytes);
+      if (method.correct_inputs) waits += bytes_of(groups[g].input);
+    }
+    estimate.waiting_bytes =
+        std::max(estimate.waiting_bytes,
+                 static_cast<int64_t>((waits + 2 * between) * positions / static_cast<double>(longest->length)));
     // Once more up to the last group, on average of all positions.
     if (!groups.empty()) estimate.flops += ProductFlops(graph) * positions / static_cast<double>(longest->length);
     for (const LinearGroup& group : groups) {
@@ -180,32 +225,6 @@ StepRounding::StepRounding(const StageContext& context, const Step& step) : c_(c
 int64_t StepRounding::Work() const { return static_cast<int64_t>(items_.size() * weights_.size()); }
 
 bool StepRounding::Corrects() const { return c_.calibration.GetRecipe().rounding->correct_inputs; }
-
-std::vector<ValueId> StepRounding::CutBefore(const Graph& graph, const std::vector<LinearGroup>& groups, size_t group) {
-  // By node: the first group that needs it.
-  std::vector<size_t> needed_by(graph.Nodes().size(), groups.size());
-  for (size_t g = groups.size(); g-- > 0;) {
-    std::vector<ValueId> asked{groups[g].input};
-    while (!asked.empty()) {
-      const Value& value = graph.At(asked.back());
-      asked.pop_back();
-      if (value.kind != ValueKind::kNode || needed_by[value.node] == g) continue;
-      needed_by[value.node] = g;
-      const std::vector<ValueId>& in = graph.Nodes()[value.node].in;
-      asked.insert(asked.end(), in.begin(), in.end());
-    }
-  }
-  std::vector<ValueId> cut{groups[group].input};
-  for (size_t i = 0; i < graph.Nodes().size(); ++i) {
-    if (needed_by[i] <= group || needed_by[i] == groups.size()) continue;
-    for (const ValueId id : graph.Nodes()[i].in) {
-      const Value& value = graph.At(id);
-      if (value.kind == ValueKind::kNode && needed_by[value.node] <= group && std::ranges::find(cut, id) == cut.end())
-        cut.push_back(id);
-    }
-  }
-  return cut;
-}
 
 Graph StepRounding::WithInputs(Graph graph, const Item& item) const {
   if (weights_.empty() || !Corrects() || !c_.PassageOf(item).observed) return graph;
@@ -349,6 +368,7 @@ void StepRounding::Solve(size_t group, Moments moments) {
   const int64_t positions = moments.inputs->Positions();
   moments.inputs.reset();
   for (const std::string& name : weights_[group]) {
+    c_.say("rounding " + name);
     Within(name, [&] {
       const Tensor weight = c_.stored(name);
       const PointSpec& spec = c_.calibration.ParamsOf(name).spec;

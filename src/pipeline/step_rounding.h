@@ -26,7 +26,7 @@ struct LinearGroup {
 // What is to be rounded with moments, in order of computation; none where the recipe does not ask for it.
 std::vector<LinearGroup> LinearGroupsOf(const Graph& graph, const Calibration& calibration);
 
-// What that adds to a stage's memory and products.
+// What that adds to a stage's memory, products and values in the store.
 void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& calibration, int rank,
                  StageEstimate& estimate);
 
@@ -48,8 +48,6 @@ class StepRounding {
  private:
   struct Moments;
 
-  // What stands between the nodes that a group needs and all others that later groups need; its input first.
-  static std::vector<ValueId> CutBefore(const Graph& graph, const std::vector<LinearGroup>& groups, size_t group);
   bool Corrects() const;
   Graph Segment(const Item& item, size_t group) const;
   void Advance(size_t group);

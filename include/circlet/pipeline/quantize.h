@@ -97,7 +97,7 @@ struct RoundedLinear {
   int64_t positions = 0;     // that the moments are taken from
   int64_t dead_columns = 0;  // whose inputs are all zero
   double damping = 0;        // that was used
-  double loss = 0;           // before correction
+  double loss = 0;           // from what each row was rounded for, corrected or not
   double nearest_loss = 0;   // of rounding to the nearest
   int64_t rows_to_nearest = 0, rows_corrected = 0;
 };
