@@ -1,5 +1,5 @@
-// A saved state with any fields, under a right hash, is an Error or something to go on from: never another exception, and
-// values are read within their files.
+// A saved state with any fields, under a right hash, is an Error or something to go on from: never another exception,
+// and values are read within their files.
 
 #include <unistd.h>
 
@@ -70,12 +70,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     UnitWriter units(folder.path, calibration, store);
     std::vector<StageError> errors;
     std::vector<RoundedLinear> linears;
+    std::vector<SecondRounding> second_roundings;
     std::optional<HeadResult> head;
     std::optional<ComputeChange> change;
     std::map<std::string, double> seconds;
-    RunParts parts{calibration, store, units, errors, linears, head, change, seconds};
+    RunParts parts{calibration, store, units, errors, linears, second_roundings, head, change, seconds};
     RunState run(folder.path / "rank.0", nlohmann::json::object(), 0, World());
-    run.Load(parts, [](const std::string& point) { return PointSpec{.point = point}; }, /*phases=*/2);
+    run.Load(
+        parts, [](const std::string& point) { return PointSpec{.point = point}; }, /*phases=*/2);
     units.WriteCodes();
   } catch (const Error&) {
   }
