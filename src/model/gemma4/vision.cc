@@ -246,12 +246,6 @@ void BuildVisionPooler(const BlockBuilder& b, const VisionConfig& config, std::s
   b.Output("pooled", PooledTokens(b, config, positions, hidden, mask));
 }
 
-void BuildVisionTokens(const BlockBuilder& b, const VisionConfig& config, std::span<const int64_t> positions) {
-  const PatchLayout layout = LayoutOf(config, positions);
-  const ValueId pooled = b.Boundary(PooledPoint(), b.Input("pooled", {1, layout.slots, config.hidden_size}));
-  b.Output("last_hidden_state", Rank2(b, FilledSlots(b, config, layout, pooled)));
-}
-
 void BuildMultimodalEmbedder(const BlockBuilder& b, const Gemma4Config& config, int64_t tokens) {
   const VisionConfig& vision = *config.vision;
   ValueId hidden =

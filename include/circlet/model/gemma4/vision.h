@@ -104,9 +104,6 @@ struct VisionPoolerOptions {
 void BuildVisionPooler(const BlockBuilder& b, const VisionConfig& config, std::span<const int64_t> positions,
                        const VisionPoolerOptions& options = {});
 
-// pooled [1,V,Dv] -> last_hidden_state [tokens,Dv]: the filled slots, standardized where the model does that.
-void BuildVisionTokens(const BlockBuilder& b, const VisionConfig& config, std::span<const int64_t> positions);
-
 // hidden [tokens,Dv] -> projected [tokens,D]: norm without gain, projection.
 void BuildMultimodalEmbedder(const BlockBuilder& b, const Gemma4Config& config, int64_t tokens);
 
