@@ -70,6 +70,16 @@ TEST(FrozenGridsTest, GridsOfAnotherRecipeAreRefusedWithTheFirstPointsAndTheReci
   EXPECT_THAT(ReportText(again.Result()), HasSubstr("grids of qparams.json, made with w4a16"));
 }
 
+TEST(FrozenGridsTest, AreRefusedBesideWeightsThatAreFittedToTheData) {
+  const GoldenRun source({"seed_example", "w4a16"}, "default");
+  const fs::path file = source.Output() / "qparams.json";
+  EXPECT_THAT(ErrorText([&] {
+                GoldenRun({"seed_example", "w4a16-gptq"}, "default",
+                          [&](QuantizeOptions& options) { options.qparams = file; });
+              }),
+              AllOf(StartsWith("--qparams: "), HasSubstr("w4a16-gptq")));
+}
+
 TEST(FrozenGridsTest, TakeEvaluationSamplesAlone) {
   const GoldenRun source({"seed_example", "w8a16"}, "default");
   const TempDirectory directory;

@@ -336,6 +336,12 @@ TEST_F(SpoiledRunTest, GridsThatDoNotMeetAreABrokenBoundary) {
                                       HasSubstr("lm_head.in.0 expects int16 scale 0.5"))));
 }
 
+TEST_F(SpoiledRunTest, AnUnknownDialectIsRefusedWithTheKnownOnes) {
+  Manifest([](nlohmann::json& manifest) { manifest["dialect"] = "tikko"; });
+  EXPECT_THAT(ErrorText([&] { Verify({.directory = out}); }),
+              AllOf(StartsWith((out / "manifest.json").string()), HasSubstr("\"tikko\""), HasSubstr("tico")));
+}
+
 TEST_F(SpoiledRunTest, AMissingFileIsNamed) {
   fs::remove(out / "token_embedding.q.circle");
   EXPECT_THAT(Faults(Verify({.directory = out})),
