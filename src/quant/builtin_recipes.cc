@@ -18,6 +18,7 @@ struct Builtin {
   std::string_view method = {};  // the stage in front of it; none: weights are rounded to the nearest
   std::string_view more = {};    // keys of that
   std::string_view stream = {};  // keys of the ptq stage that are about the model's residual stream
+  std::string_view policies = {};
 };
 
 constexpr std::string_view kW4 = R"(    activation: int16
@@ -48,14 +49,8 @@ constexpr std::string_view kW8 = R"(    activation: int16
     norm_weight: int16
 )";
 
-constexpr std::string_view kW4Mixed = R"(    activation: int16
-    weight: int16
-    linear_weight: uint4
-    embedding_weight: uint8
-    lm_head_weight: uint8
-    vision_patch_embed_weight: uint8
-    norm_weight: int16
-    override_policies:
+// Behind the keys of kW4.
+constexpr std::string_view kW4Mixed = R"(    override_policies:
       - name: keys_and_values # few weights, and every head reads them
         target: {component: text, modules: [self_attn.k_proj, self_attn.v_proj], observer_role: parameter}
         spec: uint8
@@ -146,8 +141,8 @@ constexpr std::array<Builtin, 12> kBuiltins{{
     {"w3a16-gptq", "# The same with 3 bits of linear weights, in the 4-bit type.\n", kW4, kGptq, "    weight_bits: 3\n",
      kWidened},
     {"w8a16-gptq", "# w8a16 with the rounding of w4a16-gptq.\n", kW8, kGptq, "", kWidened},
-    {"w4a16-mixed", "# w4a16-gptq with 8 bits where few weights do most of the damage: recommended.\n", kW4Mixed, kGptq,
-     "", kWidened},
+    {"w4a16-mixed", "# w4a16-gptq with 8 bits where few weights do most of the damage: recommended.\n", kW4, kGptq, "",
+     kWidened, kW4Mixed},
     {"w8a8-mixed",
      "# 8-bit activations with 16 bits for the stream of the layers: the least that real weights live on.\n",
      kW8A8Mixed, "", "", kWidened},
@@ -197,8 +192,8 @@ std::vector<std::string> Recipe::BuiltinNames() {
 std::string Recipe::BuiltinText(std::string_view name) {
   for (const Builtin& builtin : kBuiltins)
     if (builtin.name == name)
-      return fmt::format("{}{}{}{}{}{}{}{}", builtin.comment, kBefore, builtin.method, builtin.more, kPtq,
-                         builtin.stream, builtin.stage, kAfter);
+      return fmt::format("{}{}{}{}{}{}{}{}{}", builtin.comment, kBefore, builtin.method, builtin.more, kPtq,
+                         builtin.stream, builtin.stage, builtin.policies, kAfter);
   const std::vector<std::string> names = BuiltinNames();
   Fail("unknown recipe \"{}\"{}; known are {}", name, NearestHint(name, names), fmt::join(names, ", "));
 }
