@@ -14,11 +14,11 @@ namespace {
 struct Builtin {
   std::string_view name;
   std::string_view comment;
-  std::string_view stage;        // keys of the ptq stage
-  std::string_view method = {};  // the stage in front of it; none: weights are rounded to the nearest
-  std::string_view more = {};    // keys of that
-  std::string_view stream = {};  // keys of the ptq stage that are about the model's residual stream
-  std::string_view policies = {};
+  std::string_view stage;          // keys of the ptq stage
+  std::string_view method = {};    // the stage in front of it; none: weights are rounded to the nearest
+  std::string_view more = {};      // keys of that
+  std::string_view first = {};     // keys of the ptq stage in front of those
+  std::string_view policies = {};  // and behind them
 };
 
 constexpr std::string_view kW4 = R"(    activation: int16
@@ -30,14 +30,7 @@ constexpr std::string_view kW4 = R"(    activation: int16
     norm_weight: int16
 )";
 
-constexpr std::string_view kAsCheckpoint = R"(    packed_weights: uint4 # of codes of up to 4 bits; or int4
-    activation: int16
-    weight: int16
-    linear_weight: uint8
-    embedding_weight: uint8
-    lm_head_weight: uint8
-    vision_patch_embed_weight: uint8
-    norm_weight: int16
+constexpr std::string_view kStored = R"(    packed_weights: uint4 # of codes of up to 4 bits; or int4
 )";
 
 constexpr std::string_view kW8 = R"(    activation: int16
@@ -147,8 +140,8 @@ constexpr std::array<Builtin, 12> kBuiltins{{
      "# 8-bit activations with 16 bits for the stream of the layers: the least that real weights live on.\n",
      kW8A8Mixed, "", "", kWidened},
     {"as-checkpoint",
-     "# Codes and int8 grids of a checkpoint that was trained with them, 16 bits and 8-bit weights elsewhere.\n",
-     kAsCheckpoint},
+     "# Codes and int8 grids of a checkpoint that was trained with them, 16 bits and 8-bit weights elsewhere.\n", kW8,
+     "", "", kStored},
     {"smoke-u8", "# 8 bits everywhere: what a wrapper-smoke case without a recipe of its own uses.\n",
      R"(    activation: uint8
     weight: uint8
@@ -193,7 +186,7 @@ std::string Recipe::BuiltinText(std::string_view name) {
   for (const Builtin& builtin : kBuiltins)
     if (builtin.name == name)
       return fmt::format("{}{}{}{}{}{}{}{}{}", builtin.comment, kBefore, builtin.method, builtin.more, kPtq,
-                         builtin.stream, builtin.stage, builtin.policies, kAfter);
+                         builtin.first, builtin.stage, builtin.policies, kAfter);
   const std::vector<std::string> names = BuiltinNames();
   Fail("unknown recipe \"{}\"{}; known are {}", name, NearestHint(name, names), fmt::join(names, ", "));
 }
