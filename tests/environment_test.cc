@@ -143,8 +143,11 @@ TEST_F(EnvironmentTest, AProcessTakesTheProcessorsThatItIsGranted) {
 TEST_F(EnvironmentTest, AQuotaOfProcessorTimeBoundsTheThreads) {
   const fs::path group = "/sys/fs/cgroup/cpu/circlet-test";  // version 1: any process may be put in
   std::error_code error;
-  if (!fs::create_directory(group, error) || !std::ofstream(group / "cpu.cfs_quota_us").is_open())
-    GTEST_SKIP() << "a control group with a quota cannot be made here; ProcessorsTest reads written ones";
+  if (!fs::create_directory(group, error) || !std::ofstream(group / "cpu.cfs_quota_us").is_open()) {
+    fs::remove(group, error);
+    GTEST_SKIP() << "a group with a quota takes root and the cpu controller of version 1 mounted at " << group.parent_path()
+                 << "; what is read of any group is held by ProcessorsTest";
+  }
   std::ofstream(group / "cpu.cfs_quota_us") << 100000;
   const ProgramResult result = RunProgram(
       Quantize({"--dry-run"}), fmt::format("unset OMP_NUM_THREADS; echo 0 > '{}'; ", (group / "tasks").string()));
