@@ -123,7 +123,19 @@ variant("text only", arguments=["--text-only"], says=["--text-only"])
 # ---- keys ------------------------------------------------------------------------------------------------------------
 variant("use_bidirectional_attention vision", config=[put("/text_config/use_bidirectional_attention", "vision")])
 variant("use_bidirectional_attention vision with a picture", config=[put("/text_config/use_bidirectional_attention", "vision")],
-        pictures=True, refused="use_bidirectional_attention")
+        pictures=True)
+VISION = "model.vision_tower."
+variant("built like the dense 31B, with a window shorter than the picture",
+        config=[put("/text_config/" + key, value) for key, value in {
+            "use_bidirectional_attention": "vision", "sliding_window": 4, "num_hidden_layers": 3, "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
+            "use_double_wide_mlp": False, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+            "per_layer_config": {"2": {"head_dim": 32}}}.items()]
+        + [put("/vision_config/use_clipped_linears", False), put("/vision_config/standardize", True)],
+        tensors=[["drop", TEXT + f"layers.{i}."] for i in range(3, 7)]
+        + [["drop", "per_layer"], ["drop", TEXT + "layers.2.self_attn.v_proj."], ["drop", "put_m"],
+           ["copy", VISION + "encoder.layers.0.input_layernorm.weight", VISION + "std_scale"],
+           ["copy", VISION + "encoder.layers.1.input_layernorm.weight", VISION + "std_bias"]], pictures=True)
 variant("use_bidirectional_attention all", config=[put("/text_config/use_bidirectional_attention", "all")],
         refused="use_bidirectional_attention")
 variant("keys that nobody knows", config=[put("/text_config/new_thing", 7), put("/other", "x")], says=["text_config.new_thing", "other"])
@@ -255,6 +267,7 @@ def reference(v, directory):
             result["text"] = figures(model(input_ids=SAMPLES["eval.0.input_ids"]).logits)
             if v.get("pictures"):
                 sample = {key.split(".", 2)[2]: t for key, t in SAMPLES.items() if key.startswith("eval.1.")}
+                sample["mm_token_type_ids"] = (sample["input_ids"] == config["image_token_id"]).long()
                 result["picture"] = figures(model(**sample).logits)
         return result
     except Exception as error:

@@ -14,7 +14,9 @@
 #include <nlohmann/json.hpp>
 
 #include "circlet/io/json.h"
+#include "circlet/preprocess/samples.h"
 #include "circlet/preprocess/tokenizer.h"
+#include "circlet/runtime/session.h"
 #include "golden.h"
 #include "paths.h"
 #include "program.h"
@@ -183,6 +185,19 @@ void ExpectFigures(const Tensor& logits, const json& figures) {
   EXPECT_NEAR(std::sqrt(squares), figures["norm"].get<double>(), 1e-5 * figures["norm"].get<double>());
 }
 
+// Of every position of the sample with a picture.
+Tensor SessionLogits(runtime::Session& session, const fs::path& samples) {
+  const SampleSet set = SamplesFromSafetensors(samples, "eval", {});
+  const auto pictured = std::ranges::find_if(set.samples, [](const Sample& s) { return !s.pixel_values.Empty(); });
+  session.Prefill(*pictured);
+  std::vector<float> all;
+  for (int64_t i = 0; i < session.Length(); ++i) {
+    const std::vector<float> row = runtime::ValuesOf(session.Logits(i));
+    all.insert(all.end(), row.begin(), row.end());
+  }
+  return Tensor::Of<float>({1, session.Length(), session.Facts().vocabulary}, all);
+}
+
 std::string NameOf(const json& variant) {
   std::string name;
   bool upper = true;
@@ -202,10 +217,10 @@ TEST_P(CheckpointVariantTest, LoadsToWhatTheReferenceLoads) {
   fs::create_directory(model);
   MakeVariant(variant, model);
   const bool pictures = variant.value("pictures", false);
-  std::vector<std::string> arguments{
-      "--threads", "1",       "quantize", model,        "--samples",     WriteSamples(directory.Path(), pictures),
-      "--recipe",  "default", "--units",  "deployment", "--save-stages", "--quiet",
-      "--output",  out};
+  const fs::path samples = WriteSamples(directory.Path(), pictures);
+  std::vector<std::string> arguments{"--threads",     "1",        "quantize", model,     "--samples",
+                                     samples,         "--recipe", "default",  "--units", "deployment",
+                                     "--save-stages", "--quiet",  "--output", out};
   for (const json& argument : variant.value("arguments", json::array())) arguments.push_back(argument);
   const ProgramResult result = RunProgram(arguments);
   if (variant.contains("refused")) {
@@ -221,7 +236,13 @@ TEST_P(CheckpointVariantTest, LoadsToWhatTheReferenceLoads) {
   for (const json& other : Recorded()["variants"])
     if (variant.contains("like") && other["name"] == variant["like"]) reference = &other;
   ExpectFigures(stages.Get("float.eval.0.logits"), (*reference)["text"]);
-  if (pictures) ExpectFigures(stages.Get("float.eval.1.logits"), (*reference)["picture"]);
+  if (!pictures) return;
+  ExpectFigures(stages.Get("float.eval.1.logits"), (*reference)["picture"]);
+  // A session over the checkpoint computes the same, and one over the files what was simulated.
+  ExpectFigures(SessionLogits(*runtime::OpenSession(model), samples), (*reference)["picture"]);
+  const Tensor from_files = SessionLogits(*runtime::OpenSession(out), samples),
+               simulated = stages.Get("quant.eval.1.logits");
+  EXPECT_TRUE(std::ranges::equal(from_files.F32(), simulated.F32()));
 }
 
 INSTANTIATE_TEST_SUITE_P(Checkpoint, CheckpointVariantTest,

@@ -231,7 +231,7 @@ class CheckpointUnits final : public UnitSource {
               return fmt::format("kv.{}{}", layer.kv_source, end.substr(end.find('_')));
             return end;
           }));
-      units.back()->layer = LayerPlace{i, LayerTypeName(layer), layer.window};
+      units.back()->layer = LayerPlace{i, LayerTypeName(layer), layer.window, layer.bidirectional_pictures};
     }
     return units;
   }

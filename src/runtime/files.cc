@@ -76,7 +76,7 @@ class FileUnit final : public RunnableUnit {
       }
     if (const auto place = unit.OptionalObject("layer"))
       layer = LayerPlace{place->Required<int>("index"), place->Required<std::string>("attention"),
-                         place->Required<int>("window")};
+                         place->Required<int>("window"), place->Optional<bool>("bidirectional_pictures", false)};
   }
 
   Values Run(const Values& given) override {

@@ -57,7 +57,7 @@ class UnitSession final : public Session {
     const int64_t padded = source_->PaddedLength(count);
     Step step{.first = 0, .count = padded, .real = count};
     step.ids.assign(padded, Facts().pad);
-    std::vector<int64_t> places;
+    std::vector<int64_t>& places = step.places;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t id = prompt.input_ids[i];
       const bool image = id == Facts().placeholders.image && id >= 0;
@@ -67,7 +67,7 @@ class UnitSession final : public Session {
     const std::vector<Tensor> features = FeaturesOf(prompt, places);
     for (RunnableUnit* unit : source_->Prefill(padded)) {
       if (HasInput(*unit, "visual"))
-        Fuse(*unit, features, places, step);
+        Fuse(*unit, features, step);
       else
         Run(*unit, step);
     }
@@ -114,6 +114,7 @@ class UnitSession final : public Session {
   struct Step {
     int64_t first, count, real;  // positions; those that are no padding
     std::vector<int64_t> ids;
+    std::vector<int64_t> places = {};         // of soft tokens
     std::map<std::string, Tensor> values;  // by key
     std::map<std::string, Tensor> masks;   // by attention
   };
@@ -161,13 +162,12 @@ class UnitSession final : public Session {
     return features;
   }
 
-  void Fuse(const RunnableUnit& unit, const std::vector<Tensor>& features, const std::vector<int64_t>& places,
-            Step& step) {
+  void Fuse(const RunnableUnit& unit, const std::vector<Tensor>& features, Step& step) {
     const auto text = std::ranges::find(unit.inputs, "text", &End::name);
     text_key_ = text->key;
     fused_key_ = unit.outputs.at(0).key;
     const Tensor& embeddings = step.values.at(text->key);
-    const Tensor fused = features.empty() ? embeddings : source_->Fused(embeddings, features, places);
+    const Tensor fused = features.empty() ? embeddings : source_->Fused(embeddings, features, step.places);
     step.values[fused_key_] = fused;
   }
 
@@ -229,9 +229,11 @@ class UnitSession final : public Session {
 
   Tensor Mask(const LayerPlace& layer, Step& step) const {
     Tensor& mask = step.masks[layer.attention];
-    if (mask.Empty())
-      mask = step.first == 0 ? PrefillMask(step.count, step.real, layer.window, source_->MaskFill())
-                             : DecodeMask(Facts().context, step.first, layer.window, source_->MaskFill());
+    if (!mask.Empty()) return mask;
+    const float fill = source_->MaskFill();
+    const std::span<const int64_t> places = layer.bidirectional_pictures ? step.places : std::span<const int64_t>();
+    mask = step.first == 0 ? PrefillMask(step.count, step.real, layer.window, fill, places)
+                           : DecodeMask(Facts().context, step.first, layer.window, fill);
     return mask;
   }
 

@@ -22,6 +22,7 @@ struct LayerPlace {
   int index = 0;
   std::string attention;
   int window = 0;
+  bool bidirectional_pictures = false;
 };
 
 class RunnableUnit {

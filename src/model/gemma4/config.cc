@@ -227,6 +227,7 @@ void ParseLayers(const JsonObject& text, const std::string& path, TextConfig& co
   const int global_head_dim = Size(text, "global_head_dim", 512);
   const int global_kv_heads = Size(text, "num_global_key_value_heads", kv_heads);
   const int window = Size(text, "sliding_window", 512);
+  const bool bidirectional_pictures = text.Has("use_bidirectional_attention");  // "vision", the only value taken
   const bool double_wide = text.Optional<bool>("use_double_wide_mlp", false);
   config.attention_k_eq_v = text.Optional<bool>("attention_k_eq_v", false);
   config.num_kv_shared_layers = Int(text, "num_kv_shared_layers", 0, 0, num_layers - 1);
@@ -241,6 +242,7 @@ void ParseLayers(const JsonObject& text, const std::string& path, TextConfig& co
     layer.full = full[i];
     layer.k_eq_v = layer.full && config.attention_k_eq_v;
     layer.window = layer.full ? 0 : window;
+    layer.bidirectional_pictures = !layer.full && bidirectional_pictures;
     layer.intermediate = double_wide && i >= num_layers - config.num_kv_shared_layers ? 2 * intermediate : intermediate;
     if (per_layer) {
       const auto it = overrides.find(i);
@@ -268,12 +270,10 @@ TextConfig ParseText(const JsonObject& text, const std::string& path, std::vecto
   Only(text, "hidden_activation", {"gelu_pytorch_tanh"}, kOnlyGelu);
   Only(text, "attention_bias", {false}, "attention projections with biases are not supported; circlet supports false");
   Only(text, "use_bidirectional_attention", {"vision"},
-       "bidirectional text is not supported; circlet runs models where this is null (E2B, E4B), and text where it is "
-       "\"vision\" (31B)");
+       "bidirectional text is not supported; circlet runs models where this is null (E2B, E4B) or \"vision\" (31B)");
   CheckQuantization(text, path.empty());
 
   TextConfig config;
-  config.bidirectional_pictures = text.Has("use_bidirectional_attention");
   config.vocab_size = Size(text, "vocab_size", 262144);
   config.hidden_size = Size(text, "hidden_size", 2304);
   config.num_heads = Size(text, "num_attention_heads", 8);

@@ -71,9 +71,12 @@ void BuildGemma4Full(const BlockBuilder& b, const Gemma4Config& config, int64_t 
   const TextConfig& text = config.text;
   const ValueId ids = b.Input("ids", {1, length}, DType::kI64);
   ValueId hidden = TokenEmbeddings(b, text, ids, text.vocab_size);
+  std::vector<int64_t> places;
   if (image != nullptr) {
     const PatchLayout layout = LayoutOf(*config.vision, image->positions);
     CheckSpan(length, image->start, layout.tokens);
+    places.resize(layout.tokens);
+    std::iota(places.begin(), places.end(), image->start);
     const ValueId pixels = b.Input("pixel_values", {1, layout.patches, config.vision->PatchValues()});
     const ValueId tokens = VisionTokens(b, *config.vision, image->positions, pixels);
     hidden = FuseRows(b, hidden, VisualRows(b, Projected(b, config, tokens)), image->start);
@@ -84,9 +87,11 @@ void BuildGemma4Full(const BlockBuilder& b, const Gemma4Config& config, int64_t 
   std::map<std::string, TextTables> tables;
   for (const auto& [type, layer] : LayerTypes(text)) {
     const RopeTables rope = TextRopeTables(layer.rope, layer.head_dim, 0, length, /*negated_sin=*/true);
-    tables[type] = {b.Boundary(MaskPoint(layer), b.Constant(PrefillMask(length, length, layer.window))),
-                    b.Boundary(RopePoint(layer, true), b.Constant(rope.cos)),
-                    b.Boundary(RopePoint(layer, false), b.Constant(rope.sin))};
+    const std::span<const int64_t> seen = layer.bidirectional_pictures ? places : std::span<const int64_t>();
+    tables[type] = {
+        b.Boundary(MaskPoint(layer), b.Constant(PrefillMask(length, length, layer.window, kMaskFill, seen))),
+        b.Boundary(RopePoint(layer, true), b.Constant(rope.cos)),
+        b.Boundary(RopePoint(layer, false), b.Constant(rope.sin))};
   }
   b.Output("last_hidden_state", TextStack(b, text, hidden, ple, tables));
 }

@@ -1,6 +1,8 @@
 #include "circlet/model/gemma4/tables.h"
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
@@ -90,15 +92,25 @@ RopeTables VisionRopeTables(float theta, int head_dim, std::span<const int64_t> 
   return tables;
 }
 
-Tensor PrefillMask(int64_t length, int64_t valid, int window, float fill) {
+Tensor PrefillMask(int64_t length, int64_t valid, int window, float fill, std::span<const int64_t> places) {
   CIRCLET_CHECK(valid >= 0 && valid <= length, "{} of {} positions", valid, length);
-  return SquareMask(length, fill,
-                    [=](int64_t q, int64_t k) { return k <= q && k < valid && (window == 0 || k > q - window); });
+  std::vector<int64_t> keep(static_cast<size_t>(length), 0);
+  std::fill_n(keep.begin(), valid, 1);
+  return PrefillMask(keep, window, fill, places);
 }
 
-Tensor PrefillMask(std::span<const int64_t> keep, int window, float fill) {
-  return SquareMask(static_cast<int64_t>(keep.size()), fill,
-                    [=](int64_t q, int64_t k) { return k <= q && keep[k] != 0 && (window == 0 || k > q - window); });
+Tensor PrefillMask(std::span<const int64_t> keep, int window, float fill, std::span<const int64_t> places) {
+  const auto length = static_cast<int64_t>(keep.size());
+  // The last position that each query may see: itself, or the end of the run of soft tokens that it is in.
+  std::vector<int64_t> last(keep.size());
+  std::iota(last.begin(), last.end(), 0);
+  for (auto place = places.rbegin(); place != places.rend(); ++place) {
+    CIRCLET_CHECK(*place >= 0 && *place < length, "soft token {} of {} positions", *place, length);
+    if (place != places.rbegin() && *place + 1 == *std::prev(place)) last[*place] = last[*place + 1];
+  }
+  return SquareMask(length, fill, [&](int64_t q, int64_t k) {
+    return k <= last[q] && keep[k] != 0 && (window == 0 || k > q - window);
+  });
 }
 
 Tensor DecodeMask(int64_t slots, int64_t past, int window, float fill) {

@@ -177,6 +177,18 @@ TEST(MaskTest, PaddingKeysAreHiddenFromEveryQuery) {
   EXPECT_THAT(Values(PrefillMask(left_padded, 0, -1.0f)), ElementsAre(-1, -1, -1, -1, 0, -1, -1, 0, 0));
 }
 
+TEST(MaskTest, SoftTokensThatStandSideBySideSeeEachOtherWithinTheWindow) {
+  const std::vector<int64_t> places = {1, 2, 4, 5};
+  EXPECT_THAT(Values(PrefillMask(6, 6, 2, -1.0f, places)), ElementsAre(0, -1, -1, -1, -1, -1,  //
+                                                                       0, 0, 0, -1, -1, -1,    //
+                                                                       -1, 0, 0, -1, -1, -1,   //
+                                                                       -1, -1, 0, 0, -1, -1,   //
+                                                                       -1, -1, -1, 0, 0, 0,    //
+                                                                       -1, -1, -1, -1, 0, 0));
+  const std::vector<int64_t> keep = {1, 1, 0}, both = {0, 1, 2};
+  EXPECT_THAT(Values(PrefillMask(keep, 0, -1.0f, both)), ElementsAre(0, 0, -1, 0, 0, -1, 0, 0, -1));
+}
+
 // The new token stands in the last slot, whatever the past (quantization.md 9).
 TEST(MaskTest, DecodeSeesThePastAndTheLastSlot) {
   EXPECT_THAT(Values(DecodeMask(6, 2, 0, -1.0f)), ElementsAre(0, 0, -1, -1, -1, 0));

@@ -406,6 +406,29 @@ TEST(Gemma4FullTest, FloatResultIsThatOfTheModel) {
   }
 }
 
+// Verification runs this graph alone, so nothing else tells what its constant masks hide.
+TEST(Gemma4FullTest, SoftTokensSeeEachOtherOnTheLayersThatSaySo) {
+  const GoldenModel model("tiny_e2b");
+  const Prompt prompt(model, "eval.1");
+  Gemma4Config config = model.config;
+  for (LayerConfig& layer : config.text.layers) layer.bidirectional_pictures = !layer.full;
+  const Graph graph = GraphOf(kDefault, [&](const BlockBuilder& b) {
+    const ImageSlot slot{prompt.picture.positions, prompt.slots.front()};
+    BuildGemma4Full(b, config, prompt.Length(), &slot);
+  });
+  const int64_t length = prompt.Length();
+  const int window = config.text.layers.front().window;
+  const auto has = [&](const Tensor& mask) {
+    return std::ranges::any_of(graph.Values(), [&](const Value& value) {
+      return value.kind == ValueKind::kConstant && value.type == mask.Type() &&
+             std::memcmp(value.constant.Raw(), mask.Raw(), static_cast<size_t>(mask.Bytes())) == 0;
+    });
+  };
+  EXPECT_TRUE(has(PrefillMask(length, length, window, kMaskFill, prompt.slots)));
+  EXPECT_TRUE(has(PrefillMask(length, length, 0)));
+  EXPECT_FALSE(has(PrefillMask(length, length, window)));
+}
+
 TEST(Gemma4FullTest, FileComputesWhatTheSimulationComputesWithFusionOnIntegers) {
   for (const std::string model_name : {"tiny_e2b", "tiny_wide"}) {
     const GoldenModel model(model_name);

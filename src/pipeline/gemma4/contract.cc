@@ -87,8 +87,10 @@ std::map<std::string, Names> ReplacedBy(const Parts& parts, const Names& written
 }
 
 json LayerFacts(const LayerConfig& layer, int index) {
-  return {
+  json facts{
       {"index", index}, {"attention", LayerTypeName(layer)}, {"window", layer.window}, {"kv_source", layer.kv_source}};
+  if (layer.bidirectional_pictures) facts["bidirectional_pictures"] = true;
+  return facts;
 }
 
 // An id that the model lacks is left out.

@@ -81,12 +81,6 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
     samples_hash_ = HashOfSamples();
   }
   data_.ReleasePictures();
-  if (config_.text.bidirectional_pictures && !context_.images.Empty())
-    Fail(
-        "{}: use_bidirectional_attention is \"vision\": text runs, but soft tokens of one picture would see each "
-        "other, "
-        "which circlet does not do; leave samples with pictures out with --text-only",
-        (options.model / "config.json").string());
   profile_ = ExportedProfile(context_);
   points_ = text_stages_.Points();
   if (config_.vision && !options.text_only)

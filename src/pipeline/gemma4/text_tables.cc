@@ -14,9 +14,14 @@ std::vector<LayerConfig> TextTables::Types() const {
 
 Tensor TextTables::Mask(const Sequence& sequence, const LayerConfig& layer) {
   const std::lock_guard lock(mutex_);
-  const std::string kept(sequence.keep.begin(), sequence.keep.end());
-  Tensor& mask = tables_[fmt::format("mask.{}.{}", LayerTypeName(layer), kept)];
-  if (mask.Empty()) mask = PrefillMask(sequence.keep, layer.window);
+  std::string seen(sequence.keep.begin(), sequence.keep.end());
+  std::span<const int64_t> places;
+  if (layer.bidirectional_pictures) {
+    places = sequence.places;
+    for (const int64_t place : places) seen[place] += 2;
+  }
+  Tensor& mask = tables_[fmt::format("mask.{}.{}", LayerTypeName(layer), seen)];
+  if (mask.Empty()) mask = PrefillMask(sequence.keep, layer.window, kMaskFill, places);
   return mask;
 }
 

@@ -24,7 +24,7 @@ class TextTables {
 
  private:
   const Context& context_;
-  std::map<std::string, Tensor> tables_;  // by kind, type, length and kept positions
+  std::map<std::string, Tensor> tables_;  // by kind, type, length, kept positions and pictures
   std::mutex mutex_;
 };
 

@@ -35,6 +35,9 @@ struct LayerConfig {
   bool k_eq_v = false;     // V is made of the raw K projection; there is no v_proj
   RopeConfig rope;
   int window = 0;  // keys that a query sees, itself included; 0 = all (full attention)
+  // use_bidirectional_attention "vision": on sliding layers of a prefill, soft tokens that stand side by side see each
+  // other (model.md 3.5).
+  bool bidirectional_pictures = false;
   bool operator==(const LayerConfig&) const = default;
 };
 
@@ -53,8 +56,6 @@ struct TextConfig {
   std::optional<float> final_logit_softcapping;
   int num_kv_shared_layers = 0;
   bool attention_k_eq_v = false;
-  // use_bidirectional_attention "vision": soft tokens of one picture see each other. Text is causal all the same.
-  bool bidirectional_pictures = false;
   std::vector<LayerConfig> layers;
 
   int NumLayers() const { return static_cast<int>(layers.size()); }

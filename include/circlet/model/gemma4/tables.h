@@ -32,10 +32,13 @@ RopeTables VisionRopeTables(float theta, int head_dim, std::span<const int64_t> 
 inline constexpr float kMaskFill = -120.0f;
 
 // Additive prefill mask [1,1,S,S]: 0 where query q sees key k, else `fill`. k is seen when k <= q, k > q - window (if
-// window > 0) and k < valid (right padding).
-Tensor PrefillMask(int64_t length, int64_t valid, int window, float fill = kMaskFill);
+// window > 0) and k < valid (right padding). `places`, in rising order: soft tokens of which those that stand side by
+// side see each other, later ones too (LayerConfig::bidirectional_pictures); the window holds for them as well.
+Tensor PrefillMask(int64_t length, int64_t valid, int window, float fill = kMaskFill,
+                   std::span<const int64_t> places = {});
 // The same where keep[k] != 0 tells which keys are real (an attention_mask row of any pattern).
-Tensor PrefillMask(std::span<const int64_t> keep, int window, float fill = kMaskFill);
+Tensor PrefillMask(std::span<const int64_t> keep, int window, float fill = kMaskFill,
+                   std::span<const int64_t> places = {});
 
 // Additive decode mask [1,1,S] of a cache of S slots: the past lies in slots 0 .. past-1, the new token in slot S-1
 // (quantization.md 9). Full attention sees the past and slot S-1; a window the last window-1 past slots and slot S-1.
