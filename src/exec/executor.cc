@@ -26,6 +26,30 @@ void VisitAll(PointVisitor& visitor, const Tensor& tensor) {
   });
 }
 
+// The tensors that a node's points see, in the order of the points. Of a fused operator they are those of its
+// expansion; heads or parts that share a point count as one tensor.
+std::vector<TensorType> TypesAtPoints(const Graph& graph, const Node& node) {
+  std::vector<TensorType> types(node.points.size(), graph.TypeOf(node.out[0]));
+  if (!node.op.Fused()) return types;
+  Graph alone;
+  std::vector<ValueId> in;
+  for (const ValueId id : node.in) in.push_back(alone.AddInput(fmt::format("in.{}", in.size()), graph.TypeOf(id)));
+  for (const ValueId id : alone.Add(node.op, in, node.points)) alone.AddOutput(fmt::format("out.{}", id), id);
+  std::vector<bool> met(types.size());
+  const Graph expanded = Expanded(alone);
+  for (const Node& inner : expanded.Nodes()) {
+    if (!inner.op.IsPoint()) continue;
+    const auto at = std::ranges::find(node.points, inner.points[0].name, &Point::name) - node.points.begin();
+    const Shape& shape = expanded.TypeOf(inner.out[0]).shape;
+    if (!met[at])
+      types[at].shape = shape;
+    else if (shape.Rank() > 0)
+      types[at].shape[0] += shape[0];
+    met[at] = true;
+  }
+  return types;
+}
+
 // The node as a user knows it: the nearest point behind it, else its operator.
 std::string Label(const Graph& graph, size_t index) {
   for (size_t i = index; i < graph.Nodes().size() && i < index + 8; ++i)
@@ -62,7 +86,7 @@ std::byte* Scratch(int64_t bytes) {
 struct Executor::Plan {
   Graph graph;
   MemoryPlan memory;
-  std::vector<std::vector<PointVisitor*>> visitors;  // by node
+  std::vector<std::vector<PointVisitor*>> visitors;      // by node
   std::vector<std::vector<const QParams*>> point_grids;  // the same
   bool points_write = false;
   Compute compute = Compute::kFloat32;
@@ -86,8 +110,7 @@ struct Executor::Plan {
 
   Tensor TensorOf(ValueId id) const {
     const MemoryPlan::Home& home = memory.homes[id];
-    if (home.place == MemoryPlan::Place::kArena)
-      return Tensor(graph.TypeOf(id), arena + home.offset, nullptr);
+    if (home.place == MemoryPlan::Place::kArena) return Tensor(graph.TypeOf(id), arena + home.offset, nullptr);
     const Tensor& root = tensors[home.root];
     const Tensor tensor({root.GetDType(), graph.TypeOf(id).shape}, root.Raw(), nullptr);
     return IsInteger(root.GetDType()) ? tensor.WithGrid(root.Grid()) : tensor;
@@ -192,8 +215,7 @@ Tensor ToBF16(const Tensor& tensor) {
   return result;
 }
 
-Executor::Executor(Graph given, PointReading* reading, ExecutorOptions options)
-    : plan_(std::make_unique<Plan>()) {
+Executor::Executor(Graph given, PointReading* reading, ExecutorOptions options) : plan_(std::make_unique<Plan>()) {
   if (options.compute == Compute::kBf16 && !Bf16Supported())
     Fail("bf16: this processor does not multiply bf16; that needs AVX-512 BF16 (avx512_bf16); compute in float32");
   plan_->compute = options.compute;
@@ -205,9 +227,11 @@ Executor::Executor(Graph given, PointReading* reading, ExecutorOptions options)
   plan_->points_write = reading != nullptr && reading->Writes();
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {
     const Node& node = graph.Nodes()[i];
-    for (const Point& point : node.points) {
+    const std::vector<TensorType> types = reading == nullptr ? std::vector<TensorType>() : TypesAtPoints(graph, node);
+    for (size_t k = 0; k < node.points.size(); ++k) {
+      const Point& point = node.points[k];
       const bool asked = reading != nullptr && !point.name.empty();
-      plan_->visitors[i].push_back(asked ? reading->At(point, graph.TypeOf(node.out[0])) : nullptr);
+      plan_->visitors[i].push_back(asked ? reading->At(point, types[k]) : nullptr);
       plan_->point_grids[i].push_back(asked ? reading->GridAt(point) : nullptr);
       if (plan_->visitors[i].back() != nullptr) uses[i] = {true, reading->Writes(), reading->Observes()};
     }

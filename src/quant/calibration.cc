@@ -130,7 +130,8 @@ void Calibration::Freeze(const Graph& graph, const WeightSource& weights) {
     const std::string& name = value.weight_point.name;
     if (value.kind != ValueKind::kWeight || name.empty() || params_.Find(name) != nullptr) continue;
     const PointSpec spec = SpecFor(value.weight_point);
-    params_.Set(spec.kind == QuantKind::kAffine ? ParamsOfWeight(weights(value.name), spec) : PointParams{.spec = spec});
+    params_.Set(spec.kind == QuantKind::kAffine ? ParamsOfWeight(weights(value.name), spec)
+                                                : PointParams{.spec = spec});
   }
   for (const Node& node : graph.Nodes()) {
     for (const Point& point : node.points) {
@@ -356,10 +357,19 @@ class AffineVisitor final : public PointVisitor {
 class MxVisitor final : public PointVisitor {
  public:
   MxVisitor(const MxSpec& spec, int64_t width) : spec_(spec), width_(width) {}
-  void Visit(std::span<float> values, int64_t) override {
-    const int64_t rows = static_cast<int64_t>(values.size()) / width_;
-    Tensor tensor({DType::kF32, {rows, width_}}, values.data(), nullptr);
-    MxFakeQuantize(tensor, spec_);
+  // Blocks begin with the row, wherever the values do: a fused kernel hands over the keys that it keeps.
+  void Visit(std::span<float> values, int64_t first) override {
+    while (!values.empty()) {
+      const auto size = static_cast<int64_t>(values.size());
+      const int64_t column = first % width_, inside = column % kMxBlock;
+      const int64_t rows = column == 0 ? size / width_ : 0;
+      int64_t count = rows * width_;
+      if (rows == 0) count = std::min({size, width_ - column, inside == 0 ? size : kMxBlock - inside});
+      Tensor piece({DType::kF32, {std::max<int64_t>(rows, 1), rows == 0 ? count : width_}}, values.data(), nullptr);
+      MxFakeQuantize(piece, spec_);
+      values = values.subspan(static_cast<size_t>(count));
+      first += count;
+    }
   }
 
  private:
@@ -377,19 +387,30 @@ PointVisitor* FakeQuantReading::At(const Point& point, const TensorType& type) {
   if (point.use == PointUse::kExportOnly || (on_grid_ && point.use == PointUse::kBoundary)) return nullptr;
   const PointParams& params = calibration_.ParamsOf(point.name);
   if (params.spec.kind == QuantKind::kNone) return nullptr;
-  auto [it, inserted] = visitors_.try_emplace(point.name);
-  if (inserted && params.spec.kind == QuantKind::kMx) {
-    const int64_t width = type.shape.Rank() == 0 ? 1 : type.shape[-1];
-    it->second = std::make_unique<MxVisitor>(params.spec.mx, width);
-  } else if (inserted) {
-    it->second = std::make_unique<AffineVisitor>(params.qparams, calibration_.GetDialect().rounding);
+  if (params.spec.kind == QuantKind::kMx) {
+    const int rank = type.shape.Rank();
+    MxSpec spec = params.spec.mx;
+    if (spec.axis != -1 && spec.axis != rank - 1)
+      Fail("{}: MX blocks of activations lie along the last axis, -1 or here {}; axis {} is another", point.name,
+           rank - 1, spec.axis);
+    axis {}
+    of {} is another", point.name, spec.axis,
+           type.shape.ToString());
+    spec.axis = -1;
+    const int64_t width = rank == 0 ? 1 : type.shape[-1];
+    std::unique_ptr<PointVisitor>& visitor = visitors_[fmt::format("{} {}", point.name, width)];
+    if (!visitor) visitor = std::make_unique<MxVisitor>(spec, width);
+    return visitor.get();
   }
-  return it->second.get();
+  std::unique_ptr<PointVisitor>& visitor = visitors_[point.name];
+  if (!visitor) visitor = std::make_unique<AffineVisitor>(params.qparams, calibration_.GetDialect().rounding);
+  return visitor.get();
 }
 
 const QParams* FakeQuantReading::GridAt(const Point& point) {
   const PointParams* params = calibration_.Params().Find(point.name);
-  const bool rounded = point.use != PointUse::kExportOnly && params != nullptr && params->spec.kind == QuantKind::kAffine;
+  const bool rounded =
+      point.use != PointUse::kExportOnly && params != nullptr && params->spec.kind == QuantKind::kAffine;
   return rounded ? &params->qparams : nullptr;
 }
 

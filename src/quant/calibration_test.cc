@@ -3,11 +3,13 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 
 #include "circle/writer.h"
 #include "circlet/circle/model.h"
+#include "circlet/exec/executor.h"
 #include "circlet/quant/affine.h"
 #include "error_text.h"
 #include "ops/codes.h"
@@ -97,6 +99,86 @@ TEST(CalibratedGridsTest, MxPointsAreRefused) {
               HasSubstr("table.weight: MX formats are simulated only"));
 }
 
+// Attention over 70 keys of 2 heads and rotation of heads of 48 in 2 parts: no point has the width of its node's
+// output.
+Graph FusedGraph(int64_t keys) {
+  Graph graph;
+  const auto input = [&](const char* name, Shape shape) {
+    return graph.AddInput(name, {DType::kF32, std::move(shape)});
+  };
+  const auto points = [](const std::string& prefix, int count) {
+    std::vector<Point> all(static_cast<size_t>(count));
+    for (size_t i = 0; i < all.size(); ++i) all[i].name = fmt::format("{}.{}", prefix, i);
+    return all;
+  };
+  const ValueId rotated = graph.Add(Rope{.parts = 2, .negated_sin = false},
+                                    {input("x", {1, 3, 2, 96}), input("cos", {1, 3, 96}), input("sin", {1, 3, 96})},
+                                    points("rope", Rope::kPoints))[0];
+  graph.AddOutput("rotated", rotated);
+  const ValueId seen = graph.Add(Attention{.skip_masked = false},
+                                 {input("q", {1, 2, 3, 40}), input("k", {1, 1, keys, 40}), input("v", {1, 1, keys, 40}),
+                                  input("mask", {1, 1, 3, keys})},
+                                 points("attention", Attention::kScale))[0];
+  graph.AddOutput("seen", seen);
+  return graph;
+}
+
+Calibration MxCalibration(const Graph& graph, const MxSpec& mx) {
+  ParameterStore params;
+  for (const Point& point : PointsOf(graph)) {
+    PointParams all = OnGrid(point.name, {});
+    all.spec.kind = QuantKind::kMx;
+    all.spec.mx = mx;
+    params.Set(all);
+  }
+  return Frozen(std::move(params));
+}
+
+std::map<std::string, Tensor> InputsOf(const Graph& graph) {
+  std::map<std::string, Tensor> inputs;
+  uint32_t state = 7;
+  for (const ValueId id : graph.Inputs()) {
+    Tensor tensor(graph.TypeOf(id));
+    for (float& value : tensor.F32()) {
+      state = state * 1664525 + 1013904223;
+      value = std::ldexp(static_cast<float>(state >> 8) / (1 << 23) - 1.0f, static_cast<int>(state >> 3 & 3) - 2);
+    }
+    inputs.emplace(graph.At(id).name, tensor);
+  }
+  return inputs;
+}
+
+// The expansion has a tensor at each point, and blocks lie in its rows.
+TEST(MxReadingTest, FusedKernelsRoundTheBlocksOfTheirExpansions) {
+  const WeightSource none = [](const std::string& name) -> Tensor { throw Bug(name); };
+  const Calibration calibration = MxCalibration(FusedGraph(70), {.format = MxFormat::kFp8E4M3});
+  FakeQuantReading fused(calibration);  // for both lengths
+  for (const int64_t keys : {70, 33}) {
+    const Graph graph = FusedGraph(keys);
+    FakeQuantReading alone(calibration);
+    const auto found = Executor(graph, &fused).Run(InputsOf(graph), none);
+    const auto expected = Executor(Expanded(graph), &alone).Run(InputsOf(graph), none);
+    const auto plain = Executor(graph, nullptr).Run(InputsOf(graph), none);
+    for (const auto& [name, tensor] : expected) {
+      double worst = 0, moved = 0;
+      for (int64_t i = 0; i < tensor.Elements(); ++i) {
+        worst = std::max<double>(worst, std::abs(tensor.F32()[i] - found.at(name).F32()[i]));
+        moved = std::max<double>(moved, std::abs(tensor.F32()[i] - plain.at(name).F32()[i]));
+      }
+      EXPECT_EQ(worst, 0) << name << " " << keys;
+      EXPECT_GT(moved, 1e-3) << name << " " << keys;
+    }
+  }
+}
+
+TEST(MxReadingTest, AnAxisThatIsNotTheLastIsAnErrorThatNamesThePoint) {
+  const Graph graph = FusedGraph(40);
+  const Calibration calibration = MxCalibration(graph, {.axis = 1});
+  FakeQuantReading reading(calibration);
+  EXPECT_THAT(ErrorText([&] { Executor(graph, &reading); }),
+              HasSubstr("rope.0: MX blocks of activations lie along the last axis, -1 or here 3; axis 1 is another"));
+}
+
 TEST(CalibratedGridsTest, AWeightThatNoFileCanStoreIsNamed) {
   const Tensor table = Table(4, 3);
   const Calibration calibration = CalibrationWith(RowGrids(table, DType::kU16));
@@ -112,8 +194,8 @@ TEST(RoundedWeightsTest, AreTheValuesOfTheirGrids) {
     const QParams grid = RowGrids(table, dtype);
     Calibration calibration = CalibrationWith(grid);
     const WeightSource rounded = RoundedWeights(calibration, [&](const std::string&) { return table; });
-    const RoundedWeights with_codes(calibration, [&](const std::string&) { return table; },
-                                    RoundedWeights::Use::kProductsAndFiles);
+    const RoundedWeights with_codes(
+        calibration, [&](const std::string&) { return table; }, RoundedWeights::Use::kProductsAndFiles);
     Tensor whole = rounded("table.weight"), rows = calibration.RoundedRows("table.weight", table, 0),
            beside = with_codes("table.weight");
     const Tensor expected = FakeQuantizeWeight(table, grid, calibration.GetDialect().rounding);
