@@ -393,9 +393,6 @@ PointVisitor* FakeQuantReading::At(const Point& point, const TensorType& type) {
     if (spec.axis != -1 && spec.axis != rank - 1)
       Fail("{}: MX blocks of activations lie along the last axis, -1 or here {}; axis {} is another", point.name,
            rank - 1, spec.axis);
-    axis {}
-    of {} is another", point.name, spec.axis,
-           type.shape.ToString());
     spec.axis = -1;
     const int64_t width = rank == 0 ? 1 : type.shape[-1];
     std::unique_ptr<PointVisitor>& visitor = visitors_[fmt::format("{} {}", point.name, width)];
