@@ -891,11 +891,16 @@ TEST_F(InspectTest, MistakesInATraceAreTold) {
   refused({"--model", model_}, HasSubstr(model_ + ": needs --samples FILE"));
   refused({"--samples", samples_, "--case", kMlp}, HasSubstr("--samples needs MODEL_DIR"));
   refused({"--model", model_, "--samples", samples_, "--case", kMlp}, HasSubstr("has no place beside MODEL_DIR"));
-  refused({"--model", "no/such", "--samples", samples_}, AllOf(HasSubstr("no/such"), HasSubstr("No such file")));
+  refused({"--model", "no/such", "--samples", samples_}, HasSubstr("no/such: does not exist"));
   refused({"--model", model_, "--samples", "no.safetensors"}, AllOf(HasSubstr("no.safetensors"), HasSubstr("No such")));
   refused({"--model", kTiny, "--samples", "no.jsonl"}, AllOf(HasSubstr("no.jsonl"), HasSubstr("No such file")));
   refused({"--model", kTiny, "--samples", Lines("{\"type\": \"text\", \"text\": \"one\"}\n")},
           HasSubstr("1 sample; a trace calibrates on all but the last and needs at least 2"));
+  refused({"--model", kTiny, "--samples", kTiny + "/eval/calib.jsonl", "--memory-limit", "1MB"}, HasSubstr("--memory-limit 1 MB"));
+  refused({"--model", model_, "--samples", samples_, "--set", "pipeline.0.raw_overrides.layers.0.mlp.mull=uint8"},
+          HasSubstr("no point \"layers.0.mlp.mull\""));
+  refused({"--case", kMlp, "--widen", "auto"}, HasSubstr("--widen: needs MODEL_DIR"));
+  refused({"--case", kMlp, "--memory-limit", "1GB"}, HasSubstr("--memory-limit: needs MODEL_DIR"));
   refused({"--model", kTiny, "--samples", Lines("{\"type\": ")}, HasSubstr("data.jsonl:1"));
   fs::resize_file(samples_, 100);
   refused({"--model", model_, "--samples", samples_}, HasSubstr(samples_));

@@ -7,6 +7,8 @@
 #include <sys/mount.h>
 
 #include <chrono>
+#include <cstdio>
+#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -745,6 +747,35 @@ TEST(MemoryLimit, EvaluateSpillsToo) {
       RunProgram({"evaluate", kTiny, "--data", kTiny + "/eval/calib.jsonl"}, "export TMPDIR=/nonexistent; ");
   EXPECT_EQ(nowhere.exit_code, 2);
   EXPECT_THAT(nowhere.err, AllOf(HasSubstr("TMPDIR=/nonexistent: "), HasSubstr("set it to a directory with room")));
+}
+
+// Stage by stage: the whole model's values at once, in both readings, would take more than twice what it may take here.
+TEST(MemoryLimit, ATraceStaysBelowItAndSaysTheSame) {
+  const TempDirectory directory;
+  const std::string all = directory.Path() / "all.json", little = directory.Path() / "little.json";
+  const auto arguments = [](const std::string& json, const std::string& limit) {
+    return std::vector<std::string>{"--threads", "2",       "trace",    kTiny,  "--data", kTiny + "/eval/calib.jsonl",
+                                    "--recipe",  "w8a16",   "--json",   json,   "--memory-limit", limit};
+  };
+  Running run(arguments(all, "150MiB"));
+  int64_t peak = 0;
+  while (!run.Ended()) {
+    std::ifstream status(fmt::format("/proc/{}/status", run.Pid()));
+    int64_t kib = 0;
+    for (std::string line; std::getline(status, line);)
+      if (std::sscanf(line.c_str(), "RssAnon: %ld kB", &kib) == 1) peak = std::max(peak, kib);
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(run.ExitCode(), 0);
+#ifndef __SANITIZE_ADDRESS__
+  EXPECT_LT(peak, 150 << 10);
+#endif
+  EXPECT_GT(peak, 10 << 10);
+
+  const ProgramResult result = RunProgram(arguments(little, "50MiB"));
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.err, HasSubstr("goes to files"));
+  EXPECT_EQ(ReadFile(all), ReadFile(little));
 }
 
 // ---- bf16

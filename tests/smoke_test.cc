@@ -17,6 +17,7 @@
 #include "circlet/io/file.h"
 #include "circlet/smoke/trace.h"
 #include "paths.h"
+#include "smoke/point_trace.h"
 #include "temp_directory.h"
 
 namespace circlet {
@@ -328,16 +329,82 @@ TEST(SmokeTest, TraceLeavesOutThePaddingPatchesOfACase) {
   EXPECT_LT(traced->error_out, 0.01) << "a rounded mask changes what padding patches compute by half";
 }
 
-TEST(SmokeTest, TraceLeavesOutThePaddingPatchesOfAPicture) {
+// As quantize meets them: what a step makes is what the next one reads, and a point's figures are those of its grid there.
+TEST(SmokeTest, ACheckpointIsTracedStepByStepWithoutThePaddingPatchesOfPictures) {
   const std::filesystem::path model = SourcePath("examples/tiny-gemma4");
   const TempDirectory directory;
   const std::string line = fmt::format(
       R"({{"type": "chat", "messages": [{{"role": "user", "content": [{{"type": "image", "image": "{}"}}]}}]}})",
       (model / "eval/images/calib_00.png").string());
   WriteFile(directory.Path() / "samples.jsonl", line + "\n" + line + "\n");
-  const std::vector<SmokePart> parts = ModelParts(model, directory.Path() / "samples.jsonl");
-  ASSERT_EQ(parts.size(), 2u);
-  EXPECT_EQ(parts[1].evaluation.at("pixel_values").GetShape(), (Shape{1, 24 * 24, 768})) << "the budget is 630";
+  const QuantizeOptions options{.model = model, .data = directory.Path() / "samples.jsonl", .recipe = "w8a16"};
+  const std::string explained = "model.vision_tower.encoder.layers.0.input_layernorm.act_out";
+  const std::vector<TracePoint> points = TraceModel(options, 1, explained).points;
+  const auto find = [&](const std::string& name) {
+    const auto it = std::ranges::find(points, name, &TracePoint::name);
+    EXPECT_NE(it, points.end()) << name;
+    return *it;
+  };
+  EXPECT_EQ(find(explained).values.size(), 24u * 24 * 64) << "the budget is 630 patches";
+  // Behind the last sum of a layer stands the norm of the next one, in another graph: it feeds that one's points, and its
+  // own error is taken behind that norm.
+  const TracePoint sum = find("model.language_model.layers.3.layer_scalar_out");
+  const TracePoint norm = find("model.language_model.layers.4.input_layernorm.act_out");
+  EXPECT_EQ(norm.error_in, sum.error_out);
+  EXPECT_GT(sum.own, 0);
+  const TracePoint head = find("lm_head.act_out");
+  EXPECT_EQ(head.error_in, find("model.language_model.norm.act_out").error_out);
+  EXPECT_GT(head.own, find("model.language_model.norm.act_out").own) << "its weight has 8 bits";
+  EXPECT_EQ(head.errors.positions, norm.errors.positions);
+}
+
+// The weight that reads a value next may stand in the step behind: with it small channels count as the model sees them.
+TEST(SmokeTest, APointIsBlamedForWhatTheNextStepsNormAmplifies) {
+  const auto gamma = [](float first) {
+    std::vector<float> values(8, first);
+    values[3] = 1e-3f;
+    return values;
+  };
+  Calibration calibration(Recipe::Load("default"), kDefault);
+  Graph writer, reader;
+  {
+    const Builder b(writer);
+    b.Output("hidden", b.Point("stream", b.Input("x", {1, 4, 8})));
+  }
+  {
+    const Builder b(reader);
+    const ValueId hidden = b.Boundary("stream", b.Input("hidden", {1, 4, 8}));
+    b.Output("y", b.Point("norm", b.Add(RmsNorm{}, {hidden, b.Weight("gamma", {8}, WeightKind::kNone)})));
+  }
+  std::vector<float> values(4 * 8);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = i % 8 == 3 ? 1e4f : std::sin(static_cast<float>(i) + 0.3f);
+  const Tensor x = Tensor::Of<float>({1, 4, 8}, values);
+  const WeightSource stored = [&](const std::string&) { return Tensor::Of<float>({8}, gamma(1)); };
+  PointTrace trace("");
+  const auto see = [&](const std::string& name, const Graph& graph, const std::string& input, const std::string& reads,
+                       const std::string& keeps) {
+    ObserveReading observe(calibration);
+    observe.Begin(0);
+    Executor(graph, &observe).Run({{input, x}}, stored);
+    observe.End();
+    calibration.Freeze(graph, stored);
+    trace.See({.name = name,
+               .graph = graph,
+               .calibration = calibration,
+               .on_grid = true,
+               .reads = {{input, {reads}}},
+               .keeps = {{"hidden", {keeps}}},
+               .parameter = [&](const std::string& parameter, bool) { return stored(parameter); },
+               .run = [&](Chain, PointReading& reading) { Executor(graph, &reading).Run({{input, x}}, stored); }});
+  };
+  see("writer", writer, "x", "", "key");
+  see("reader", reader, "hidden", "key", "");
+  const std::vector<TracePoint> points = trace.Take();
+  ASSERT_EQ(points.size(), 2u);
+  // A step of 0.3 in 1e4 is nothing; against values of at most 1, which is what the norm lets through, it is not.
+  EXPECT_LT(points[0].error_out, 1e-4);
+  EXPECT_GT(points[0].own, 0.01);
+  EXPECT_EQ(points[1].error_in, points[0].error_out);
 }
 
 TEST(SmokeTest, TraceOfTheWholeModelTakesAPointThatStandsAtSeveralPlaces) {

@@ -1,6 +1,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -12,6 +13,7 @@
 #include "circlet/smoke/trace.h"
 #include "cli/commands.h"
 #include "cli/flags.h"
+#include "cli/stop.h"
 
 namespace circlet {
 namespace {
@@ -21,11 +23,12 @@ constexpr char kSmokeMode[] = "wrapper-smoke", kTraceMode[] = "trace";
 
 struct InspectOptions {
   std::string mode = kSmokeMode, config, case_name, profile, export_kind, output_dir, report_json, recipe, compare,
-              model, samples, explain, json;
+              model, samples, explain, json, widen;
   std::vector<std::string> set;
   std::optional<int> calibration_iters;
+  std::optional<int64_t> memory_limit;
   int rows = 30;
-  bool list_cases = false, no_plot = false, strict = false;
+  bool list_cases = false, no_plot = false, strict = false, quiet = false;
 };
 
 void ListCases() {
@@ -126,42 +129,47 @@ int RunCases(const InspectOptions& options) {
   return std::ranges::all_of(results, &SmokeResult::Passed) ? 0 : 1;
 }
 
-// The parts of a trace, and what they are quantized with unless told otherwise.
 struct Traced {
-  std::vector<SmokePart> parts;
-  std::string recipe;
+  std::vector<TracePoint> points;
+  std::vector<std::string> warnings;
 };
 
-Traced TracedCase(const InspectOptions& options, const SmokeRun& run) {
+Traced TraceCase(const InspectOptions& options, const SmokeRun& run) {
   if (options.case_name.empty()) Fail("trace what? MODEL_DIR --samples FILE, or --case NAME");
   if (options.case_name == "all") Fail("--case all: a trace takes one case; `circlet trace --list-cases` lists all");
   if (!options.samples.empty()) Fail("--samples needs MODEL_DIR; a case draws its own");
+  if (!options.widen.empty()) Fail("--widen: needs MODEL_DIR; a case has no residual stream to measure");
+  if (options.memory_limit) Fail("--memory-limit: needs MODEL_DIR; a case runs in one piece");
   const SmokeCase& known = FindSmokeCase(options.case_name);
   known.RequireProfile(run.size.profile);
   SmokeSize size = run.size;
   size.padding_patches = false;
   if (run.calibration_iters > 0) size.samples = run.calibration_iters;
-  return {known.build(size), known.recipe};
+  const Recipe recipe = Settings::Load(run.recipe.empty() ? known.recipe : run.recipe, run.set).recipe;
+  Traced traced;
+  traced.points = Trace(known.build(size), recipe, /*iters=*/0, options.explain, &traced.warnings);
+  return traced;
 }
 
-Traced TracedModel(const InspectOptions& options) {
+Traced TraceCheckpoint(const InspectOptions& options, const SmokeRun& run) {
   if (!options.case_name.empty())
     Fail("--case {}: has no place beside MODEL_DIR {}; leave one out", options.case_name, options.model);
   if (options.samples.empty()) Fail("{}: needs --samples FILE (JSON lines or safetensors)", options.model);
-  std::vector<SmokePart> parts = ModelParts(options.model, options.samples);
-  // Every sample is a part of its own; the last is measured.
+  QuantizeOptions quantize{.model = options.model, .data = options.samples, .recipe = run.recipe, .set = run.set};
+  quantize.widen = options.widen;
+  quantize.progress = options.quiet ? nullptr : stderr;
+  if (options.memory_limit) quantize.memory_limit = *options.memory_limit;
+  TellWhenStopped("stopped; trace saves nothing");
   const int iters = options.calibration_iters.value_or(0);
-  if (iters > 0 && iters + 1 < static_cast<int>(parts.size())) parts.erase(parts.begin() + iters, parts.end() - 1);
-  return {std::move(parts), "default"};
+  ModelTrace trace = TraceModel(quantize, iters > 0 ? iters : INT64_MAX, options.explain);
+  return {std::move(trace.points), std::move(trace.result.notes)};
 }
 
 int RunTrace(const InspectOptions& options) {
   const SmokeRun run = ReadRun(options);
-  Traced traced = options.model.empty() ? TracedCase(options, run) : TracedModel(options);
-  const Recipe recipe = Settings::Load(run.recipe.empty() ? traced.recipe : run.recipe, run.set).recipe;
-  std::vector<std::string> unused;
-  const std::vector<TracePoint> points = Trace(std::move(traced.parts), recipe, /*iters=*/0, options.explain, &unused);
-  for (const std::string& text : unused) fmt::print(stderr, "circlet: warning: {}\n", text);
+  const Traced traced = options.model.empty() ? TraceCase(options, run) : TraceCheckpoint(options, run);
+  const std::vector<TracePoint>& points = traced.points;
+  for (const std::string& text : traced.warnings) fmt::print(stderr, "circlet: warning: {}\n", text);
   if (!options.json.empty()) WriteJson(options.json, TraceJson(points));
   if (options.explain.empty()) {
     fmt::print("{}", TraceText(points, options.rows));
@@ -213,6 +221,13 @@ void AddTraceOptions(CLI::App& verb, const std::string& model, InspectOptions& o
       ->type_name("FILE");
   verb.add_option("--explain", options.explain, "Histogram of one point")->type_name("POINT");
   verb.add_option("--json", options.json, "Also write all points as JSON")->type_name("FILE");
+  verb.add_option("--widen", options.widen,
+                  "Channels for copies of a checkpoint's outliers: auto, off, or how many; default: the recipe's")
+      ->type_name("N|auto|off");
+  verb.add_option("--memory-limit", options.memory_limit,
+                  "Memory that the trace of a checkpoint may take, mapped pages apart; default 3GB")
+      ->transform(Size());
+  verb.add_flag("--quiet", options.quiet, "No progress");
   verb.add_option("--rows", options.rows, "Points listed")->check(WholeNumber(1, 1 << 30))->capture_default_str();
 }
 

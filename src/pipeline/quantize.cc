@@ -158,6 +158,7 @@ class Run {
  private:
   void Declare();
   void Prepare(const std::filesystem::path& directory, const RunState* state);
+  int64_t WatchedBytes(const PhaseSpec& phase) const;
   void RequireMemory() const;
   int64_t NeededMemory() const;
   int64_t ActivationBudget() const;
@@ -188,6 +189,17 @@ class Run {
   std::optional<Progress> progress_;
 };
 
+// What the watcher takes beside the phase. Slices of an output stage, it captures at most as often as they stand there.
+int64_t Run::WatchedBytes(const PhaseSpec& phase) const {
+  if (phase.output) return estimates_.back().working_bytes;
+  int64_t bytes = 0;
+  for (const Step& step : phase.stage.steps)
+    for (const Item& item : *phase.items)
+      if (phase.items->PassageOf(item).measured)
+        bytes = std::max(bytes, settings_.watcher->Bytes(step.build(item)));
+  return bytes;
+}
+
 void Run::Declare() {
   phases_ = job_.Phases();
   schedule_ = ScheduleOf(phases_, settings_, job_.GetCalibration());
@@ -196,6 +208,7 @@ void Run::Declare() {
     estimates_.push_back(phase.output ? phase.output->Estimate()
                                       : EstimateStage(phase.stage, *phase.items, settings_.world.Rank()));
     AddRounding(phase.stage, *phase.items, job_.GetCalibration(), settings_.world.Rank(), estimates_.back());
+    if (settings_.watcher != nullptr) estimates_.back().working_bytes += WatchedBytes(phase);
     for (const Item& item : *phase.items)
       if (phase.items->PassageOf(item).exported) verification_.insert(item.id);
   }
@@ -327,7 +340,8 @@ void Run::RunPhase(int number) {
                                    progress_->Advance();
                                  },
                              .say = [&](const std::string& what) { progress_->Say(what); },
-                             .linears = &result_.linears};
+                             .linears = &result_.linears,
+                             .watcher = settings_.watcher};
   clock.Time("stages", [&] {
     if (phase.output) {
       progress_->Begin(phase.name, phase.output->Work());

@@ -16,6 +16,7 @@
 #include "circlet/settings/settings.h"
 #include "pipeline/phase.h"
 #include "pipeline/schedule.h"
+#include "pipeline/watch.h"
 
 namespace circlet {
 
@@ -29,6 +30,7 @@ struct RunSettings {
   const Recipe& recipe = file.recipe;
   QuantizeOptions options;
   Communicator& world;
+  Watcher* watcher = nullptr;  // may be null
 
   bool Writes() const { return !options.output.empty(); }
 };

@@ -335,6 +335,38 @@ StageError StageRunner::Round(const Step& step) {
   return error;
 }
 
+// Shows the step, as it has run, to the watcher.
+void StageRunner::Watch(const Step& step) {
+  const WeightSource of_checkpoint = CachedFloat(c_.calibration, c_.stored), of_rounded = c_.rounded;
+  const auto weights = [&](bool rounded) { return rounded ? of_rounded : of_checkpoint; };
+  std::map<std::string, std::vector<std::string>> reads, keeps;
+  for (const Input& input : step.inputs)
+    for (const Read& read : input.reads) reads[input.name].push_back(read.key);
+  for (const Step::Sink& sink : step.outputs) keeps[sink.output] = sink.keys;
+  for (const Item& item : c_.items) {
+    if (!c_.IsMine(item) || !c_.PassageOf(item).measured) continue;
+    const Graph graph = Build(step, item);
+    c_.watcher->See({.name = step.name,
+                     .graph = graph,
+                     .calibration = c_.calibration,
+                     .on_grid = !c_.calibration.GetDialect().requantizing_points,
+                     .reads = reads,
+                     .keeps = keeps,
+                     .parameter =
+                         [&](const std::string& name, bool rounded) {
+                           const Tensor own =
+                               step.own ? step.own(name, item, rounded ? &c_.rounded : nullptr) : Tensor();
+                           return own.Empty() ? weights(rounded)(name) : own;
+                         },
+                     .run =
+                         [&](Chain chain, PointReading& reading) {
+                           const bool rounded = chain == Chain::kQuant;
+                           Executor executor(graph, &reading, c_.ComputeOf(item));
+                           RunItem(c_, step, item, chain, rounded, executor, weights(rounded));
+                         }});
+  }
+}
+
 void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors) {
   std::vector<StepRounding> rounding;
   for (const Step& step : stage.steps) Observe(step, rounding.emplace_back(c_, step));
@@ -350,6 +382,7 @@ void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors) {
   for (size_t i = 0; i < stage.steps.size(); ++i) {
     rounding[i].Run();
     errors.push_back(Round(stage.steps[i]));
+    if (c_.watcher != nullptr) Watch(stage.steps[i]);
   }
 }
 

@@ -16,6 +16,7 @@
 #include "pipeline/activations.h"
 #include "pipeline/item.h"
 #include "pipeline/phase.h"
+#include "pipeline/watch.h"
 
 namespace circlet {
 
@@ -52,6 +53,7 @@ struct StageContext {
   std::function<void()> advance;         // called once an item and reading
   std::function<void(const std::string& what)> say = [](const std::string&) {};  // shown as what is at work
   std::vector<RoundedLinear>* linears = nullptr;  // gathers what rounding methods tell; may be null
+  Watcher* watcher = nullptr;                     // sees the measured items; may be null
 
   bool IsMine(const Item& item) const { return item.rank == world.Rank(); }
   Passage PassageOf(const Item& item) const { return items.PassageOf(item); }
@@ -79,6 +81,7 @@ class StageRunner {
   void Observe(const Step& step, StepRounding& rounding);
   void CompareRanges(const ObserverMap& control, const ObserverMap& repeated);
   StageError Round(const Step& step);
+  void Watch(const Step& step);
   bool Captures(const Step::Sink& sink) const { return c_.captured != nullptr && !sink.capture.empty(); }
   bool Keeps(const Step::Sink& sink) const { return !sink.keys.empty() || Captures(sink); }
   Graph Build(const Step& step, const Item& item) const;

@@ -2,10 +2,10 @@
 
 // Where accuracy is lost: the points of a case or of a model one by one, on a sample that was not calibrated on.
 
-#include <filesystem>
 #include <string>
 #include <vector>
 
+#include "circlet/pipeline/quantize.h"
 #include "circlet/smoke/smoke.h"
 
 namespace circlet {
@@ -34,9 +34,14 @@ struct TracePoint {
 std::vector<TracePoint> Trace(std::vector<SmokePart> parts, const Recipe& recipe, int iters,
                               const std::string& explain = "", std::vector<std::string>* unused = nullptr);
 
-// A checkpoint on samples: JSON lines (the last one is evaluated) or safetensors (calib.N.*, eval.0). One image a
-// sample; samples with more are an Error.
-std::vector<SmokePart> ModelParts(const std::filesystem::path& model, const std::filesystem::path& samples);
+struct ModelTrace {
+  std::vector<TracePoint> points;
+  QuantizeResult result;  // whose notes tell what was not used
+};
+// A checkpoint on its samples, as Quantize reads them without an output: stage by stage, within options.memory_limit.
+// All but the last sample (at most `samples`) are calibrated on, and that one is measured; or eval.0, where the file
+// has evaluation samples. An override without a point is an Error, as in Quantize.
+ModelTrace TraceModel(const QuantizeOptions& options, int64_t samples, const std::string& explain = "");
 
 // Points by their own error, the largest first; `rows` in all.
 std::string TraceText(const std::vector<TracePoint>& points, int rows = 30);

@@ -240,6 +240,26 @@ RunData ReadData(const QuantizeOptions& options, const Settings& settings, const
   return data;
 }
 
+void MeasureOne(int64_t most, RunData& data) {
+  if (data.evaluation.empty()) {
+    if (data.calibration.size() < 2)
+      Fail("{}: {} sample; a trace calibrates on all but the last and needs at least 2",
+           data.calibration.empty() ? "the data" : data.calibration[0].source, data.calibration.size());
+    data.evaluation.push_back(std::move(data.calibration.back()));
+    data.calibration.pop_back();
+  }
+  data.evaluation.resize(1);
+  Sample& measured = data.evaluation[0];
+  if (!measured.attention_mask.empty()) {
+    std::vector<int64_t> real;
+    for (size_t i = 0; i < measured.input_ids.size(); ++i)
+      if (measured.attention_mask[i] != 0) real.push_back(measured.input_ids[i]);
+    measured.input_ids = std::move(real);
+    measured.attention_mask.clear();
+  }
+  if (static_cast<int64_t>(data.calibration.size()) > most) data.calibration.resize(static_cast<size_t>(most));
+}
+
 void RunData::ReleasePictures() {
   for (std::vector<Sample>* samples : {&calibration, &evaluation})
     for (Sample& sample : *samples) sample.pixel_values = Tensor();

@@ -36,6 +36,11 @@ struct RunData {
 // Throws Error for data that is missing, damaged, empty or does not fit the model.
 RunData ReadData(const QuantizeOptions& options, const Settings& settings, const Gemma4Config& config);
 
+// Leaves one sample to be measured, without its padding: the first of the evaluation samples, or the last of the
+// calibration samples where there are none. Of the others at most the first `most` stay. Throws Error when there is
+// nothing to calibrate on.
+void MeasureOne(int64_t most, RunData& data);
+
 // A sample of a layout that none of the data has: a text sample's ids around the picture's slot, and a pattern for the
 // picture. It only tries the machinery.
 Sample PatternSample(const VisionProfile& profile, const Gemma4Config& config, std::vector<int64_t> ids,

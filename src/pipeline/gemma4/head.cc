@@ -243,8 +243,9 @@ class Head::Measurement {
   }
 
   void ReadRoundedHead() {
-    Tensor weight, exact, rounded;
+    Tensor stored, weight, exact, rounded;
     const auto begin_slice = [&](int64_t first, const Tensor& rows) {
+      stored = rows;
       weight = Operand(rows);
       exact = s_.rounded.Slice(kHeadWeight, first, first + rows.GetShape()[0]);
       rounded = Operand(exact);
@@ -252,6 +253,31 @@ class Head::Measurement {
     ForAll(ReadRounded, begin_slice, [&](const Item& item, int64_t first, int64_t rows, Worker& worker) {
       if (s_.PassageOf(item).exported) return Export(item, first, rows, worker, exact);
       Compare(item, first, rows, worker, weight, rounded);
+      if (s_.watcher != nullptr && s_.PassageOf(item).measured) Watch(item, first, stored, exact, weight, rounded);
+    });
+  }
+
+  // Shows a slice of the vocabulary, rows of the head's weight from `first` on, to the watcher.
+  void Watch(const Item& item, int64_t first, const Tensor& stored, const Tensor& exact, const Tensor& weight,
+             const Tensor& rounded) const {
+    ForPositions(item, [&](int64_t begin, const auto& part) {
+      const Tensor reference = part(Normed(item, Chain::kFloat)), quantized = part(Normed(item, Chain::kQuant));
+      const int64_t rows = stored.GetShape()[0];
+      const Graph graph = head_.Build(reference.GetShape()[1], rows);
+      s_.watcher->See(
+          {.name = "logits",
+           .graph = graph,
+           .calibration = s_.calibration,
+           .reads = {{"last_hidden_state", {key::kNormed}}},
+           .slice = PointReading::Slice{begin, item.length, first, rows, vocab_},
+           .parameter = [&](const std::string&, bool as_rounded) { return as_rounded ? exact : ToF32(stored); },
+           .run =
+               [&](Chain chain, PointReading& reading) {
+                 const bool is_float = chain == Chain::kFloat;
+                 Executor(graph, &reading, s_.ComputeOf(item))
+                     .RunInPlace({{"last_hidden_state", is_float ? reference : quantized}},
+                                 [&](const std::string&) { return is_float ? weight : rounded; });
+               }});
     });
   }
 

@@ -72,6 +72,7 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
   } else {
     SettleWidening(nullptr);
   }
+  if (settings.watcher != nullptr) MeasureOne(settings.watcher->CalibrationSamples(), data_);
   MakeItems(data_, options.compute, options.max_seq_len, context_);
   CheckVisionOptions(data_, options.vision_profile, context_);
   if (options.save_stages && data_.evaluation.empty())
@@ -443,6 +444,15 @@ QuantizeResult Quantize(const QuantizeOptions& asked) {
     Fail("--resume goes on with an unfinished run, --force starts again: give one of them");
   const RunSettings settings(options);
   gemma4::Gemma4Job job(settings);
+  return RunJob(settings, job);
+}
+
+QuantizeResult QuantizeWatched(const QuantizeOptions& options, Watcher& watcher) {
+  CIRCLET_CHECK(options.output.empty(), "a watched run writes nothing");
+  RunSettings settings(WithRecipe(options));
+  settings.watcher = &watcher;
+  gemma4::Gemma4Job job(settings);
+  watcher.Expect(job.Points());
   return RunJob(settings, job);
 }
 
