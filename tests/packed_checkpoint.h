@@ -1,7 +1,7 @@
 #pragma once
 
 // The recorded packed checkpoints of tests/data/qat, put together: what they share with examples/tiny-gemma4 is stored
-// there alone.
+// there alone, what tied shares with w48 in w48.
 
 #include <fstream>
 #include <map>
@@ -16,7 +16,7 @@ namespace circlet {
 
 class PackedCheckpoint {
  public:
-  // "e2b", "w48" (without a vision tower), "w4a16-ct" or "q4_0-unquantized".
+  // "e2b", "w48", "tied", "w4a16-ct" or "q4_0-unquantized".
   explicit PackedCheckpoint(const std::string& name) : name_("qat/" + name + "/") {
     namespace fs = std::filesystem;
     const fs::path example = SourcePath("examples/tiny-gemma4");
@@ -26,10 +26,8 @@ class PackedCheckpoint {
     fs::copy_file(TestData(name_ + "config.json"), Path() / "config.json");
     const SafetensorsFile packed = OpenGolden(name_ + "packed.safetensors.xz");
     tensors_ = packed.Tensors();
-    const SafetensorsFile shared = SafetensorsFile::Open(example / "model.safetensors");
-    std::ifstream names(TestData(name_ + "shared.txt"));
-    for (std::string tensor; std::getline(names, tensor);)
-      if (!tensor.empty()) tensors_.emplace(tensor, shared.Get(tensor));
+    Share(SafetensorsFile::Open(example / "model.safetensors"), "shared.txt");
+    if (name == "tied") Share(OpenGolden("qat/w48/packed.safetensors.xz"), "shared_with_w48.txt");
     Write();
   }
 
@@ -41,6 +39,12 @@ class PackedCheckpoint {
   void Write() const { WriteSafetensors(Path() / "model.safetensors", tensors_); }
 
  private:
+  void Share(const SafetensorsFile& from, const char* list) {
+    std::ifstream names(TestData(name_ + list));
+    for (std::string tensor; std::getline(names, tensor);)
+      if (!tensor.empty()) tensors_.emplace(tensor, from.Get(tensor));
+  }
+
   std::string name_;
   TempDirectory directory_;
   std::map<std::string, Tensor> tensors_;
