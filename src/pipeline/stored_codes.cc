@@ -20,10 +20,13 @@ CodesChecksum DescribeCodes(const std::string& parameter, int bits, const Tensor
   for (int64_t first = 0; first < codes.Elements(); first += kPiece) {
     const std::span<int8_t> part(piece.data(), static_cast<size_t>(std::min(kPiece, codes.Elements() - first)));
     SignedCodes(codes, first, part);
-    for (size_t i = 0; i < part.size(); ++i) {
-      const int64_t row = (first + static_cast<int64_t>(i)) / width;
-      const int32_t zero_point = grid.zero_point[grid.PerChannel() ? static_cast<size_t>(row) : 0];
-      part[i] = static_cast<int8_t>(part[i] + shift - zero_point);
+    for (int64_t begin = 0, end = 0; begin < std::ssize(part); begin = end) {
+      const int64_t row = (first + begin) / width;
+      end = std::min(std::ssize(part), (row + 1) * width - first);
+      const int32_t offset = shift - grid.zero_point[grid.PerChannel() ? static_cast<size_t>(row) : 0];
+      if (offset == 0) continue;
+      for (int8_t& code : part.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)))
+        code = static_cast<int8_t>(code + offset);
     }
     stream.Add(std::as_bytes(part));
   }

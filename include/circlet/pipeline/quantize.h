@@ -110,7 +110,7 @@ struct GivenPoint {
 };
 
 // A parameter that the checkpoint holds as codes, which the files hold as well: SHA-256 of the signed codes, a byte
-// each, row by row, and of the scales as float32.
+// each, row by row, and of the scales as float32; empty where no file is written.
 struct CodesChecksum {
   std::string parameter;
   int bits = 0;

@@ -190,7 +190,9 @@ void Gemma4Job::DescribePacked(QuantizeResult& result) const {
   result.modules_without_scale = given_.without;
   for (const auto& [parameter, packed] : weights_.GetInventory().packed)
     if (calibration_.HoldsCodes(parameter)) {
-      result.stored_codes.push_back(DescribeCodes(parameter, packed.form.bits, Stored()(parameter)));
+      result.stored_codes.push_back({.parameter = parameter, .bits = packed.form.bits, .codes = packed.shape.Elements()});
+      if (!settings_.Writes()) continue;
+      result.stored_codes.back() = DescribeCodes(parameter, packed.form.bits, Stored()(parameter));
       weights_.Release(parameter);
     }
 }
