@@ -16,6 +16,7 @@
 #include "circlet/quant/affine.h"
 #include "circlet/quant/calibration.h"
 #include "circlet/runtime/session.h"
+#include "circlet/smoke/trace.h"
 #include "error_text.h"
 #include "packed_checkpoint.h"
 #include "pipeline/gemma4/given.h"
@@ -509,6 +510,30 @@ TEST(PackedMobileTest, FlagsChangeTheGridsAsTheySay) {
                   6.0f / 127);
   EXPECT_FALSE(caches.Json("report.json").contains("unused_scales"));
   EXPECT_TRUE(caches.Verified().exact);
+}
+
+// Weights that are the checkpoint's codes lose nothing, what is given keeps its grid, and the rest is measured.
+TEST(PackedMobileTest, ATraceShowsWhatIsRoundedBesidesTheCheckpointsCodes) {
+  for (const char* name : {"e2b", "tied"}) {
+    SCOPED_TRACE(name);
+    const PackedCheckpoint checkpoint(name);
+    const TempDirectory directory;
+    const ModelTrace trace = TraceModel(
+        {.model = checkpoint.Path(), .samples = SampleFile(directory), .text_only = true}, /*samples=*/3, "");
+    const auto find = [&](const std::string& point) {
+      return *std::ranges::find(trace.points, "model.language_model." + point, &TracePoint::name);
+    };
+    const TracePoint given = find("layers.3.mlp.up_proj.act_out"), observed = find("layers.3.mlp_residual_out");
+    ASSERT_TRUE(given.grid && observed.grid);
+    EXPECT_EQ(given.grid->dtype, DType::kI8);
+    EXPECT_EQ(observed.grid->dtype, DType::kI16);
+    EXPECT_LT(given.own, 1e-6) << "float values lie on the grid already, and codes are no error";
+    // bfloat16 in the checkpoint, so rounded here.
+    EXPECT_GT(find("per_layer_model_projection.act_out").own, 1e-3);
+    const auto head = std::ranges::find(trace.points, "lm_head.act_out", &TracePoint::name);
+    ASSERT_NE(head, trace.points.end());
+    EXPECT_EQ(head->own > 1e-3, std::string(name) == "tied");
+  }
 }
 
 TEST(PackedMobileTest, ElsewhereFloatRoundsNothingButWhatIsGiven) {

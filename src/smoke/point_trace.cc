@@ -112,18 +112,25 @@ PositionSummary SummaryOf(const std::vector<ErrorMetrics>& rows) {
   return Summarize(std::move(errors.relative));
 }
 
+// Floats, or what codes stand for.
+void CopyRow(const Tensor& weight, int64_t row, std::span<float> values) {
+  const int64_t width = std::ssize(values);
+  if (weight.Grid() != nullptr)
+    Dequantize(weight, *weight.Grid(), row * width, values);
+  else
+    std::ranges::copy(weight.F32().subspan(row * width, width), values.begin());
+}
+
 // What rounding makes of a weight: inputs of any direction come out that far off on average.
 void AddWeight(const Tensor& stored, const Tensor& rounded, ErrorMetrics& error) {
   if (rounded.Empty() || stored.GetShape() != rounded.GetShape()) return;
-  const Tensor reference = ToF32(stored);
+  const Tensor reference = stored.Grid() != nullptr ? stored : ToF32(stored);
   const int64_t rows = stored.GetShape()[0], width = stored.Elements() / rows;
-  std::vector<float> values(static_cast<size_t>(width));
+  std::vector<float> before(static_cast<size_t>(width)), after(static_cast<size_t>(width));
   for (int64_t row = 0; row < rows; ++row) {
-    if (rounded.Grid() != nullptr)
-      Dequantize(rounded, *rounded.Grid(), row * width, values);
-    else
-      std::ranges::copy(rounded.F32().subspan(row * width, width), values.begin());
-    error.Add(reference.F32().subspan(row * width, width), values);
+    CopyRow(reference, row, before);
+    CopyRow(rounded, row, after);
+    error.Add(before, after);
   }
 }
 

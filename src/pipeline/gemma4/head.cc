@@ -270,7 +270,7 @@ class Head::Measurement {
            .calibration = s_.calibration,
            .reads = {{"last_hidden_state", {key::kNormed}}},
            .slice = PointReading::Slice{begin, item.length, first, rows, vocab_},
-           .parameter = [&](const std::string&, bool as_rounded) { return as_rounded ? exact : ToF32(stored); },
+           .parameter = [&](const std::string&, bool as_rounded) { return as_rounded ? exact : stored; },
            .run =
                [&](Chain chain, PointReading& reading) {
                  const bool is_float = chain == Chain::kFloat;
