@@ -113,7 +113,8 @@ struct Executor::Plan {
     if (home.place == MemoryPlan::Place::kArena) return Tensor(graph.TypeOf(id), arena + home.offset, nullptr);
     const Tensor& root = tensors[home.root];
     const Tensor tensor({root.GetDType(), graph.TypeOf(id).shape}, root.Raw(), nullptr);
-    return IsInteger(root.GetDType()) ? tensor.WithGrid(root.Grid()) : tensor;
+    const bool weight = home.place == MemoryPlan::Place::kWeight && home.root == id;
+    return IsInteger(root.GetDType()) || weight ? tensor.WithGrid(root.Grid()) : tensor;
   }
 
   void FindReaders() {
@@ -142,8 +143,11 @@ struct Executor::Plan {
     constexpr int64_t kLargeElements = int64_t{16} << 20;
     return std::ranges::all_of(readers[id], [&](const Reader& reader) {
       if (reader.Table()) return true;
-      return reader.LinearWeight() && (codes.Elements() > kLargeElements ||
-                                       SummedInIntegers(grids[reader.node->in[0]], codes.Grid(), codes.GetShape()[-1]));
+      if (!reader.LinearWeight()) return false;
+      const ValueId x = reader.node->in[0];
+      const int64_t k = codes.GetShape()[-1];
+      const auto exactly = graph.TypeOf(x).shape.Elements() == k ? RowSummedInIntegers : SummedInIntegers;
+      return codes.Elements() > kLargeElements || exactly(grids[x], codes.Grid(), k);
     });
   }
 

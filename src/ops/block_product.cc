@@ -52,6 +52,36 @@ struct ByteQuads {
   }
 };
 
+// The same where no instruction sums bytes exactly: in halves of 16 bits, two products to a sum.
+struct ByteHalves {
+  static HWY_INLINE V MulAdd(V a, V b, V sum) {
+#if HWY_TARGET == HWY_SCALAR
+    uint8_t left[4];
+    int8_t right[4];
+    int32_t total;
+    std::memcpy(left, &a.raw, sizeof(left));
+    std::memcpy(right, &b.raw, sizeof(right));
+    std::memcpy(&total, &sum.raw, sizeof(total));
+    for (int i = 0; i < 4; ++i) total += left[i] * right[i];
+    std::memcpy(&sum.raw, &total, sizeof(total));
+    return sum;
+#else
+    const hn::RebindToSigned<Floats> d32;
+    const hn::Repartition<int16_t, Floats> d16;
+    const hn::Repartition<uint16_t, Floats> du16;
+    const auto left = hn::BitCast(du16, a);
+    const auto right = hn::BitCast(d16, b);
+    auto other = hn::Zero(d32);
+    auto total =
+        hn::ReorderWidenMulAccumulate(d32, hn::BitCast(d16, hn::And(left, hn::Set(du16, 255))),
+                                      hn::ShiftRight<8>(hn::ShiftLeft<8>(right)), hn::BitCast(d32, sum), other);
+    total = hn::ReorderWidenMulAccumulate(d32, hn::BitCast(d16, hn::ShiftRight<8>(left)), hn::ShiftRight<8>(right),
+                                          total, other);
+    return hn::BitCast(kD, hn::Add(total, other));
+#endif
+  }
+};
+
 // c[r][0, kVectors * kLanes) (+)= a[r][0, steps) b, for kRows rows; `fresh`: c holds nothing yet.
 template <class Type, int kRows, int kVectors>
 HWY_INLINE void Tile(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTRICT b, int64_t steps,
@@ -142,8 +172,10 @@ void MultiplyPairsImpl(const float* a, int64_t a_stride, int64_t m, const Panels
 }
 void MultiplyQuadsImpl(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
                        int64_t c_stride) {
-  CIRCLET_CHECK(HWY_TARGET == HWY_AVX3, "products of bytes need AVX-512");
-  MultiplyWith<ByteQuads>(a, a_stride, m, b, part, c, c_stride);
+  if (HWY_TARGET == HWY_AVX3 && MultipliesBytes())
+    MultiplyWith<ByteQuads>(a, a_stride, m, b, part, c, c_stride);
+  else
+    MultiplyWith<ByteHalves>(a, a_stride, m, b, part, c, c_stride);
 }
 
 // One panel from rows of the transposed operand. They go through a small tile: rows whose distance is a multiple of

@@ -280,7 +280,6 @@ class Grids final : public PointReading {
 // Where q, k and v, or the probabilities and v, lie on grids of 8 bits, both ways sum codes: in other kernels, and the
 // expansion over all keys.
 TEST(AttentionTest, EqualsItsExpansionInIntegers) {
-  if (!gemm::MultipliesBytes()) GTEST_SKIP() << "without AVX-512 VNNI no product is summed in integers";
   std::vector<Case> cases = kCases;
   cases.push_back({2, 1, 50, 33, 7});  // odd: quads are not full
   const auto grid = [](DType dtype, float scale, int32_t zero_point) {

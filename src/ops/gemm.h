@@ -57,7 +57,7 @@ void PairAlongRows(const float* x, int64_t x_stride, int64_t rows, int64_t k, fl
 // The pairs [first, last) of rows of x [k,n]: pairs [Pairs(k),n].
 void PairRows(const float* x, int64_t k, int64_t n, int64_t first, int64_t last, float* pairs);
 
-// The same in bytes (needs MultipliesBytes()): four neighbours along k, unsigned ones in a and signed ones in b, stand
+// The same in bytes: four neighbours along k, unsigned ones in a and signed ones in b, stand
 // where one float32 stands otherwise, zeros behind the last; c holds int32 sums, exact in any order.
 inline int64_t Quads(int64_t k) { return (k + 3) / 4; }
 void MultiplyQuads(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
@@ -65,8 +65,8 @@ void MultiplyQuads(const float* a, int64_t a_stride, int64_t m, const Panels& b,
 // The quads [first, last) of rows of x [k,n]: quads [Quads(k),n].
 void QuadRows(const int8_t* x, int64_t k, int64_t n, int64_t first, int64_t last, float* quads);
 
-// Whether the processor multiplies bytes, sums them exactly (older instructions saturate) and is faster so: AVX-512
-// VNNI, which processors with AMX have too.
+// Whether oneDNN multiplies bytes and sums them exactly, which is fast: with AVX-512 VNNI, which processors with AMX have
+// too (older instructions saturate). Elsewhere other instructions give the same sums.
 bool MultipliesBytes();
 
 }  // namespace circlet::gemm

@@ -9,6 +9,7 @@
 #include "ops/gemm.h"
 #include "ops/internal.h"
 #include "ops/onednn_product.h"
+#include "ops/row_product.h"
 #include "ops/simd.h"
 #include "ops/thread_scratch.h"
 
@@ -18,7 +19,14 @@ namespace {
 // So many products of two bytes, offsets included, stay below 2^31.
 constexpr int64_t kMostTerms = 1 << 15;
 
+// More rows of x than these are multiplied by oneDNN, if it can: what it takes of W is unpacked for them.
+constexpr int64_t kFewRows = 8;
+
 bool IsBytes(const QParams& grid) { return IsInteger(grid.dtype) && BitWidth(grid.dtype) <= 8; }
+
+bool FitIntegers(const QParams& x, const QParams& w, int64_t k) {
+  return k > 0 && k <= kMostTerms && !x.PerChannel() && (IsBytes(x) || x.dtype == DType::kI16) && w.axis <= 0;
+}
 
 // Rows of x as unsigned codes; those of 16 bits in two digits, all the high ones first.
 class CodedRows {
@@ -126,6 +134,86 @@ struct CodedMatrix {
   }
 };
 
+// Rows of x for products that are summed row by row of W.
+class SteppedRows {
+ public:
+  SteppedRows(const float* x, int64_t rows, int64_t k, const QParams& grid, DType w) {
+    const int64_t stride = simd::StepElements(k, w);
+    // Steps from the zero point on, but of 16 bits with a zero point, which would leave them.
+    const bool wide = BitWidth(grid.dtype) == 16 && grid.zero_point[0] != 0;
+    const int32_t added = wide ? grid.zero_point[0] : 0;
+    int16_t* const steps = ThreadScratch<int16_t, struct RowSteps>((rows + 1) * stride);
+    double* const sums = ThreadScratch<double, struct StepSums>(rows);
+    ParallelFor(rows, RowGrain(k), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        sums[row] = simd::StepsOfRow(x + row * k, k, grid.scale[0], added, w, steps + row * stride);
+    });
+    int16_t* const ones = steps + rows * stride;
+    if (wide) {
+      const std::vector<float> ones_of_k(static_cast<size_t>(k), 1.0f);
+      simd::StepsOfRow(ones_of_k.data(), k, 1.0f, 0, w, ones);
+    }
+    rows_ = {steps, rows, k, sums, grid.scale[0], static_cast<double>(added), ones};
+  }
+  const simd::StepRows& Rows() const { return rows_; }
+
+ private:
+  simd::StepRows rows_;
+};
+
+// y [rows of x, n] by rows of W.
+void MultiplyByRows(const simd::StepRows& x, const simd::CodeRows& w, int64_t n, float* y) {
+  constexpr int64_t kPieceBytes = int64_t{1} << 17, kRowsTogether = 16;
+  const int64_t row_bytes = std::max<int64_t>(1, x.k * BitWidth(w.dtype) / 8 * std::max<int64_t>(1, x.count / 4));
+  const int64_t grain = std::max<int64_t>(1, kPieceBytes / row_bytes / kRowsTogether) * kRowsTogether;
+  ParallelFor(n, grain, [&](int64_t begin, int64_t end) { simd::MultiplyRows(x, w, begin, end, y, n); });
+}
+
+void LinearByRows(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y) {
+  const int64_t n = w.GetShape()[0], k = w.GetShape()[1], m = x.Elements() / k;
+  Tensor codes = w;
+  if (BitWidth(w.GetDType()) == 4 && k % 2 != 0) {  // rows that begin within a byte
+    codes = Tensor::Uninitialized({DType::kI8, {n, k}});
+    SignedCodes(w, 0, codes.As<int8_t>());
+  }
+  const QParams& grid = *w.Grid();
+  const simd::CodeRows rows{codes.Raw(), codes.GetDType(), grid.scale.data(), grid.zero_point.data(), grid.PerChannel(),
+                            bias};
+  constexpr int64_t kBlockElements = int64_t{8} << 20;
+  const int64_t block = std::max<int64_t>(1, kBlockElements / k);
+  for (int64_t row = 0; row < m; row += block) {
+    const SteppedRows stepped(x.F32().data() + row * k, std::min(block, m - row), k, *x.Grid(), codes.GetDType());
+    MultiplyByRows(stepped.Rows(), rows, n, y.F32().data() + row * n);
+  }
+}
+
+// y = a b of computed operands. A NaN in b reaches its column of y, or all of y when it is not transposed.
+void MatMulByRows(const float* a, const QParams& a_grid, const float* b, const QParams& b_grid, bool transposed,
+                  int64_t m, int64_t n, int64_t k, float* y) {
+  const int64_t rows = transposed ? n : k, width = transposed ? k : n;
+  int8_t* const bytes = ThreadScratch<int8_t, struct RowBytes>(2 * n * k);
+  const int32_t zero_point = UnsignedZeroPoint(b_grid) - 128;
+  std::vector<float> scales(static_cast<size_t>(n), b_grid.scale[0]);
+  const std::vector<int32_t> zero_points(static_cast<size_t>(n), zero_point);
+  for (int64_t row = 0; row < rows; ++row) {
+    const double sum = simd::CodesOf8Bits(b + row * width, width, b_grid.scale[0], zero_point,
+                                          reinterpret_cast<uint8_t*>(bytes + row * width));
+    if (std::isnan(sum)) std::fill_n(scales.begin() + (transposed ? row : 0), transposed ? 1 : n, NAN);
+  }
+  int8_t* codes = bytes;
+  if (!transposed) {
+    codes = bytes + n * k;
+    ParallelFor(n, RowGrain(k), [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j)
+        for (int64_t i = 0; i < k; ++i) codes[j * k + i] = bytes[i * n + j];
+    });
+  }
+  const SteppedRows stepped(a, m, k, a_grid, DType::kI8);
+  MultiplyByRows(
+      stepped.Rows(),
+      {reinterpret_cast<const std::byte*>(codes), DType::kI8, scales.data(), zero_points.data(), true, nullptr}, n, y);
+}
+
 // `count` columns of y, of row stride `stride`. The sums stand where their results will, unless each needs two.
 void Multiply(const CodedRows& x, const CodedColumns& w, int64_t count, int64_t k, float* y, int64_t stride) {
   const bool in_place = x.Digits() == 1;
@@ -147,9 +235,11 @@ void Multiply(const CodedRows& x, const CodedColumns& w, int64_t count, int64_t 
 }  // namespace
 
 bool SummedInIntegers(const QParams* x, const QParams* w, int64_t k) {
-  if (!gemm::MultipliesBytes() || x == nullptr || w == nullptr || k == 0 || k > kMostTerms) return false;
-  const bool x_fits = !x->PerChannel() && (IsBytes(*x) || x->dtype == DType::kI16);
-  return x_fits && IsBytes(*w) && w->axis <= 0;
+  return x != nullptr && w != nullptr && IsBytes(*w) && FitIntegers(*x, *w, k);
+}
+
+bool RowSummedInIntegers(const QParams* x, const QParams* w, int64_t k) {
+  return x != nullptr && w != nullptr && (IsBytes(*w) || w->dtype == DType::kI16) && FitIntegers(*x, *w, k);
 }
 
 bool BytesSummedInIntegers(const QParams* a, const QParams* b, int64_t k) {
@@ -163,6 +253,7 @@ int32_t UnsignedZeroPoint(const QParams& grid) {
 void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const QParams& b_grid, bool transposed,
                    int64_t m, int64_t n, int64_t k, float* y) {
   CIRCLET_CHECK(BytesSummedInIntegers(&a_grid, &b_grid, k), "a product of bytes that is not summed in integers");
+  if (!gemm::MultipliesBytes()) return MatMulByRows(a, a_grid, b, b_grid, transposed, m, n, k, y);
   const CodedRows rows(a, m, k, a_grid);
   const CodedMatrix matrix(b, b_grid, transposed, n, k, rows);
   gemm::ProductOf({.m = m, .n = n, .k = k, .transposed = transposed, .operand = gemm::Operand::kBytes})
@@ -181,8 +272,10 @@ void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Te
   constexpr int64_t kBlockBytes = int64_t{16} << 20, kSliceBytes = int64_t{8} << 20, kFewestRows = 64;
   constexpr int64_t kMostColumns = kBlockBytes / (8 * kFewestRows);
   const int64_t n = w.GetShape()[0], k = w.GetShape()[1], m = x.Elements() / k;
-  CIRCLET_CHECK(SummedInIntegers(x.Grid(), w.Grid(), k), "a product of codes that is not summed in integers");
+  CIRCLET_CHECK(m == 1 ? RowSummedInIntegers(x.Grid(), w.Grid(), k) : SummedInIntegers(x.Grid(), w.Grid(), k),
+                "a product of codes that is not summed in integers");
   if (y.Elements() == 0) return;
+  if (m <= kFewRows || !gemm::MultipliesBytes()) return LinearByRows(x, w, bias, y);
   const int64_t digits = BitWidth(x.Grid()->dtype) == 16 ? 2 : 1;
   gemm::Count({.m = digits * m, .n = n, .k = k, .operand = gemm::Operand::kBytes});
   const int64_t slice = std::min(n, w.GetDType() == DType::kI8 ? kMostColumns : std::max<int64_t>(1, kSliceBytes / k));

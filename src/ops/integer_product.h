@@ -1,7 +1,8 @@
 #pragma once
 
 // y = x W^T of operands on integer grids, summed in integers: exact, so that neither the order of the sum nor the
-// kernel can be seen in y, and four times (x of 8 bits) or twice (16 bits) as fast as in float32.
+// kernel nor the processor can be seen in y, and where oneDNN sums bytes (gemm::MultipliesBytes) four times (x of 8
+// bits) or twice (16 bits) as fast as in float32. Few rows of x are multiplied with W as it is stored (row_product.h).
 //
 //   y[i,j] = scale_x scale_w[j] sum_k (x[i,k] - zero_x) (w[j,k] - zero_w[j]) + bias[j]      (format.md 4)
 //
@@ -15,8 +16,10 @@
 namespace circlet {
 
 // Whether a product of values on these grids (null: on none), `k` terms a sum, is summed in integers: x on one grid of
-// at most 8 bits or of int16; W of at most 8 bits, on one grid or one for each row; and gemm::MultipliesBytes().
+// at most 8 bits or of int16; W of at most 8 bits, on one grid or one for each row.
 bool SummedInIntegers(const QParams* x, const QParams* w, int64_t k);
+// The same for a single row of x, where W may be int16 too.
+bool RowSummedInIntegers(const QParams* x, const QParams* w, int64_t k);
 
 // The same for two computed operands: both on one grid of at most 8 bits.
 bool BytesSummedInIntegers(const QParams* a, const QParams* b, int64_t k);

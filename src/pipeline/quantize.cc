@@ -381,7 +381,7 @@ void Run::MeasureSecondRounding(const std::string& name, const WeightSource& sto
   std::map<int64_t, std::pair<double, double>> parts;  // summed in order, whatever thread made them
   VisitWeight(before, [&](std::span<const float> values, int64_t first) {
     std::vector<float> now(values.size());
-    if (after.Grid() != nullptr) {
+    if (IsInteger(after.GetDType())) {
       Dequantize(after, *after.Grid(), first, now);
     } else {
       std::copy_n(after.F32().begin() + first, now.size(), now.begin());

@@ -62,7 +62,7 @@ class Rows {
 
   // `count` elements of a row, in place where they are float32 already, else in `buffer`.
   const float* Get(int64_t row, int64_t column, int64_t count, std::vector<float>& buffer) const {
-    if (tensor_.Grid() != nullptr) {
+    if (IsInteger(tensor_.GetDType())) {
       buffer.resize(count);
       Dequantize(tensor_, *tensor_.Grid(), row * width_ + column, buffer);
       return buffer.data();

@@ -166,7 +166,7 @@ class Head::Measurement {
  private:
   // A weight in the form that products take, converted once for all lengths; codes stay codes.
   Tensor Operand(const Tensor& rows) const {
-    if (rows.Grid() != nullptr) return s_.calibration.OperandOf(rows);
+    if (IsInteger(rows.GetDType())) return s_.calibration.OperandOf(rows);
     return s_.compute == Compute::kBf16 ? ToBF16(rows) : ToF32(rows);
   }
   // One thread's executors for one slice of the vocabulary.

@@ -1,0 +1,267 @@
+#include "ops/row_product.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "circlet/base/dtype.h"
+#include "circlet/base/error.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "ops/row_product.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace circlet::simd::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+using Words = hn::ScalableTag<int16_t>;
+constexpr Words kD16;
+constexpr hn::RepartitionToWide<Words> kD32;
+constexpr hn::RebindToUnsigned<Words> kDU16;
+constexpr int64_t kLanes = hn::MaxLanes(kD16);
+// Elements that planes are padded to: whole vectors of every target.
+constexpr int64_t kPad = 32;
+static_assert(kPad % kLanes == 0);
+// Steps after which sums of 32 bits go to wider ones: two fields of at most 255 by values of at most 2^15, two of each
+// to a sum, stay below 2^31 for 64 of them.
+constexpr int64_t kSteps = 64;
+// Rows of W whose sums are finished together, and rows of x that share the unpacking of one.
+constexpr int64_t kChunk = 16;
+constexpr int kTile = 4;
+
+int64_t PlaneOf(int64_t k, int64_t fields) { return ((k + fields - 1) / fields + kPad - 1) / kPad * kPad; }
+
+// What makes signed fields unsigned, and by how much a field is larger than its code then.
+struct Signs {
+  uint16_t flip = 0;
+  double offset = 0;
+};
+Signs SignsOf(DType dtype) {
+  if (dtype == DType::kI8) return {0x8080, 128};
+  if (dtype == DType::kI4) return {0x8888, 8};
+  return {};
+}
+
+#if HWY_TARGET == HWY_SCALAR
+
+template <int kFields, int kRows>
+void SumsOfRow(const int16_t* x, int64_t row_stride, int64_t plane, const uint8_t* w, int64_t bytes, uint16_t flip,
+               double* totals) {
+  int64_t sums[kRows] = {};
+  for (int64_t i = 0; 2 * i < bytes; ++i) {
+    uint16_t lane = 0;
+    std::memcpy(&lane, w + 2 * i, static_cast<size_t>(std::min<int64_t>(2, bytes - 2 * i)));
+    lane ^= flip;
+    for (int p = 0; p < kFields; ++p) {
+      const int64_t field =
+          kFields == 1 ? static_cast<int16_t>(lane) : lane >> (16 / kFields * p) & ((1 << 16 / kFields) - 1);
+      for (int r = 0; r < kRows; ++r) sums[r] += field * x[r * row_stride + p * plane + i];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) totals[r * kChunk] = static_cast<double>(sums[r]);
+}
+
+#else
+
+using Lanes = hn::Vec<Words>;
+using Sums = hn::Vec<decltype(kD32)>;
+
+HWY_INLINE int64_t Total(Sums sums) {
+  HWY_ALIGN int32_t lanes[hn::MaxLanes(kD32)];
+  hn::Store(sums, kD32, lanes);
+  int64_t total = 0;
+  for (const int32_t lane : lanes) total += lane;
+  return total;
+}
+
+// The fields of 16-bit lanes, the lowest first. Of a 16-bit code the low byte and the signed high one.
+template <int kFields>
+HWY_INLINE void FieldsOf(hn::Vec<decltype(kDU16)> lanes, Lanes* fields) {
+  if constexpr (kFields == 4) {
+    const auto mask = hn::Set(kDU16, 15);
+    fields[0] = hn::BitCast(kD16, hn::And(lanes, mask));
+    fields[1] = hn::BitCast(kD16, hn::And(hn::ShiftRight<4>(lanes), mask));
+    fields[2] = hn::BitCast(kD16, hn::And(hn::ShiftRight<8>(lanes), mask));
+    fields[3] = hn::BitCast(kD16, hn::ShiftRight<12>(lanes));
+  } else {
+    fields[0] = hn::BitCast(kD16, hn::And(lanes, hn::Set(kDU16, 255)));
+    fields[1] =
+        kFields == 2 ? hn::BitCast(kD16, hn::ShiftRight<8>(lanes)) : hn::ShiftRight<8>(hn::BitCast(kD16, lanes));
+  }
+}
+
+// totals[r * kChunk] = the sum over a row of W, `bytes` long, of fields by the steps of row r of x.
+template <int kFields, int kRows>
+HWY_INLINE void SumsOfRow(const int16_t* HWY_RESTRICT x, int64_t row_stride, int64_t plane,
+                          const uint8_t* HWY_RESTRICT w, int64_t bytes, uint16_t flip, double* HWY_RESTRICT totals) {
+  constexpr int64_t kBytes = 2 * kLanes;
+  const auto flips = hn::Set(kDU16, flip);
+  int64_t sums[kRows] = {}, high_sums[kRows] = {};
+  const int64_t steps = (bytes + kBytes - 1) / kBytes;
+  for (int64_t begin = 0; begin < steps; begin += kSteps) {
+    Sums sum[kRows], high[kRows];
+    // Where the instruction adds neighbours of its own choice, half of them go here.
+    Sums other = hn::Zero(kD32), other_high = hn::Zero(kD32);
+    for (int r = 0; r < kRows; ++r) sum[r] = high[r] = hn::Zero(kD32);
+    const int64_t end = std::min(steps, begin + kSteps);
+    for (int64_t step = begin; step < end; ++step) {
+      const auto* from = reinterpret_cast<const uint16_t*>(w + step * kBytes);
+      HWY_ALIGN uint16_t rest[kLanes] = {};
+      if (HWY_UNLIKELY((step + 1) * kBytes > bytes)) {
+        std::memcpy(rest, from, static_cast<size_t>(bytes - step * kBytes));
+        from = rest;
+      }
+      Lanes fields[4];
+      FieldsOf<kFields>(hn::Xor(hn::LoadU(kDU16, from), flips), fields);
+      for (int r = 0; r < kRows; ++r) {
+        const int16_t* const of_row = x + r * row_stride + step * kLanes;
+        if constexpr (kFields == 1) {
+          const Lanes value = hn::Load(kD16, of_row);
+          sum[r] = hn::ReorderWidenMulAccumulate(kD32, fields[0], value, sum[r], other);
+          high[r] = hn::ReorderWidenMulAccumulate(kD32, fields[1], value, high[r], other_high);
+        } else {
+          for (int p = 0; p < kFields; ++p)
+            sum[r] = hn::ReorderWidenMulAccumulate(kD32, fields[p], hn::Load(kD16, of_row + p * plane), sum[r], other);
+        }
+      }
+    }
+    static_assert(kRows == 1 || HWY_ARCH_X86, "`other` would hold the sums of several rows");
+    for (int r = 0; r < kRows; ++r) {
+      sums[r] += Total(hn::Add(sum[r], other));
+      if constexpr (kFields == 1) high_sums[r] += Total(hn::Add(high[r], other_high));
+    }
+  }
+  for (int r = 0; r < kRows; ++r) totals[r * kChunk] = static_cast<double>(256 * high_sums[r] + sums[r]);
+}
+
+#endif
+
+template <int kFields>
+HWY_INLINE void SumsOfChunk(const int16_t* x, int64_t rows, int64_t row_stride, int64_t plane, const uint8_t* w,
+                            int64_t count, int64_t bytes, uint16_t flip, double* totals) {
+  for (int64_t j = 0; j < count; ++j) {
+    const uint8_t* const row = w + j * bytes;
+    if (HWY_ARCH_X86 && rows == kTile)
+      SumsOfRow<kFields, HWY_ARCH_X86 ? kTile : 1>(x, row_stride, plane, row, bytes, flip, totals + j);
+    else
+      for (int64_t r = 0; r < rows; ++r)
+        SumsOfRow<kFields, 1>(x + r * row_stride, row_stride, plane, row, bytes, flip, totals + r * kChunk + j);
+  }
+}
+
+void MultiplyRowsImpl(const StepRows& x, const CodeRows& w, int64_t first, int64_t last, float* y, int64_t y_stride) {
+  const int64_t fields = CodesPerLane(w.dtype), plane = PlaneOf(x.k, fields), stride = fields * plane;
+  const int64_t bytes = (x.k * BitWidth(w.dtype) + 7) / 8;
+  const Signs signs = SignsOf(w.dtype);
+  const auto sums_of = fields == 4 ? SumsOfChunk<4> : fields == 2 ? SumsOfChunk<2> : SumsOfChunk<1>;
+  const auto k = static_cast<double>(x.k);
+  for (int64_t chunk = first; chunk < last; chunk += kChunk) {
+    const int64_t count = std::min(kChunk, last - chunk);
+    const auto* const rows = reinterpret_cast<const uint8_t*>(w.codes) + chunk * bytes;
+    double zero[kChunk], scale[kChunk], bias[kChunk], moved[kChunk] = {};
+    if (x.zero_point != 0) sums_of(x.ones, 1, stride, plane, rows, count, bytes, signs.flip, moved);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t channel = w.per_row ? chunk + j : 0;
+      zero[j] = w.zero_points[channel] + signs.offset;
+      scale[j] = x.scale * w.scales[channel];
+      bias[j] = w.bias == nullptr ? 0 : w.bias[chunk + j];
+      moved[j] = x.zero_point * (k * zero[j] - moved[j]);
+    }
+    for (int64_t row = 0; row < x.count; row += kTile) {
+      const int64_t height = std::min<int64_t>(kTile, x.count - row);
+      double totals[kTile * kChunk];
+      sums_of(x.steps + row * stride, height, stride, plane, rows, count, bytes, signs.flip, totals);
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t j = 0; j < count; ++j) {
+          const double total = totals[r * kChunk + j] + moved[j] - zero[j] * x.sums[row + r];
+          y[(row + r) * y_stride + chunk + j] =
+              static_cast<float>(bias[j] == 0 ? total * scale[j] : std::fma(total, scale[j], bias[j]));
+        }
+    }
+  }
+}
+
+// piece[i * fields + p] to planes[p * plane + i], i < count.
+HWY_INLINE void IntoPlanes(const int16_t* piece, int64_t count, int64_t fields, int64_t plane, int16_t* planes) {
+#if HWY_TARGET == HWY_SCALAR
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t p = 0; p < fields; ++p) planes[p * plane + i] = piece[i * fields + p];
+#else
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Lanes a, b, c, d;
+    if (fields == 1) {
+      hn::Store(hn::Load(kD16, piece + i), kD16, planes + i);
+    } else if (fields == 2) {
+      hn::LoadInterleaved2(kD16, piece + 2 * i, a, b);
+      hn::Store(a, kD16, planes + i);
+      hn::Store(b, kD16, planes + plane + i);
+    } else {
+      hn::LoadInterleaved4(kD16, piece + 4 * i, a, b, c, d);
+      hn::Store(a, kD16, planes + i);
+      hn::Store(b, kD16, planes + plane + i);
+      hn::Store(c, kD16, planes + 2 * plane + i);
+      hn::Store(d, kD16, planes + 3 * plane + i);
+    }
+  }
+#endif
+}
+
+double StepsOfRowImpl(const float* x, int64_t k, float scale, int32_t added, DType w, int16_t* steps) {
+  const int64_t fields = CodesPerLane(w), plane = PlaneOf(k, fields);
+  const hn::ScalableTag<float> d;
+  const hn::RebindToSigned<decltype(d)> d32;
+  const hn::Rebind<int16_t, decltype(d)> d16;
+  constexpr int64_t kFloats = hn::MaxLanes(d);
+  const auto reciprocal = hn::Set(d, 1.0f / scale);
+  const auto shift = hn::Set(d32, added);
+  auto sum = hn::Zero(d32);
+  auto odd = hn::Zero(d);  // x - x is 0, or NaN
+  // Pieces of whole vectors of all planes.
+  constexpr int64_t kPiece = 4 * kPad;
+  for (int64_t begin = 0; begin < fields * plane; begin += kPiece) {
+    HWY_ALIGN float values[kPiece] = {};
+    HWY_ALIGN int16_t piece[kPiece];
+    const int64_t count = std::clamp<int64_t>(k - begin, 0, kPiece);
+    std::memcpy(values, x + begin, static_cast<size_t>(count) * sizeof(float));
+    for (int64_t i = 0; i < kPiece; i += kFloats) {
+      const auto value = hn::Load(d, values + i);
+      odd = hn::Add(odd, hn::Sub(value, value));
+      auto step = hn::Add(hn::NearestInt(hn::Mul(value, reciprocal)), shift);
+      if (i + kFloats > count)
+        step = hn::IfThenElseZero(hn::FirstN(d32, static_cast<size_t>(std::max<int64_t>(0, count - i))), step);
+      sum = hn::Add(sum, step);
+      hn::Store(hn::DemoteTo(d16, step), d16, piece + i);
+    }
+    IntoPlanes(piece, std::min(kPiece, fields * plane - begin) / fields, fields, plane, steps + begin / fields);
+  }
+  const auto total = static_cast<double>(hn::GetLane(hn::SumOfLanes(d32, sum)));
+  return total + static_cast<double>(hn::GetLane(hn::SumOfLanes(d, odd)));
+}
+
+}  // namespace circlet::simd::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace circlet::simd {
+
+HWY_EXPORT(MultiplyRowsImpl);
+HWY_EXPORT(StepsOfRowImpl);
+
+int64_t CodesPerLane(DType w) { return 16 / BitWidth(w); }
+int64_t StepElements(int64_t k, DType w) {
+  constexpr int64_t kPad = 32;
+  const int64_t fields = CodesPerLane(w);
+  return fields * (((k + fields - 1) / fields + kPad - 1) / kPad * kPad);
+}
+
+double StepsOfRow(const float* x, int64_t k, float scale, int32_t added, DType w, int16_t* steps) {
+  return HWY_DYNAMIC_DISPATCH(StepsOfRowImpl)(x, k, scale, added, w, steps);
+}
+void MultiplyRows(const StepRows& x, const CodeRows& w, int64_t first, int64_t last, float* y, int64_t y_stride) {
+  HWY_DYNAMIC_DISPATCH(MultiplyRowsImpl)(x, w, first, last, y, y_stride);
+}
+
+}  // namespace circlet::simd
+#endif  // HWY_ONCE
