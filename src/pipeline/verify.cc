@@ -459,7 +459,8 @@ VerifyResult Verify(const VerifyOptions& options) {
     result.units.push_back(std::move(verdict));
     progress.Advance();
   }
-  for (const auto& [parameter, sums] : listing.stored_codes) {
+  for (const auto& entry : listing.stored_codes) {
+    const std::string& parameter = entry.first;
     const bool judged = std::ranges::any_of(result.lost_codes,
                                             [&](const std::string& lost) { return lost.starts_with(parameter + ":"); });
     if (!stored.contains(parameter) && !judged)
