@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "circlet/base/error.h"
+#include "circlet/base/hash.h"
 #include "circlet/io/json.h"
 
 namespace circlet::runtime {
@@ -53,10 +54,7 @@ Sampler::Sampler(const Sampling& options) : options_(options), state_(options.se
 
 // SplitMix64; 53 bits.
 double Sampler::Uniform() {
-  uint64_t z = state_ += 0x9e3779b97f4a7c15;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-  return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
+  return static_cast<double>(Mix(state_ += kSplitMixStep) >> 11) * 0x1p-53;
 }
 
 int64_t Sampler::Next(std::span<const float> logits, std::span<const int64_t> sequence) {
