@@ -107,6 +107,15 @@ std::string UnusedText(const OverridePolicy& policy, std::span<const Point> poin
                      policy.name, hint);
 }
 
+// The overrides that name a point; the last one decides, since the fuller name says more.
+std::vector<const Override*> OverridesOf(const Point& point, const std::vector<Override>& overrides) {
+  std::vector<const Override*> named;
+  for (const Override& candidate : overrides)
+    if (PathNames(candidate.path, point.name)) named.push_back(&candidate);
+  std::ranges::stable_sort(named, {}, [](const Override* candidate) { return candidate->path.size(); });
+  return named;
+}
+
 }  // namespace
 
 bool OverridePolicy::Matches(const Point& point) const {
@@ -171,12 +180,7 @@ PointSpec Recipe::SpecFor(const Point& point, const Dialect& dialect) const {
   std::optional<QuantSpec> override = BuilderOverride(specs, kind);
   for (const OverridePolicy& policy : policies)
     if (policy.Matches(point)) override = Over(override, policy.spec);
-  std::vector<const Override*> named;
-  for (const Override& candidate : overrides)
-    if (PathNames(candidate.path, point.name)) named.push_back(&candidate);
-  // The fuller name says more.
-  std::ranges::stable_sort(named, {}, [](const Override* candidate) { return candidate->path.size(); });
-  for (const Override* candidate : named) override = Over(override, candidate->spec);
+  for (const Override* named : OverridesOf(point, overrides)) override = Over(override, named->spec);
   return ResolveSpec(point.name, override ? &*override : nullptr, WrapperDefaultOf(kind),
                      weight ? specs.weight : specs.activation, dialect);
 }
@@ -185,8 +189,7 @@ std::string Recipe::PlaceOf(const Point& point) const {
   std::string place;
   for (const OverridePolicy& policy : policies)
     if (policy.Matches(point)) place = policy.where;
-  for (const Override& candidate : overrides)
-    if (PathNames(candidate.path, point.name)) place = candidate.where;
+  for (const Override* named : OverridesOf(point, overrides)) place = named->where;
   return place;
 }
 

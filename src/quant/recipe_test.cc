@@ -171,6 +171,15 @@ TEST(RecipeOverrideTest, TheFullerPathWins) {
       layers.0.act_in: int8
 )");
   EXPECT_EQ(TypeOf(recipe, "model.language_model.layers.0.act_in"), "uint8");
+  EXPECT_EQ(recipe.PlaceOf({.name = "model.language_model.layers.0.act_in"}), "quant.yaml:4");
+}
+
+TEST(RecipeOverrideTest, APlaceIsThatOfWhatDecides) {
+  const Recipe recipe = WithStage(R"(    raw_overrides:
+      layers.0.act_in: uint8
+)");
+  EXPECT_EQ(recipe.PlaceOf({.name = "model.language_model.layers.0.act_in"}), "quant.yaml:4");
+  EXPECT_EQ(recipe.PlaceOf({.name = "model.language_model.layers.1.act_in"}), "");
 }
 
 TEST(RecipeOverrideTest, APartialOverrideKeepsTheBuildersType) {
@@ -216,6 +225,12 @@ TEST(RecipeOverrideTest, DuplicateAndEmptyPathsAreErrors) {
 
 Recipe WithPolicy(const std::string& target, const std::string& more = "") {
   return WithStage("    override_policies:\n      - {name: p, target: " + target + ", spec: uint8" + more + "}\n");
+}
+
+TEST(RecipePolicyTest, APlaceIsThatOfThePolicy) {
+  EXPECT_EQ(WithPolicy("{module: self_attn, observers: [softmax]}")
+                .PlaceOf({.name = "model.language_model.layers.0.self_attn.softmax"}),
+            "quant.yaml:4");
 }
 
 TEST(RecipePolicyTest, SelectorsChooseComponentLayersModulesAndPoints) {
