@@ -227,6 +227,16 @@ TEST_F(SpoiledRunTest, ValuesOutOfTheGridAreCountedAndNaNsAreRefused) {
               ElementsAre(HasSubstr("lm_head.in.0: value [0,0,7] is NaN")));
 }
 
+// An unknown size is 1 in the shape, as readers of the format take it.
+TEST_F(SpoiledRunTest, UnitsOfAnyLengthAreStoredAtOnePosition) {
+  for (const char* name : {"token_embedding", "ple_embedding"}) {
+    const circle::Model model = circle::Read(out / fmt::format("{}.q.circle", name));
+    const circle::Tensor& ids = model.tensors[static_cast<size_t>(model.inputs[0])];
+    EXPECT_EQ(ids.type.shape, (Shape{1, 1})) << name;
+    EXPECT_THAT(ids.signature, ElementsAre(1, -1)) << name;
+  }
+}
+
 // The unit hands its ids through beside what it computes.
 TEST_F(SpoiledRunTest, IntegerOutputsAreComparedAsIntegers) {
   circle::Model model = circle::Read(out / "token_embedding.q.circle");

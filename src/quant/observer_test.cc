@@ -99,6 +99,7 @@ TEST(ObserverTest, AllValuesOfSmallSamplesReachTheQuantiles) {
   EXPECT_EQ(bounds({.percentile = 100}, both, DType::kU8), ComputeQParams(-50, 50, DType::kU8, false));
   EXPECT_EQ(bounds({.lower = 25, .upper = 100}, both, DType::kU8), ComputeQParams(-25, 50, DType::kU8, false));
   EXPECT_EQ(bounds({.lower = 0, .upper = 75}, both, DType::kU8), ComputeQParams(-50, 25, DType::kU8, false));
+  EXPECT_EQ(bounds({.lower = 0.5, .upper = 99.5}, both, DType::kU8), ComputeQParams(-49.5f, 49.5f, DType::kU8, false));
   // Explicit bounds on one side of zero are widened to hold it.
   EXPECT_EQ(bounds({.lower = 25, .upper = 75}, values, DType::kU8), ComputeQParams(0, 75, DType::kU8, false));
   EXPECT_EQ(bounds({.percentile = 99.5}, values, DType::kI16), ComputeQParams(-99.5f, 99.5f, DType::kI16, true));

@@ -153,6 +153,8 @@ TEST(PresetTest, E2bHoldsTheTensorsOfTheReleasedFile) {
   EXPECT_EQ(others, 2);
 
   const Gemma4Config config = ParseConfig(json, "config.json");
+  EXPECT_EQ(config.text.rms_norm_eps, 1e-6f);
+  EXPECT_EQ(config.vision->rms_norm_eps, 1e-6f);
   EXPECT_EQ(config.text.NumLayers(), 35);
   EXPECT_EQ(config.text.layers[20].kv_source, 13);
   EXPECT_EQ(config.text.layers[34].kv_source, 14);
