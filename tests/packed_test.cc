@@ -304,18 +304,21 @@ TEST(PackedMobileTest, CodesAtLinearsAreTheReferences) {
   }
 }
 
-// One flipped code of the millions in the tower moves all behind it: codes of the first layer are held, and features in
-// the mean, where codes without their steps are 20 times as far.
+// One flipped code of the millions in the tower moves all behind it: codes are held in the first layer (tied has none
+// recorded), features in the mean. tied has an output step at its patch embedder, which is not taken over
+// (docs/packed.md).
 TEST(PackedMobileTest, CodesAtTheFirstVisionLayerAreTheReferences) {
-  for (const char* name : {"e2b", "w48"}) {
+  for (const char* name : {"e2b", "w48", "tied"}) {
     SCOPED_TRACE(name);
     const PackedCheckpoint checkpoint(name);
     Reference reference(checkpoint, /*text_only=*/false);
     const std::map<std::string, Reference::Codes> golden = reference.GoldenCodes(checkpoint.Goldens(), "image.");
     const Tensor features = reference.RunPicture({});
     const Agreement agreement = AgreementOf(reference, golden);
-    EXPECT_GT(agreement.first.values, 20'000);
-    EXPECT_GE(agreement.first.Near(), 0.98);
+    if (name != std::string("tied")) {
+      EXPECT_GT(agreement.first.values, 20'000);
+      EXPECT_GE(agreement.first.Near(), 0.98);
+    }
     const SafetensorsFile goldens = checkpoint.Goldens();
     const Tensor& expected = goldens.Get("image.vision.projected");
     ASSERT_EQ(features.Elements(), expected.Elements());
@@ -324,7 +327,7 @@ TEST(PackedMobileTest, CodesAtTheFirstVisionLayerAreTheReferences) {
       difference += std::abs(features.F32()[i] - expected.F32()[i]);
       size += std::abs(expected.F32()[i]);
     }
-    EXPECT_LE(difference, 0.02 * size);
+    EXPECT_LE(difference, (name == std::string("tied") ? 0.04 : 0.02) * size);
   }
 }
 

@@ -21,7 +21,7 @@ constexpr std::string_view kDamaged = "; was the checkpoint damaged, or its scal
 // What a step of an activation says: 0 is none.
 std::optional<float> StepOf(const Tensor& scale, std::string_view stored) {
   const float step = ToF32(scale).F32()[0];
-  if (!std::isfinite(step) || step < 0)
+  if (step != 0 && !(std::isnormal(step) && step > 0))
     Fail("tensor \"{}\" is {}; the step of an int8 grid is positive, or 0 where values are not rounded{}", stored, step,
          kDamaged);
   return step == 0 ? std::nullopt : std::optional(step);
@@ -32,9 +32,9 @@ void CheckScales(const Tensor& scales, std::string_view stored, bool may_be_nega
   const int64_t width = scales.GetShape()[1];
   for (int64_t i = 0; i < values.Elements(); ++i) {
     const float scale = values.F32()[static_cast<size_t>(i)];
-    if (std::isfinite(scale) && (scale > 0 || (may_be_negative && scale != 0))) continue;
-    Fail("tensor \"{}\": the scale at [{},{}] is {}; scales of weights are positive{}", stored, i / width, i % width,
-         scale, kDamaged);
+    if (std::isnormal(scale) && (scale > 0 || may_be_negative)) continue;
+    Fail("tensor \"{}\": the scale at [{},{}] is {}; scales of weights are {}{}", stored, i / width, i % width, scale,
+         may_be_negative ? "finite and not 0" : "positive", kDamaged);
   }
 }
 
@@ -63,9 +63,11 @@ const Tensor& PackedFinder::Part(const std::string& canonical, std::initializer_
   for (const DType type : types) expected.push_back(Name(type));
   const std::string form = fmt::format("{}{}", fmt::join(expected, " or "), shape.ToString());
   const auto entry = names_.find(canonical);
-  if (entry == names_.end())
-    Fail("tensor \"{}\" {} is missing; quantization_config of config.json says that this module is packed{}", canonical,
-         form, kDamaged);
+  if (entry == names_.end()) {
+    misses_tensors_ = true;
+    Fail("tensor \"{}\" {} is missing; quantization_config of config.json says that this module is packed{}",
+         canonical, form, kDamaged);
+  }
   const Tensor* const tensor = checkpoint_.Find(entry->second);
   if (tensor == nullptr)
     Fail("tensor \"{}\" is of a type that circlet does not read, expected {}", Shortened(entry->second), form);

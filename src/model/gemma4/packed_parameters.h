@@ -22,6 +22,8 @@ class PackedFinder {
 
   // Whether the parameter is packed. If so it is added to `inventory`, or what is wrong with it to `problems`.
   bool Take(const Parameter& parameter, Inventory& inventory, std::vector<std::string>& problems);
+  // Whether a tensor was not there at all.
+  bool MissesTensors() const { return misses_tensors_; }
   // Steps of the caches of keys and values that layers say.
   void TakeCacheSteps(Inventory& inventory);
 
@@ -37,6 +39,7 @@ class PackedFinder {
   const Gemma4Config& config_;
   const Checkpoint& checkpoint_;
   StoredNames& names_;
+  bool misses_tensors_ = false;
 };
 
 // The values or codes of a packed parameter (ModelWeights::Stored).

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
+#include "circlet/exec/executor.h"
 #include "circlet/io/file.h"
 #include "circlet/model/gemma4/weights.h"
 #include "error_text.h"
@@ -155,11 +156,13 @@ TEST(PackedParametersTest, ScalesThatNobodyCanMeanAreNamedWithPlaceAndValue) {
   EXPECT_THAT(with(scale, 7, 0.0f),
               AllOf(HasSubstr(scale), HasSubstr("the scale at [7,0] is 0"), HasSubstr("positive")));
   EXPECT_THAT(with(scale, 255, -0.5f), HasSubstr("the scale at [255,0] is -0.5"));
-  EXPECT_THAT(with(scale, 0, NAN), HasSubstr("the scale at [0,0] is nan"));
+  EXPECT_THAT(with(scale, 0, NAN), AllOf(HasSubstr("the scale at [0,0] is nan"), Not(HasSubstr("shard"))));
+  EXPECT_THAT(with(scale, 0, 1e-40f), HasSubstr("the scale at [0,0] is 1e-40"));
   EXPECT_THAT(with("model.language_model.embed_tokens_per_layer.embedding_scale", 13, INFINITY),
               HasSubstr("the scale at [1,3] is inf"));
   EXPECT_THAT(with(step, 0, -0.1f), AllOf(HasSubstr(step), HasSubstr("is -0.1"), HasSubstr("or 0 where")));
   EXPECT_THAT(with(step, 0, INFINITY), HasSubstr("is inf"));
+  EXPECT_THAT(with(step, 0, 1e-40f), HasSubstr("is 1e-40"));
   EXPECT_THAT(with("model.language_model.layers.2.self_attn.k_cache_scale", 0, NAN), HasSubstr("is nan"));
 }
 
@@ -191,6 +194,82 @@ TEST(PackedParametersTest, StorageThatIsNotWhatTheConfigSaysIsNamed) {
                            tensors[kUp + std::string(".weight_g_idx")] = Tensor({DType::kI32, {128}});
                          }),
               HasSubstr("columns in another order"));
+}
+
+// ---- What the reference cannot read, or reads as something else
+// -----------------------------------------------------------------------------------------------------------
+
+// The checkpoint with another config.json.
+std::string ErrorWithConfig(const char* name, const std::function<void(nlohmann::json&)>& change) {
+  const PackedCheckpoint checkpoint(name);
+  nlohmann::json config = ReadJson(checkpoint.Path() / "config.json");
+  change(config);
+  WriteJson(checkpoint.Path() / "config.json", config);
+  return ErrorText([&] { Open(checkpoint, /*text_only=*/true); });
+}
+
+TEST(PackedParametersTest, ScalesInBfloat16AreWidened) {
+  PackedCheckpoint checkpoint("e2b");
+  Tensor& scale = checkpoint.Tensors().at(kUp + std::string(".weight_scale"));
+  scale = ToBF16(scale);
+  const Tensor wide = ToF32(scale);
+  const std::vector<float> widened(wide.F32().begin(), wide.F32().end());
+  checkpoint.Write();
+  EXPECT_EQ(Open(checkpoint).Stored(ParameterOf(kUp)).Grid()->scale, widened);
+}
+
+TEST(PackedParametersTest, ATableIsPackedOrTiedButNotBoth) {
+  EXPECT_THAT(ErrorWithConfig("e2b",
+                              [](nlohmann::json& config) {
+                                config["tie_word_embeddings"] = true;
+                                config["text_config"]["tie_word_embeddings"] = true;
+                              }),
+              AllOf(HasSubstr("embed_tokens: is packed, but tie_word_embeddings of config.json is true"),
+                    HasSubstr("modules_to_not_convert"), Not(HasSubstr("shard"))));
+  EXPECT_THAT(ErrorAfter("e2b",
+                         [](auto& tensors) {
+                           std::erase_if(tensors, [](const auto& entry) { return entry.first.starts_with("lm_head"); });
+                         }),
+              HasSubstr("\"lm_head.weight\" uint8[2048,32] is missing"));
+}
+
+TEST(PackedParametersTest, WithoutTheListOfExclusionsFloatModulesAreNamed) {
+  for (const nlohmann::json& list : {nlohmann::json(), nlohmann::json::array()})
+    EXPECT_THAT(
+        ErrorWithConfig(
+            "e2b", [&](nlohmann::json& config) { config["quantization_config"]["modules_to_not_convert"] = list; }),
+        HasSubstr("per_layer_model_projection.weight\" is bfloat16[160,128], expected uint8[160,64], as "
+                  "quantization_config"));
+}
+
+// Patterns are searched in the names that the checkpoint's own class gives its modules.
+TEST(PackedParametersTest, PatternsOfATextOnlyCheckpointAreForItsNames) {
+  PackedCheckpoint checkpoint("w48");
+  const PackedCheckpoint whole("w48");
+  std::map<std::string, Tensor> renamed;
+  for (const auto& [name, tensor] : checkpoint.Tensors())
+    if (name.find("vision") == name.npos) {
+      const size_t at = name.find("language_model.");
+      renamed[at == name.npos ? name : name.substr(0, at) + name.substr(at + 15)] = tensor;
+    }
+  checkpoint.Tensors() = renamed;
+  checkpoint.Write();
+  const nlohmann::json config = ReadJson(checkpoint.Path() / "config.json");
+  nlohmann::json text = config.at("text_config");
+  text["architectures"] = {"Gemma4ForCausalLM"};
+  text["tie_word_embeddings"] = false;
+  text["quantization_config"] = config.at("quantization_config");
+  WriteJson(checkpoint.Path() / "config.json", text);
+  EXPECT_THAT(ErrorText([&] { Open(checkpoint); }), HasSubstr("as quantization_config of config.json says"))
+      << "patterns for the names of the whole model";
+  nlohmann::json own = nlohmann::json::object();
+  const std::string prefix = R"(language_model\.)";
+  for (const auto& [pattern, options] : config.at("quantization_config").at("module_quant_configs").items())
+    own[pattern.starts_with(prefix) ? pattern.substr(prefix.size()) : pattern] = options;
+  text["quantization_config"]["module_quant_configs"] = own;
+  WriteJson(checkpoint.Path() / "config.json", text);
+  const Tensor stored = Open(checkpoint).Stored(ParameterOf(kUp)), expected = Open(whole).Stored(ParameterOf(kUp));
+  EXPECT_EQ(*stored.Grid(), *expected.Grid());
 }
 
 TEST(PackedParametersTest, PartsOfAnotherFamilyAreRefused) {

@@ -178,7 +178,7 @@ StoredNames NamesOf(const Checkpoint& checkpoint) {
   return names;
 }
 
-constexpr const char* kQuantized = " (quantized already? circlet starts from float weights)";
+constexpr const char* kQuantized = "; quantization_config of config.json does not say that these are codes";
 
 // What is wrong with a stored tensor, nothing when it fits.
 std::string Misfit(const Checkpoint& checkpoint, const std::string& stored, const Shape& shape) {
@@ -245,9 +245,10 @@ void SettleVision(Gemma4Config& config, const StoredNames& names, Inventory& inv
       "text part runs");
 }
 
-// Throws what is wrong: `problems`, of which the first ones are listed, and what the stored names tell.
+// Throws what is wrong: `problems`, of which the first ones are listed, and what the stored names tell. `of_another`:
+// tensors are missing or of other shapes, as those of another model are.
 [[noreturn]] void FailInventory(const Gemma4Config& config, const Checkpoint& checkpoint, const StoredNames& unused,
-                                const std::vector<std::string>& problems) {
+                                const std::vector<std::string>& problems, bool of_another) {
   for (const auto& [canonical, stored] : unused) {
     const bool adapter = stored.starts_with("base_model.") || stored.find(".base_layer.") != stored.npos ||
                          stored.find(".lora_") != stored.npos;
@@ -261,6 +262,7 @@ void SettleVision(Gemma4Config& config, const StoredNames& names, Inventory& inv
   const size_t listed = std::min(problems.size(), kListedProblems);
   std::string text = fmt::format("{}", fmt::join(problems.begin(), problems.begin() + listed, "\n"));
   if (listed < problems.size()) text += fmt::format("\n... and {} more", problems.size() - listed);
+  if (!of_another) throw Error(text);
   std::string found;
   if (!unused.empty())
     found = fmt::format("; the checkpoint holds {} other tensors, such as \"{}\"", unused.size(),
@@ -340,20 +342,25 @@ Inventory CheckInventory(Gemma4Config& config, const Checkpoint& checkpoint, boo
   SettleClips(config, names, inventory);
   PackedFinder packed(config, checkpoint, names);
   std::vector<std::string> problems;
+  bool misfits = false;
   for (const Parameter& parameter : Parameters(config)) {
     if (text_only && IsVisionTensor(parameter.name)) continue;
     if (packed.Take(parameter, inventory, problems)) continue;
     auto entry = names.extract(parameter.name);
     if (entry.empty()) {
+      misfits = true;
       problems.push_back(fmt::format("{}: tensor \"{}\" {} is missing", FilesOf(checkpoint), parameter.name,
                                      parameter.shape.ToString()));
       continue;
     }
     std::string misfit = Misfit(checkpoint, entry.mapped(), parameter.shape);
-    if (!misfit.empty()) problems.push_back(std::move(misfit));
+    if (!misfit.empty()) {
+      misfits = true;
+      problems.push_back(std::move(misfit));
+    }
     inventory.name_in_checkpoint.insert(std::move(entry));
   }
-  if (!problems.empty()) FailInventory(config, checkpoint, names, problems);
+  if (!problems.empty()) FailInventory(config, checkpoint, names, problems, misfits || packed.MissesTensors());
   packed.TakeCacheSteps(inventory);
   if (const auto table = inventory.packed.find(kPleTable); table != inventory.packed.end())
     config.text.ple_groups = static_cast<int>(table->second.shape[0] / config.text.ple_vocab_size);
