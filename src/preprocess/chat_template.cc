@@ -101,7 +101,9 @@ Sources FindSources(const fs::path& directory, const std::optional<json>& tokeni
         "does not belong to the model",
         directory.string(), one->second.file, other->second.file);
   }
-  return tokenizer;
+  Sources both = tokenizer;
+  both.merge(processor);  // named ones that only the processor has
+  return both;
 }
 
 void Set(Tokens& tokens, std::string_view name, const std::optional<std::string>& text) {
@@ -179,6 +181,15 @@ ChatTemplate ChatTemplate::Load(const fs::path& directory) {
   chat.state_->special_tokens = SpecialTokens(directory, config);
   chat.state_->now = Now();
   return chat;
+}
+
+std::string JoinedTemplates(const fs::path& directory) {
+  std::error_code error;
+  if (!fs::is_directory(directory / "chat_templates", error)) return "";
+  json list = json::array();
+  for (const auto& [name, source] : FindSources(directory, ReadIfThere(directory / "tokenizer_config.json")))
+    list.push_back({{"name", name}, {"template", source.text}});
+  return list.empty() ? "" : DumpJson({{"chat_template", list}});
 }
 
 ChatTemplate ChatTemplate::Parse(std::string_view text, std::string_view file, Tokens special_tokens) {

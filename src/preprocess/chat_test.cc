@@ -246,6 +246,19 @@ TEST_F(TemplateFilesTest, NamedTemplatesAreChosenAsTheReferenceDoes) {
   EXPECT_EQ(Rendered(R"({"messages": [{}], "tools": [{}]})"), "file of tools");
 }
 
+TEST_F(TemplateFilesTest, AFolderOfTemplatesFitsIntoOneFile) {
+  Write("chat_template.jinja", "file");
+  EXPECT_EQ(JoinedTemplates(directory_.Path()), "");
+  std::filesystem::create_directory(directory_.Path() / "chat_templates");
+  Write("chat_templates/tool_use.jinja", "file of {{ tools | length }} tools");
+  const std::string joined = JoinedTemplates(directory_.Path());
+  std::filesystem::remove_all(directory_.Path() / "chat_templates");
+  EXPECT_EQ(Rendered(R"({"messages": [{}], "tools": [{}]})"), "file");
+  Write("chat_template.json", joined);
+  EXPECT_EQ(Rendered(R"({"messages": [{}], "tools": [{}]})"), "file of 1 tools");
+  EXPECT_EQ(Rendered(), "file");
+}
+
 TEST_F(TemplateFilesTest, PlacesThatDifferForTheReferencesTwoReadersAreRefused) {
   Write("chat_template.jinja", "a");
   Write("chat_template.json", R"({"chat_template": "a"})");

@@ -39,6 +39,10 @@ class ChatTemplate {
   std::shared_ptr<State> state_;
 };
 
+// All templates of a checkpoint that has a folder chat_templates/, as the one file chat_template.json, which says the same
+// beside its other files; empty: it has no such folder.
+std::string JoinedTemplates(const std::filesystem::path& directory);
+
 struct ChatPrompt {
   std::string text;                 // with one <|image|> an image
   std::vector<std::string> images;  // what the image parts name, in order of their placeholders

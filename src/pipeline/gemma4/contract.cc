@@ -5,6 +5,7 @@
 
 #include "circlet/io/file.h"
 #include "circlet/model/gemma4/tables.h"
+#include "circlet/preprocess/chat.h"
 #include "circlet/preprocess/samples.h"
 
 namespace circlet::gemma4 {
@@ -146,6 +147,11 @@ std::map<std::string, Tensor> RopeTablesOf(int64_t length, TextTables& tables) {
 void AddProcessorFiles(const std::filesystem::path& model, PhaseSpec& phase) {
   for (const std::string& name : ProcessorFiles(model))
     phase.files[name] = [from = model / name](const std::filesystem::path& path) { WriteFile(path, ReadFile(from)); };
+  // An output has no folders.
+  if (std::string templates = JoinedTemplates(model); !templates.empty())
+    phase.files["chat_template.json"] = [templates = std::move(templates)](const std::filesystem::path& path) {
+      WriteFile(path, templates);
+    };
 }
 
 }  // namespace circlet::gemma4

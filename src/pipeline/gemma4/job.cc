@@ -386,10 +386,6 @@ void Gemma4Job::DescribeUnused(QuantizeResult& result) const {
   const Inventory& inventory = weights_.GetInventory();
   result.notes = inventory.notes;
   result.notes.insert(result.notes.end(), data_.overlaps.begin(), data_.overlaps.end());
-  if (std::error_code none;
-      settings_.Writes() && std::filesystem::is_directory(settings_.options.model / "chat_templates", none))
-    result.notes.emplace_back(
-        "chat_templates/ is not copied to the output; prompts take the template named default there");
   result.unknown_keys = config_.unknown_keys;
   std::vector<std::string> keys, tensors;
   for (const std::string& key : config_.unknown_keys)
