@@ -186,6 +186,7 @@ class Files final : public UnitSource {
     head_ = prefill_.back();
     prefill_.pop_back();
     if (!decode_.empty()) decode_.pop_back();
+    facts_.decodes = !decode_.empty();
     if (head_->inputs.size() != 1 || head_->outputs.empty())
       pipeline.FailAt("units", fmt::format("{}: has {} inputs and {} outputs, expected hidden states and logits",
                                            head_->name, head_->inputs.size(), head_->outputs.size()));
@@ -202,21 +203,9 @@ class Files final : public UnitSource {
 
   const ModelFacts& Facts() const override { return facts_; }
   int64_t PaddedLength(int64_t) const override { return facts_.context; }
-  std::vector<RunnableUnit*> Prefill(int64_t) override {
-    const bool shares = std::ranges::any_of(prefill_, [](const RunnableUnit* unit) {
-      return std::ranges::any_of(unit->inputs, [](const End& end) { return end.name.starts_with("shared_"); });
-    });
-    if (decode_.empty() && shares)
-      Fail(
-          "{}: was exported for whole sequences (export.prefill_decode: false): no layer puts out the keys and values "
-          "that later layers share; quantize again without it",
-          directory_.string());
-    return prefill_;
-  }
+  std::vector<RunnableUnit*> Prefill(int64_t) override { return prefill_; }
   std::vector<RunnableUnit*> Decode() override {
-    if (decode_.empty())
-      Fail("{}: was exported without decode units (export.prefill_decode: false); quantize again with them",
-           directory_.string());
+    if (decode_.empty()) Fail("{}: {}", directory_.string(), kNoDecoding);
     return decode_;
   }
   RunnableUnit& Head() override { return *head_; }

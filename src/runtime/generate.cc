@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "circlet/base/error.h"
+#include "runtime/units.h"
 
 namespace circlet::runtime {
 namespace {
@@ -64,6 +65,7 @@ double SecondsSince(std::chrono::steady_clock::time_point begin) {
 
 Generation Generate(Session& session, const Tokenizer& tokenizer, const Sample& prompt,
                     const GenerateOptions& options) {
+  if (!session.Facts().decodes && options.max_new_tokens > 1) Fail("the model {}", kNoDecoding);
   Sampler sampler(options.sampling);
   Saying saying(tokenizer, options);
   Generation made;

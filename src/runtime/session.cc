@@ -195,7 +195,8 @@ class UnitSession final : public Session {
     auto value = step.values.find(end.key);
     // Without pictures the text itself is what the fusion makes, on a grid of its own where a dialect says so.
     if (value == step.values.end() && end.key == fused_key_) value = step.values.find(text_key_);
-    if (value == step.values.end()) Fail("{}: nothing computes its input \"{}\" ({})", unit.name, end.name, end.key);
+    if (value == step.values.end())
+      Fail("{}: nothing computes its input \"{}\" ({}); quantize again", unit.name, end.name, end.key);
     if (end.name != "per_layer_input") return value->second;
     const Shape& all = value->second.GetShape();  // [1,S,L,p]
     const int index = LayerOf(unit, end).index;

@@ -37,6 +37,10 @@ class RunnableUnit {
   std::optional<LayerPlace> layer;
 };
 
+inline constexpr char kNoDecoding[] =
+    "was exported without decode units (export.prefill_decode: false), so that it gives no token behind the first; "
+    "quantize again with them";
+
 class UnitSource {
  public:
   virtual ~UnitSource() = default;

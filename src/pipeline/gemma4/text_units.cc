@@ -131,14 +131,16 @@ UnitSpec TextUnits::Prefill(int index) const {
     const std::string which = key::Name(side);
     if (layer.kv_shared) {
       spec.inputs["shared_" + which] = Stored(key::Kv(layer.kv_source, side));
-    } else if (prefill_decode_) {
+    } else if (prefill_decode_ || layer.stores_kv) {
       spec.outputs["new_" + which] = Stored(key::Kv(index, side));
     }
   }
   if (prefill_decode_) return spec;
-  // One graph a layer, for whole sequences only: nothing takes the K/V of its positions.
+  // One graph a layer, for whole sequences only: nothing but later layers takes the K/V of its positions.
   spec.name = fmt::format("decoder_layer_{}", index);
-  spec.build = [build = spec.build] { return WithOutputs(build(), {"hidden"}); };
+  std::vector<std::string> kept{"hidden"};
+  if (layer.stores_kv) kept.insert(kept.end(), {"new_key", "new_value"});
+  spec.build = [build = spec.build, kept] { return WithOutputs(build(), kept); };
   return spec;
 }
 
