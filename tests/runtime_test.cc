@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
@@ -225,7 +226,7 @@ std::vector<int64_t> HeldOut(int64_t count) {
 TEST_F(RuntimeTest, WithEightBitActivationsAnySplitIntoPrefillAndDecodeGivesTheSameCodes) {
   const auto session = OpenSession(Text());
   const std::vector<int64_t> ids = HeldOut(session->Facts().context);  // 336 positions past the sliding window
-  for (const int64_t split : {1, 64, 399, 400}) {
+  for (const int64_t split : {1, 64, 65, 237, 399, 400}) {
     const Difference difference = SplitAt(*session, ids, split);
     EXPECT_EQ(difference.codes, (401 - split) * 2048) << split;
     EXPECT_EQ(difference.different, 0) << split << ": by " << difference.largest;
@@ -605,6 +606,61 @@ TEST_F(RuntimeTest, BesideTellsWhereTextsPart) {
   EXPECT_NEAR(json.at("kl").get<double>(), kl, 1e-9);
 }
 
+// The model is the example's; its files hold what the simulation computes.
+TEST_F(RuntimeTest, BesideItsFilesTheSimulationSaysTheSameAndInFloatSomethingElse) {
+  WriteFile(own_.Path() / "prompts.jsonl",
+            "{\"prompt\": \"Emma saw\"}\n{\"prompt\": \"There was a letter\"}\n{\"type\": \"chat\", \"messages\": "
+            "[{\"role\": \"user\", \"content\": \"Hm.\"}]}\n");
+  const auto beside = [&](const fs::path& other) {
+    const ProgramResult result = RunProgram(
+        {"generate", kTiny, "--recipe", "w8a8", "--qparams", Text() / "qparams.json", "--prompt-file",
+         own_.Path() / "prompts.jsonl", "--beside", other, "--max-new-tokens", "30", "--temperature", "0", "--json"});
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    return nlohmann::json::parse(result.out);
+  };
+  const nlohmann::json files = beside(Text());
+  EXPECT_EQ(files.at("model"), kTiny.string() + " (simulation)");
+  EXPECT_EQ(files.at("beside"), Text().string() + " (files)");
+  EXPECT_NEAR(files.at("kl").get<double>(), 0, 1e-12);
+  EXPECT_EQ(files.at("same_top"), 1);
+  for (const nlohmann::json& one : files.at("prompts")) EXPECT_EQ(one.at("ids"), one.at("beside_ids"));
+  const nlohmann::json reference = beside(kTiny);
+  EXPECT_EQ(reference.at("beside"), kTiny.string() + " (float)");
+  EXPECT_GT(reference.at("kl"), 1e-4);
+  EXPECT_TRUE(std::ranges::any_of(reference.at("prompts"), [](const auto& one) { return one.at("diverges") == true; }));
+}
+
+TEST_F(RuntimeTest, ARecipeSaysWhatGenerateComparesWith) {
+  WriteFile(own_.Path() / "recipe.yaml", fmt::format(R"(
+pipeline: [{{name: ptq, activation: {{dtype: uint8}}, weight: {{dtype: uint8}}}}]
+calibration: {{datasets: [{}], n_samples: 2}}
+debug:
+  static_gemma4_runtime:
+    model: {}
+    prompt: Emma saw
+    max_seq: 200
+    gen_steps: 9
+    verify_steps: 4
+    image_height: 384
+)",
+                                                     (Text().parent_path() / "few.jsonl").string(), kTiny.string()));
+  const ProgramResult result = RunProgram(
+      {"generate", "--recipe", own_.Path() / "recipe.yaml", "--beside", kTiny, "--temperature", "0", "--json"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  const nlohmann::json one = nlohmann::json::parse(result.out).at("prompts").at(0);
+  EXPECT_EQ(one.at("ids").size(), 9u);
+  EXPECT_EQ(one.at("tokens"), 4) << "verify_steps";
+  EXPECT_THAT(result.err, HasSubstr("debug.static_gemma4_runtime.image_height: changes nothing"));
+}
+
+TEST_F(RuntimeTest, APageShowsBothTexts) {
+  const ProgramResult result = RunProgram({"generate", Text(), "--prompt", "<i>Emma</i>", "--beside", kTiny,
+                                           "--max-new-tokens", "12", "--temperature", "0", "--report", "html"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.out, AllOf(StartsWith("<!DOCTYPE html>"), HasSubstr("&lt;i&gt;Emma&lt;/i&gt;"),
+                                HasSubstr(kTiny.string() + " (float)"), HasSubstr("same top-1 at")));
+}
+
 TEST_F(RuntimeTest, ATicoExportWithPicturesAnswersAsTheCheckpointDoes) {
   const fs::path out = own_.Path() / "out";
   Quantize({.model = kTiny,
@@ -632,6 +688,14 @@ TEST_F(RuntimeTest, GenerateTellsIdsAndTextsOfAFileOfPrompts) {
   const nlohmann::json results = nlohmann::json::parse(result.out).at("results");
   ASSERT_EQ(results.size(), 2u);
   EXPECT_EQ(results[0].at("source"), "prompts.jsonl:1");
+  EXPECT_NE(results[0].at("prompt_tokens"), results[1].at("prompt_tokens"));
+  EXPECT_EQ(nlohmann::json::parse(RunProgram({"generate", Text(), "--chat", "--prompt", "Hm.", "--max-new-tokens", "5",
+                                              "--temperature", "0", "--json"})
+                                      .out)
+                .at("results")[0]
+                .at("ids"),
+            results[1].at("ids"))
+      << "what is said before it tells in nothing";
   const ProgramResult plain =
       RunProgram({"generate", Text(), "--prompt", "Emma saw", "--max-new-tokens", "5", "--temperature", "0"});
   EXPECT_EQ(plain.out, results[0].at("text").get<std::string>() + "\n");
@@ -653,6 +717,54 @@ TEST_F(RuntimeTest, GenerateRefusesWhatHasNoEffect) {
   refused({"--prompt", "x", "--image", "cat.png"}, "give --chat too");
   refused({"--prompt", "x", "--context", "100"}, "its units have a context of their own");
   refused({"--prompt", "x", "--top-p", "0"}, "top_p: 0, expected more than 0");
+  refused({"--prompt", "x", "--recipe", "w8a8"}, "make a simulation of a checkpoint, and these files are made already");
+  refused({"--prompt", "x", "--report", "html"}, "--report: is of a comparison; give --beside too");
+  const ProgramResult nothing = RunProgram({"generate", "--prompt", "x"});
+  EXPECT_EQ(nothing.exit_code, 2);
+  EXPECT_THAT(nothing.err, HasSubstr("no model: give DIR"));
+  const ProgramResult no_data = RunProgram({"generate", kTiny, "--prompt", "x", "--recipe", "w8a8"});
+  EXPECT_EQ(no_data.exit_code, 2);
+  EXPECT_THAT(no_data.err, HasSubstr("calibration data: give"));
+}
+
+TEST_F(RuntimeTest, ABrokenTemplateIsToldBeforeAnythingIsRun) {
+  const fs::path copy = Copy();
+  nlohmann::json manifest = ReadJson(copy / "manifest.json");
+  manifest["outputs"] = nlohmann::json::array();
+  WriteJson(copy / "manifest.json", manifest);
+  WriteFile(copy / "chat_template.jinja", "{{ bos_token }}\n{% for message in %}");
+  WriteFile(copy / "token_embedding.q.circle", "no model");
+  const ProgramResult result = RunProgram({"generate", copy, "--chat", "--prompt", "Hm."});
+  EXPECT_EQ(result.exit_code, 2);
+  EXPECT_THAT(result.err, AllOf(StartsWith("circlet: "), HasSubstr("chat_template.jinja:2: expected an expression")));
+  EXPECT_EQ(std::ranges::count(result.err, '\n'), 1);
+}
+
+// Recorded from the library of the reference (scripts/record_texts.py).
+TEST_F(RuntimeTest, TokenizeGivesTheReferencesIdsOfThreeThousandTexts) {
+  UnpackGolden("tokenizer/gemma3_tokenizer.json.xz", own_.Path() / "tokenizer.json");
+  std::vector<std::string> wanted;
+  std::string texts;
+  std::istringstream golden(GoldenText("golden/preprocess/texts.jsonl.xz"));
+  for (std::string line; std::getline(golden, line);) {
+    const nlohmann::json one = nlohmann::json::parse(line);
+    texts += nlohmann::json{{"text", one.at("text")}}.dump() + "\n";
+    wanted.push_back(fmt::format("{}", fmt::join(one.at("ids").get<std::vector<int64_t>>(), " ")));
+  }
+  ASSERT_EQ(wanted.size(), 3000u);
+  WriteFile(own_.Path() / "texts.jsonl", texts);
+  const ProgramResult result =
+      RunProgram({"tokenize", own_.Path(), "--file", own_.Path() / "texts.jsonl", "--no-special"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  std::istringstream found(result.out);
+  size_t equal = 0, number = 0;
+  for (std::string line; std::getline(found, line); ++number)
+    if (number < wanted.size()) {
+      equal += line == wanted[number];
+      EXPECT_EQ(line, wanted[number]) << "text " << number;
+    }
+  EXPECT_EQ(number, 3000u);
+  EXPECT_EQ(equal, 3000u);
 }
 
 TEST_F(RuntimeTest, ChatKeepsTheConversation) {

@@ -12,6 +12,7 @@
 #include "circlet/io/json.h"
 #include "circlet/runtime/measure.h"
 #include "circlet/runtime/prompts.h"
+#include "circlet/settings/settings.h"
 #include "cli/commands.h"
 #include "cli/flags.h"
 #include "cli/stop.h"
@@ -24,13 +25,16 @@ using nlohmann::json;
 struct GenerateFlags {
   std::string directory;
   std::optional<std::string> prompt;
-  std::string prompt_file, system, tools, beside;
+  std::string prompt_file, system, tools, beside, report;
   std::vector<std::string> images, stops;
   bool chat = false, as_json = false, timings = false;
   std::optional<double> temperature, top_p, repetition_penalty;
   std::optional<int64_t> top_k;
   uint64_t seed = 0;
-  int64_t max_new_tokens = 256, context = 0;
+  std::optional<int64_t> max_new_tokens, compared_tokens;
+  int64_t context = 0;
+  QuantizeOptions simulation;
+  std::optional<std::string> dialect;
 };
 
 void Warn(const std::string& text) { fmt::print(stderr, "circlet: {}\n", text); }
@@ -82,81 +86,101 @@ std::string TimingsText(const runtime::Generation& made, int64_t prompt) {
                      made.decode_seconds, made.decode_seconds > 0 ? others / made.decode_seconds : 0);
 }
 
-std::string Indented(const std::string& text) {
-  std::string indented = "    ";
-  for (const char c : text) indented += c == '\n' ? std::string("\n    ") : std::string(1, c);
-  return indented;
+// Whether flags ask for the simulation of a checkpoint.
+bool Simulates(const GenerateFlags& flags) {
+  const QuantizeOptions& run = flags.simulation;
+  return !run.recipe.empty() || !run.data.empty() || !run.qparams.empty() || !run.set.empty() || flags.dialect;
 }
 
-json ToJson(const runtime::Compared& one) {
-  const auto tokens = static_cast<double>(one.tokens);
-  return {{"source", one.source},
-          {"ids", one.first.ids},
-          {"text", one.first.text},
-          {"beside_ids", one.second.ids},
-          {"beside_text", one.second.text},
-          {"same_tokens", one.same_tokens},
-          {"diverges", one.diverges},
-          {"tokens", one.tokens},
-          {"kl", one.tokens == 0 ? json(nullptr) : json(one.divergence / tokens)},
-          {"same_top", one.tokens == 0 ? json(nullptr) : json(static_cast<double>(one.same_top) / tokens)}};
+// "out (files)"
+std::string NameOf(const std::string& directory, bool simulates) {
+  return fmt::format("{} ({})", directory,
+                     runtime::IsOutputDirectory(directory) ? "files"
+                     : simulates                           ? "simulation"
+                                                           : "float");
 }
 
-// Both texts of each prompt, those that differ most first.
-void TellBeside(std::vector<runtime::Compared> all, const GenerateFlags& flags) {
-  const auto mean = [](const runtime::Compared& one) { return one.divergence / std::max<double>(1, one.tokens); };
-  std::ranges::stable_sort(all, [&](const auto& a, const auto& b) { return mean(a) > mean(b); });
-  const Agreement agreement = runtime::AgreementOf(all);
-  if (flags.as_json) {
-    json prompts = json::array();
-    for (const runtime::Compared& one : all) prompts.push_back(ToJson(one));
-    fmt::print("{}", DumpJson({{"schema_version", 1},
-                               {"prompts", prompts},
-                               {"tokens", agreement.tokens},
-                               {"kl", agreement.divergence.value},
-                               {"same_top", agreement.same_top.value}}));
-    return;
+std::unique_ptr<runtime::Session> Open(const GenerateFlags& flags) {
+  runtime::SessionOptions options{.context = flags.context};
+  if (!Simulates(flags)) return runtime::OpenSession(flags.directory, options);
+  options.simulation = flags.simulation;
+  if (flags.dialect) options.simulation->dialect = *flags.dialect;
+  options.simulation->progress = isatty(STDERR_FILENO) != 0 ? stderr : nullptr;
+  std::string notes;
+  options.notes = &notes;
+  auto session = runtime::OpenSession(flags.directory, options);
+  fmt::print(stderr, "{}", notes);
+  return session;
+}
+
+// What flags leave open and the recipe says.
+void TakeFromRecipe(GenerateFlags& flags) {
+  GenerationOptions said;
+  if (!flags.simulation.recipe.empty()) {
+    const Settings recipe = Settings::Load(flags.simulation.recipe, flags.simulation.set);
+    said = recipe.generation;
+    if (said.model.empty()) said.model = recipe.model.name_or_path;
   }
-  int64_t parting = 0;
-  for (const runtime::Compared& one : all) {
-    parting += one.diverges;
-    fmt::print("== {}: KL {:.4g} nats a token, same top-1 at {} of {} tokens, {}\n  {}:\n{}\n", one.source, mean(one),
-               one.same_top, one.tokens,
-               one.diverges ? fmt::format("the texts part behind {} tokens", one.same_tokens) : "one text",
-               flags.directory, Indented(one.first.text));
-    if (one.diverges) fmt::print("  {}:\n{}\n", flags.beside, Indented(one.second.text));
-  }
-  fmt::print("{} of {} texts part; KL({} || {}) {:.4g} nats a token, same top-1 at {:.2f} % of {} tokens\n", parting,
-             all.size(), flags.beside, flags.directory, agreement.divergence.value, 100 * agreement.same_top.value,
-             agreement.tokens);
+  if (flags.directory.empty()) flags.directory = said.model;
+  if (flags.directory.empty()) Fail("no model: give DIR, an output directory of quantize or a checkpoint");
+  if (Simulates(flags) && runtime::IsOutputDirectory(flags.directory))
+    Fail(
+        "{}: --recipe, --set, --dialect, --data and --qparams make a simulation of a checkpoint, and these files are "
+        "made already; give the checkpoint, or leave them out",
+        flags.directory);
+  if (!flags.prompt && flags.prompt_file.empty() && !said.prompt.empty()) flags.prompt = said.prompt;
+  if (flags.context == 0) flags.context = said.max_seq.value_or(0);
+  if (!flags.max_new_tokens) flags.max_new_tokens = said.gen_steps;
+  flags.compared_tokens = said.verify_steps;
+  for (const std::string& key : said.unused)
+    Warn(fmt::format("{}: changes nothing; pictures of any size may stand anywhere in a prompt", key));
 }
 
-int RunBeside(const GenerateFlags& flags, runtime::Session& session, const Processor& processor,
-              const std::vector<Sample>& prompts, runtime::GenerateOptions options) {
-  runtime::SessionOptions other;
-  if (!runtime::IsOutputDirectory(flags.beside)) other.context = session.Facts().context;
-  const std::unique_ptr<runtime::Session> beside = runtime::OpenSession(flags.beside, other);
+int RunBeside(const GenerateFlags& flags, runtime::Session& session, runtime::Session& beside,
+              const Processor& processor, const std::vector<Sample>& prompts, runtime::GenerateOptions options) {
   options.said = [](std::string_view) { return !StopAsked(); };
   std::vector<runtime::Compared> all;
   for (const Sample& prompt : prompts) {
     if (StopAsked()) break;
-    all.push_back(Within(prompt.source,
-                         [&] { return runtime::Compare(session, *beside, processor.tokenizer, prompt, options); }));
+    all.push_back(Within(prompt.source, [&] {
+      return runtime::Compare(session, beside, processor.tokenizer, prompt, options,
+                              flags.compared_tokens.value_or(INT64_MAX));
+    }));
   }
-  if (!all.empty()) TellBeside(std::move(all), flags);
+  if (!all.empty()) {
+    const runtime::Comparison comparison = runtime::ComparisonOf(
+        NameOf(flags.directory, Simulates(flags)), NameOf(flags.beside, /*simulates=*/false), std::move(all));
+    fmt::print("{}", flags.as_json            ? runtime::ComparisonJson(comparison)
+                     : flags.report == "html" ? runtime::ComparisonHtml(comparison)
+                                              : runtime::ComparisonText(comparison));
+  }
   return StopAsked() ? 130 : 0;
 }
 
-int RunGenerate(const GenerateFlags& flags) {
-  const std::unique_ptr<runtime::Session> session = runtime::OpenSession(flags.directory, {.context = flags.context});
-  const runtime::ModelFacts& facts = session->Facts();
+int RunGenerate(GenerateFlags flags) {
+  TakeFromRecipe(flags);
+  if (flags.beside.empty() && !flags.report.empty()) Fail("--report: is of a comparison; give --beside too");
+  if (flags.as_json && flags.report == "html") Fail("--json and --report html: give one of them");
+  // Both have as many positions: those of files, if there are any.
+  std::unique_ptr<runtime::Session> session, beside;
+  if (!flags.beside.empty() && runtime::IsOutputDirectory(flags.beside)) {
+    beside = runtime::OpenSession(flags.beside);
+    if (flags.context == 0 && !runtime::IsOutputDirectory(flags.directory)) flags.context = beside->Facts().context;
+  }
+  // A calibration takes its time, so all else is looked at before.
+  if (!Simulates(flags)) session = Open(flags);
+  const runtime::ModelFacts facts = session != nullptr
+                                        ? session->Facts()
+                                        : runtime::OpenSession(flags.directory, {.context = flags.context})->Facts();
   const Processor processor = LoadProcessor(flags.directory);
   const std::vector<Sample> prompts = PromptsOf(flags, processor, facts);
-  runtime::GenerateOptions options{.sampling = SamplingOf(flags),
-                                   .max_new_tokens = flags.max_new_tokens,
-                                   .stop_ids = facts.stops,
-                                   .stop_strings = flags.stops};
-  if (!flags.beside.empty()) return RunBeside(flags, *session, processor, prompts, options);
+  runtime::GenerateOptions options{.sampling = SamplingOf(flags), .stop_ids = facts.stops, .stop_strings = flags.stops};
+  options.max_new_tokens = flags.max_new_tokens.value_or(options.max_new_tokens);
+  runtime::Sampler{options.sampling};
+  if (session == nullptr) session = Open(flags);
+  if (!flags.beside.empty() && beside == nullptr)
+    beside = runtime::OpenSession(flags.beside, {.context = session->Facts().context});
+  if (beside != nullptr) return RunBeside(flags, *session, *beside, processor, prompts, options);
   options.said = [&](std::string_view piece) {
     if (!flags.as_json) {
       std::fwrite(piece.data(), 1, piece.size(), stdout);
@@ -173,7 +197,7 @@ int RunGenerate(const GenerateFlags& flags) {
         Within(prompt.source, [&] { return runtime::Generate(*session, processor.tokenizer, prompt, options); });
     if (!flags.as_json) fmt::print("\n");
     if (flags.timings) Warn(TimingsText(made, count));
-    const std::string why = runtime::Describe(made, facts);
+    const std::string why = runtime::Describe(made, session->Facts());
     if (!flags.as_json && (made.reason == runtime::StopReason::kContextFull || prompts.size() == 1))
       Warn(fmt::format("{} + {} tokens; {}", count, made.ids.size(), why));
     results.push_back({{"source", prompt.source},
@@ -193,12 +217,13 @@ namespace {
 
 // Reads what the user says until the input ends; the whole conversation is a prompt anew each time, as its template
 // wants it.
-int RunChat(const GenerateFlags& flags) {
-  const std::unique_ptr<runtime::Session> session = runtime::OpenSession(flags.directory, {.context = flags.context});
+int RunChat(GenerateFlags flags) {
+  TakeFromRecipe(flags);
+  const std::unique_ptr<runtime::Session> session = Open(flags);
   const runtime::ModelFacts& facts = session->Facts();
   const Processor processor = LoadProcessor(flags.directory);
-  runtime::GenerateOptions options{
-      .sampling = SamplingOf(flags), .max_new_tokens = flags.max_new_tokens, .stop_ids = facts.stops};
+  runtime::GenerateOptions options{.sampling = SamplingOf(flags), .stop_ids = facts.stops};
+  options.max_new_tokens = flags.max_new_tokens.value_or(options.max_new_tokens);
   options.said = [](std::string_view piece) {
     std::fwrite(piece.data(), 1, piece.size(), stdout);
     std::fflush(stdout);
@@ -249,9 +274,8 @@ int RunChat(const GenerateFlags& flags) {
 
 void AddSampling(CLI::App& verb, GenerateFlags& flags) {
   verb.option_defaults()->group("Answer");
-  verb.add_option("--max-new-tokens", flags.max_new_tokens, "Longest answer")
-      ->check(WholeNumber(1, int64_t{1} << 30))
-      ->capture_default_str();
+  verb.add_option("--max-new-tokens", flags.max_new_tokens, "Longest answer (default 256)")
+      ->check(WholeNumber(1, int64_t{1} << 30));
   verb.add_option("--temperature", flags.temperature, "0: always the likeliest token (default: the model's)")
       ->check(Number(0, 1e6));
   verb.add_option("--top-k", flags.top_k, "Draw among so many; 0: all (default: the model's)")
@@ -265,15 +289,26 @@ void AddSampling(CLI::App& verb, GenerateFlags& flags) {
   verb.add_option("--context", flags.context,
                   "Positions of a checkpoint's caches (default 2048); files have those of their export")
       ->check(WholeNumber(2, int64_t{1} << 20));
+  verb.option_defaults()->group("Simulation of a checkpoint");
+  QuantizeOptions& run = flags.simulation;
+  verb.add_option("--recipe", run.recipe, "Fake-quantize as this recipe says instead of running in float")
+      ->type_name("NAME|FILE");
+  verb.add_option("--data", run.data, "Calibration samples for it, JSON lines")->type_name("FILE");
+  verb.add_option("--qparams", run.qparams, "Or the grids of an earlier calibration with that recipe")
+      ->type_name("FILE");
+  verb.add_option("--set", run.set, "KEY=VALUE in the recipe (repeatable)")->type_name("KEY=VALUE");
+  verb.add_option("--dialect", flags.dialect, "default, or tico")->type_name("{default,tico}");
+  verb.option_defaults()->group("Answer");
 }
 
 }  // namespace
 
 void AddChat(CLI::App& app, std::function<int()>& command) {
   auto flags = std::make_shared<GenerateFlags>();
-  CLI::App* chat = app.add_subcommand("chat", "Talk with the exported files, or with a float checkpoint");
+  CLI::App* chat =
+      app.add_subcommand("chat", "Talk with the exported files, with a float checkpoint or its simulation");
   chat->footer("Example:\n  circlet chat out/ --system 'Be brief.'");
-  chat->add_option("DIR", flags->directory, "Output directory of quantize, or a checkpoint")->required();
+  chat->add_option("DIR", flags->directory, "Output directory of quantize, or a checkpoint");
   chat->option_defaults()->group("Prompt");
   chat->add_option("--system", flags->system, "System turn in front of the conversation");
   AddSampling(*chat, *flags);
@@ -282,12 +317,12 @@ void AddChat(CLI::App& app, std::function<int()>& command) {
 
 void AddGenerate(CLI::App& app, std::function<int()>& command) {
   auto flags = std::make_shared<GenerateFlags>();
-  CLI::App* generate =
-      app.add_subcommand("generate", "Let the exported files, or a float checkpoint, go on with a prompt");
+  CLI::App* generate = app.add_subcommand(
+      "generate", "Let the exported files, a float checkpoint or its simulation go on with a prompt");
   generate->footer(
       "Example:\n  circlet generate out/ --prompt 'It is a truth' --max-new-tokens 40 --temperature 0\n"
       "  circlet generate out/ --chat --prompt 'What is in the picture?' --image cat.png");
-  generate->add_option("DIR", flags->directory, "Output directory of quantize, or a checkpoint")->required();
+  generate->add_option("DIR", flags->directory, "Output directory of quantize, or a checkpoint");
   generate->option_defaults()->group("Prompt");
   generate->add_option("--prompt", flags->prompt, "Text to go on with; with --chat what the user says");
   generate
@@ -304,6 +339,9 @@ void AddGenerate(CLI::App& app, std::function<int()>& command) {
       ->add_option("--beside", flags->beside,
                    "Another output directory, or a checkpoint: both texts, and how far the predictions differ")
       ->type_name("DIR");
+  generate->add_option("--report", flags->report, "What --beside prints: text, or html, a page of its own")
+      ->check(OneOf({"text", "html"}))
+      ->type_name("{text,html}");
   generate->add_flag("--json", flags->as_json, "Ids and texts as JSON");
   generate->add_flag("--timings", flags->timings, "Tokens a second");
   generate->callback([flags, &command] { command = [flags] { return RunGenerate(*flags); }; });

@@ -147,7 +147,8 @@ void CheckPoints(const RunSettings& settings, ModelJob& job) {
 // Of one process: the phases of a job, one after the other.
 class Run {
  public:
-  Run(const RunSettings& settings, ModelJob& job) : settings_(settings), job_(job) {
+  Run(const RunSettings& settings, ModelJob& job, SolvedWeights* solved = nullptr)
+      : settings_(settings), job_(job), solved_(solved) {
     CheckPoints(settings, job);
     Declare();
   }
@@ -177,6 +178,7 @@ class Run {
 
   const RunSettings& settings_;
   ModelJob& job_;
+  SolvedWeights* solved_;  // null: nobody asks for them
   std::vector<PhaseSpec> phases_;  // emptied behind each: what it alone holds goes with it
   Schedule schedule_{{}};
   std::vector<StageEstimate> estimates_;
@@ -350,7 +352,11 @@ void Run::RunPhase(int number) {
     }
     StageRunner runner(context);
     progress_->Begin(phase.name, runner.Work(phase.stage));
+    const size_t before = result_.linears.size();
     Within(phase.name, [&] { runner.Run(phase.stage, result_.stages); });
+    if (solved_ != nullptr)
+      for (const RoundedLinear& linear : std::span(result_.linears).subspan(before))
+        (*solved_)[linear.name] = rounded(linear.name);
     for (const Step& step : phase.stage.steps)
       if (!step.own)
         ForWeights(step, *phase.items, [&](const std::string& name) { MeasureSecondRounding(name, stored, rounded); });
@@ -600,7 +606,9 @@ RunSettings::RunSettings(const QuantizeOptions& asked)
     Fail("--compute bf16: takes a processor with AVX-512 BF16; leave it out");
 }
 
-QuantizeResult RunJob(const RunSettings& settings, ModelJob& job) { return Run(settings, job).Compute(); }
+QuantizeResult RunJob(const RunSettings& settings, ModelJob& job, SolvedWeights* solved) {
+  return Run(settings, job, solved).Compute();
+}
 
 std::string DryRunJob(const RunSettings& settings, ModelJob& job) { return Run(settings, job).DryRun(); }
 

@@ -3,6 +3,7 @@
 // The driver of a run: phases of any model family, from the first item to the finished directory.
 
 #include <cstdio>
+#include <map>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <span>
@@ -95,7 +96,11 @@ Schedule ScheduleOf(std::span<const PhaseSpec> phases, const RunSettings& settin
 // What the run left out, did not use or had to assume, a line each: part of ReportText and of a dry run.
 std::string NotesText(const QuantizeResult& result);
 
-QuantizeResult RunJob(const RunSettings& settings, ModelJob& job);
+// What products take of the linears that a rounding method has made, by parameter.
+using SolvedWeights = std::map<std::string, Tensor>;
+
+// `solved` may be null.
+QuantizeResult RunJob(const RunSettings& settings, ModelJob& job, SolvedWeights* solved = nullptr);
 std::string DryRunJob(const RunSettings& settings, ModelJob& job);
 
 }  // namespace circlet

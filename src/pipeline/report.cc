@@ -12,11 +12,32 @@
 #include "circlet/report/terminal.h"
 #include "pipeline/manifest.h"
 #include "pipeline/quantize.h"
+#include "pipeline/report.h"
 
 namespace circlet {
-namespace {
 
 nlohmann::json Number(double value) { return std::isfinite(value) ? nlohmann::json(value) : nlohmann::json(nullptr); }
+
+nlohmann::json ToJson(const Agreement& agreement) {
+  return {{"tokens", agreement.tokens},
+          {"kl", Number(agreement.divergence.value)},
+          {"kl_standard_error", Number(agreement.divergence.standard_error)},
+          {"same_top", Number(agreement.same_top.value)},
+          {"same_top_standard_error", Number(agreement.same_top.standard_error)}};
+}
+
+std::string WithError(const std::string& mean, double error) {
+  return std::isnan(error) ? mean : fmt::format("{} ± {:.2g}", mean, error);
+}
+
+std::string AgreementText(const Agreement& agreement, const std::string& reference, const std::string& other) {
+  const Mean& divergence = agreement.divergence;
+  return fmt::format("KL({} || {}) {} nats a token, same top-1 at {:.2f} % of {} tokens", reference, other,
+                     WithError(fmt::format("{:.4g}", divergence.value), divergence.standard_error),
+                     100 * agreement.same_top.value, agreement.tokens);
+}
+
+namespace {
 
 nlohmann::json ToJson(const ErrorMetrics& metrics) {
   return {{"mean_abs_diff", Number(metrics.MeanAbs())},
@@ -35,14 +56,6 @@ nlohmann::json ToJson(const ErrorMetrics& metrics, const PositionSummary& by_pos
   return json;
 }
 
-nlohmann::json ToJson(const Agreement& agreement) {
-  return {{"tokens", agreement.tokens},
-          {"kl", Number(agreement.divergence.value)},
-          {"kl_standard_error", Number(agreement.divergence.standard_error)},
-          {"same_top", Number(agreement.same_top.value)},
-          {"same_top_standard_error", Number(agreement.same_top.standard_error)}};
-}
-
 nlohmann::json ToJson(const Perplexity& perplexity) {
   return {{"windows", perplexity.windows},
           {"tokens", perplexity.tokens},
@@ -52,18 +65,6 @@ nlohmann::json ToJson(const Perplexity& perplexity) {
           {"quantized_standard_error", Number(perplexity.quantized_error)},
           {"log_loss_difference", Number(perplexity.log_loss_difference.value)},
           {"log_loss_difference_standard_error", Number(perplexity.log_loss_difference.standard_error)}};
-}
-
-// "34.02 ± 0.53": a mean with its standard error, where there is one.
-std::string WithError(const std::string& mean, double error) {
-  return std::isnan(error) ? mean : fmt::format("{} ± {:.2g}", mean, error);
-}
-
-std::string AgreementText(const Agreement& agreement) {
-  const Mean& divergence = agreement.divergence;
-  return fmt::format("KL(float || quantized) {} nats a token, same top-1 at {:.2f} % of {} tokens",
-                     WithError(fmt::format("{:.4g}", divergence.value), divergence.standard_error),
-                     100 * agreement.same_top.value, agreement.tokens);
 }
 
 std::string PerplexityText(const Perplexity& perplexity) {
@@ -224,11 +225,11 @@ std::string ReportText(const QuantizeResult& result) {
       "positions\n";
   if (!result.linears.empty()) text += "\n" + LinearsText(result.linears);
   text += PackedText(result);
-  if (result.agreement) text += fmt::format("\n{}\n", AgreementText(*result.agreement));
+  if (result.agreement) text += fmt::format("\n{}\n", AgreementText(*result.agreement, "float", "quantized"));
   if (result.perplexity) text += PerplexityText(*result.perplexity);
   if (const auto& captions = result.captions)
     text += fmt::format("captions: float {} of {}, quantized {}; {}\n", captions->float_exact, captions->pictures,
-                        captions->quantized_exact, AgreementText(captions->agreement));
+                        captions->quantized_exact, AgreementText(captions->agreement, "float", "quantized"));
   if (!result.vision_profile.empty()) text += fmt::format("vision units: {}\n", result.vision_profile);
   if (!result.units.empty()) text += "\n" + SizesText(result);
   if (result.compute_change) {

@@ -11,7 +11,7 @@
 #include "circlet/preprocess/image.h"
 #include "circlet/quant/calibration.h"
 #include "ops/table.h"
-#include "pipeline/gemma4/given.h"
+#include "pipeline/gemma4/job.h"
 #include "runtime/units.h"
 
 namespace circlet::runtime {
@@ -22,12 +22,9 @@ std::string HiddenKey(int layer) { return layer == 0 ? "inputs_embeds" : fmt::fo
 
 class GraphUnit : public RunnableUnit {
  public:
-  // `calibration`: grids that a packed checkpoint gives.
-  GraphUnit(std::string unit, const Graph& graph, WeightSource weights, const Calibration& calibration,
+  GraphUnit(std::string unit, const Graph& graph, WeightSource weights, std::unique_ptr<PointReading> reading,
             const std::function<std::string(const std::string& end, bool output)>& key_of)
-      : weights_(std::move(weights)),
-        reading_(ObserveReading::Reference(calibration)),
-        executor_(graph, reading_.get()) {
+      : weights_(std::move(weights)), reading_(std::move(reading)), executor_(graph, reading_.get()) {
     name = std::move(unit);
     for (const ValueId id : graph.Inputs()) inputs.push_back({graph.At(id).name, key_of(graph.At(id).name, false)});
     for (const Graph::Output& output : graph.Outputs()) outputs.push_back({output.name, key_of(output.name, true)});
@@ -45,12 +42,13 @@ class GraphUnit : public RunnableUnit {
 // A table is read by the rows that are asked for: its graph sees just those.
 class TableUnit final : public GraphUnit {
  public:
-  // `groups`: rows of the table that make up one.
-  TableUnit(std::string unit, const Graph& graph, Tensor table, int64_t groups, const Calibration& calibration,
+  using Rows = std::function<Tensor(std::span<const int64_t> wanted)>;
+  // `rows` gives those of the table as float32; `groups` of them make up one.
+  TableUnit(std::string unit, const Graph& graph, Rows rows, int64_t groups, std::unique_ptr<PointReading> reading,
             std::string output_key)
-      : GraphUnit(std::move(unit), graph, nullptr, calibration,
+      : GraphUnit(std::move(unit), graph, nullptr, std::move(reading),
                   [&](const std::string&, bool output) { return output ? output_key : ""; }),
-        table_(std::move(table)),
+        rows_(std::move(rows)),
         groups_(groups) {}
 
   Values Run(const Values& given) override {
@@ -59,7 +57,7 @@ class TableUnit final : public GraphUnit {
     std::vector<int64_t> wanted;
     for (const int64_t id : ids)
       for (int64_t group = 0; group < groups_; ++group) wanted.push_back(id * groups_ + group);
-    const Tensor rows = table_.Grid() != nullptr ? DequantizedRows(table_, wanted) : ToF32(RowsOf(table_, wanted));
+    const Tensor rows = rows_(wanted);
     weights_ = [rows](const std::string&) { return rows; };
     executor_.ForgetWeights();
     std::vector<int64_t> places(ids.size());
@@ -68,23 +66,33 @@ class TableUnit final : public GraphUnit {
   }
 
  private:
-  Tensor table_;
+  Rows rows_;
   int64_t groups_;
 };
 
 class CheckpointUnits final : public UnitSource {
  public:
   CheckpointUnits(const std::filesystem::path& directory, const SessionOptions& options)
-      : weights_(ModelWeights::Open(ReadConfig(directory), directory, options.text_only)),
+      : simulation_(Simulated(directory, options)),
+        weights_(Opened(directory, options, simulation_)),
         config_(weights_.GetConfig()),
         given_(weights_.HoldsCodes() ? gemma4::GivenBy(weights_, {}, kDefault) : gemma4::GivenGrids()),
-        dialect_(DialectOf(given_)),
-        calibration_(Recipe::Load("default"), dialect_),
-        vision_(config_.vision.has_value() && !options.text_only) {
-    for (const auto& [point, grid] : given_.points) calibration_.GivePoint(point, grid);
+        dialect_(DialectOf(given_, simulation_)),
+        calibration_(simulation_ ? simulation_->recipe : Recipe::Load("default"), dialect_),
+        vision_(config_.vision.has_value() && (simulation_ ? simulation_->pictures : !options.text_only)) {
+    if (vision_) {
+      vision_weights_.emplace(
+          *config_.vision, [this](const std::string& name) { return weights_.Stored(name); }, dialect_);
+      folded_ = vision_weights_->Folded();
+    }
+    if (simulation_)
+      UseSimulation();
+    else
+      for (const auto& [point, grid] : given_.points) calibration_.GivePoint(point, grid);
     constexpr int64_t kUsual = 2048;
     const int64_t most = config_.text.max_positions > 0 ? config_.text.max_positions : kUsual;
-    facts_ = {.context = options.context > 0 ? options.context : std::min(kUsual, most),
+    const int64_t own = simulation_ && simulation_->length > 0 ? simulation_->length : std::min(kUsual, most);
+    facts_ = {.context = options.context > 0 ? options.context : own,
               .vocabulary = config_.text.vocab_size,
               .bos = config_.text.bos_token_id,
               .pad = config_.text.pad_token_id,
@@ -103,9 +111,11 @@ class CheckpointUnits final : public UnitSource {
   }
 
   const ModelFacts& Facts() const override { return facts_; }
-  // Graphs are made for a length; those of one prompt serve others that are about as long.
+  // Graphs are made for a length; those of one prompt serve others that are about as long. A simulation pads as files
+  // do, since the order of float sums over keys follows from it.
   int64_t PaddedLength(int64_t length) const override {
     constexpr int64_t kStep = 64;
+    if (simulation_) return facts_.context;
     return std::min(facts_.context, (length + kStep - 1) / kStep * kStep);
   }
   std::vector<RunnableUnit*> Prefill(int64_t length) override {
@@ -132,19 +142,23 @@ class CheckpointUnits final : public UnitSource {
 
   Tensor Features(const Tensor& pixels, std::span<const int64_t> positions) override {
     const VisionConfig& vision = *config_.vision;
-    // Padding patches change nothing that is read.
-    const int64_t valid = LayoutOf(vision, positions).valid;
-    const std::vector<int64_t> real(positions.begin(), positions.begin() + 2 * valid);
-    if (features_ == nullptr || real != positions_) {
-      const VisionWeights weights(
-          vision, [this](const std::string& name) { return Operand(name); }, dialect_);
+    // Padding patches change nothing that is read; files have them.
+    const int64_t patches = simulation_ ? std::ssize(positions) / 2 : LayoutOf(vision, positions).valid;
+    const std::vector<int64_t> taken(positions.begin(), positions.begin() + 2 * patches);
+    if (features_ == nullptr || taken != positions_) {
+      const std::string baked = VisionWeights::PositionEmbeddingsName();
+      const bool rounds = simulation_ && dialect_.position_table_grid;
+      const Tensor embeddings = vision_weights_->PositionEmbeddings(
+          taken, rounds ? calibration_.GridOf(VisionWeights::PositionTablePoint()) : nullptr);
       Graph graph;
-      BuildVisionPrefill(BlockBuilder(graph, dialect_), config_, real);
-      features_ = std::make_unique<GraphUnit>("vision_prefill", graph, weights.For(real), calibration_,
-                                              [](const std::string&, bool) { return ""; });
-      positions_ = real;
+      BuildVisionPrefill(BlockBuilder(graph, dialect_), config_, taken);
+      features_ = std::make_unique<GraphUnit>(
+          "vision_prefill", graph,
+          [this, baked, embeddings](const std::string& name) { return name == baked ? embeddings : Operand(name); },
+          Reading(), [](const std::string&, bool) { return ""; });
+      positions_ = taken;
     }
-    return features_->Run({{"pixel_values", PixelValues(pixels.Slice(0, valid, 1))}}).at("projected");
+    return features_->Run({{"pixel_values", PixelValues(pixels.Slice(0, patches, 1))}}).at("projected");
   }
 
   Tensor Fused(const Tensor& text, std::span<const Tensor> features, std::span<const int64_t> places) override {
@@ -155,7 +169,14 @@ class CheckpointUnits final : public UnitSource {
       fused = FuseAt(fused, visual, places.subspan(used, rows));
       used += rows;
     }
-    return fused;
+    if (!simulation_) return fused;
+    const int64_t length = text.GetShape()[1];
+    if (merge_ == nullptr || merge_length_ != length)
+      merge_ = Make(
+          "multimodal_fusion", [&](const BlockBuilder& b) { BuildMergedEmbedding(b, config_.text, length, true); },
+          [](const std::string&, bool) { return HiddenKey(0); });
+    merge_length_ = length;
+    return merge_->Run({{"hidden", fused}}).at("hidden");
   }
 
  private:
@@ -167,17 +188,62 @@ class CheckpointUnits final : public UnitSource {
     return pointers;
   }
 
-  static Dialect DialectOf(const gemma4::GivenGrids& given) {
-    Dialect dialect = kDefault;
+  static std::optional<gemma4::Simulation> Simulated(const std::filesystem::path& directory,
+                                                     const SessionOptions& options) {
+    if (!options.simulation) return std::nullopt;
+    QuantizeOptions run = *options.simulation;
+    run.model = directory;
+    run.text_only |= options.text_only;
+    gemma4::Simulation made = gemma4::Simulate(run);
+    if (options.notes != nullptr) *options.notes += made.notes;
+    return made;
+  }
+
+  // Of the stream that the grids belong to.
+  static ModelWeights Opened(const std::filesystem::path& directory, const SessionOptions& options,
+                             const std::optional<gemma4::Simulation>& simulation) {
+    ModelWeights weights = ModelWeights::Open(ReadConfig(directory), directory,
+                                              options.text_only || (simulation && !simulation->pictures));
+    if (simulation && simulation->grids.GetWidening() && !simulation->grids.GetWidening()->Empty())
+      weights.Widen(*simulation->grids.GetWidening(), std::filesystem::temp_directory_path());
+    return weights;
+  }
+
+  static Dialect DialectOf(const gemma4::GivenGrids& given, const std::optional<gemma4::Simulation>& simulation) {
+    Dialect dialect = simulation ? DialectFromName(simulation->dialect) : kDefault;
     dialect.given = &given.added;
     return dialect;
   }
 
+  void UseSimulation() {
+    calibration_.UseFrozen(simulation_->grids);
+    rounded_.emplace(calibration_, [this](const std::string& name) { return Stored(name); });
+  }
+
+  std::unique_ptr<PointReading> Reading() const {
+    if (simulation_) return std::make_unique<FakeQuantReading>(calibration_);
+    return ObserveReading::Reference(calibration_);
+  }
+
+  // With the patch projection folded.
+  Tensor Stored(const std::string& name) const { return folded_ ? folded_(name) : weights_.Stored(name); }
+
   // A parameter as products take it, float32 or codes, once for all graphs.
   Tensor Operand(const std::string& name) {
+    if (simulation_) {
+      const auto solved = simulation_->solved.find(name);
+      return solved != simulation_->solved.end() ? solved->second : (*rounded_)(name);
+    }
     Tensor& kept = operands_[name];
-    if (kept.Empty()) kept = calibration_.ReferenceOperand(weights_.Stored(name));
+    if (kept.Empty()) kept = calibration_.ReferenceOperand(Stored(name));
     return kept;
+  }
+
+  // Of a table, as float32.
+  Tensor Rows(const std::string& name, std::span<const int64_t> wanted) const {
+    if (simulation_) return rounded_->Rows(name, wanted);
+    const Tensor table = weights_.Stored(name);
+    return table.Grid() != nullptr ? DequantizedRows(table, wanted) : ToF32(RowsOf(table, wanted));
   }
 
   std::unique_ptr<RunnableUnit> Make(std::string name, const std::function<void(const BlockBuilder&)>& build,
@@ -185,7 +251,7 @@ class CheckpointUnits final : public UnitSource {
     Graph graph;
     build(BlockBuilder(graph, dialect_));
     return std::make_unique<GraphUnit>(
-        std::move(name), graph, [this](const std::string& weight) { return Operand(weight); }, calibration_, key_of);
+        std::move(name), graph, [this](const std::string& weight) { return Operand(weight); }, Reading(), key_of);
   }
 
   // A unit that has an input "visual" only tells the session where pictures go (Fused).
@@ -201,11 +267,12 @@ class CheckpointUnits final : public UnitSource {
   Units Text(Phase phase, int64_t length, int64_t slots) {
     const TextConfig& text = config_.text;
     Units units;
-    const auto table = [&](const char* name, const char* parameter, const std::string& key, const auto& build) {
+    const auto table = [&](const char* name, const std::string& parameter, const std::string& key, const auto& build) {
       Graph graph;
       build(BlockBuilder(graph, dialect_));
-      units.push_back(std::make_unique<TableUnit>(name, graph, weights_.Stored(parameter),
-                                                  parameter == kPleTable ? text.ple_groups : 1, calibration_, key));
+      units.push_back(std::make_unique<TableUnit>(
+          name, graph, [this, parameter](std::span<const int64_t> wanted) { return Rows(parameter, wanted); },
+          parameter == kPleTable ? text.ple_groups : 1, Reading(), key));
     };
     table("token_embedding", "model.language_model.embed_tokens.weight", HiddenKey(0),
           [&](const BlockBuilder& b) { BuildTokenEmbedding(b, text, length, length); });
@@ -241,6 +308,7 @@ class CheckpointUnits final : public UnitSource {
     RopeTables tables;
   };
 
+  std::optional<gemma4::Simulation> simulation_;
   ModelWeights weights_;
   Gemma4Config config_;
   gemma4::GivenGrids given_;
@@ -248,12 +316,17 @@ class CheckpointUnits final : public UnitSource {
   Calibration calibration_;
   bool vision_;
   ModelFacts facts_;
+  std::optional<VisionWeights> vision_weights_;
+  WeightSource folded_;
+  std::optional<RoundedWeights> rounded_;  // of a simulation
   std::map<std::string, Tensor> operands_;
   std::map<std::string, LayerConfig> types_;
   std::map<std::string, Turned> rope_;  // of the step that runs, by attention
   std::unique_ptr<RunnableUnit> head_;
   Units prefill_, decode_;
   int64_t prefill_length_ = 0;
+  std::unique_ptr<RunnableUnit> merge_;
+  int64_t merge_length_ = 0;  // that merge_ is made for
   std::unique_ptr<GraphUnit> features_;
   std::vector<int64_t> positions_;  // that features_ is made for
 };

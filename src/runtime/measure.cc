@@ -13,6 +13,7 @@
 #include "pipeline/gemma4/captions.h"
 #include "pipeline/gemma4/perplexity.h"
 #include "pipeline/gemma4/tails.h"
+#include "pipeline/report.h"
 #include "pipeline/units.h"
 #include "preprocess/data_lines.h"
 #include "runtime/units.h"
@@ -141,43 +142,27 @@ Captions MeasureCaptions(Session& session, Session* reference, const Processor& 
   return captions;
 }
 
-std::string WithError(double value, double error, int digits) {
-  if (std::isnan(error)) return fmt::format("{:.{}f}", value, digits);
-  return fmt::format("{:.{}f} ± {:.2g}", value, digits, error);
-}
-
 std::string PerplexityLine(const char* what, const Perplexity& perplexity, const std::optional<Agreement>& agreement,
                            const std::string& name) {
+  const auto figure = [](double value, double error) { return WithError(fmt::format("{:.4f}", value), error); };
   std::string text = fmt::format("{}: ", what);
-  if (agreement) text += fmt::format("reference {}, ", WithError(perplexity.float_value, perplexity.float_error, 4));
+  if (agreement) text += fmt::format("reference {}, ", figure(perplexity.float_value, perplexity.float_error));
   text += fmt::format("{} {} ({} sequences, {} tokens)\n", name,
-                      WithError(perplexity.quantized_value, perplexity.quantized_error, 4), perplexity.windows,
+                      figure(perplexity.quantized_value, perplexity.quantized_error), perplexity.windows,
                       perplexity.tokens);
-  if (agreement)
-    text += fmt::format("  KL(reference || {}) {} nats a token, same top-1 at {:.2f} % of {} tokens\n", name,
-                        WithError(agreement->divergence.value, agreement->divergence.standard_error, 6),
-                        100 * agreement->same_top.value, agreement->tokens);
+  if (agreement) text += fmt::format("  {}\n", AgreementText(*agreement, "reference", name));
   return text;
-}
-
-json Figure(double value) { return std::isnan(value) ? json(nullptr) : json(value); }
-
-json ToJson(const Agreement& agreement) {
-  return {{"tokens", agreement.tokens},
-          {"kl", Figure(agreement.divergence.value)},
-          {"kl_standard_error", Figure(agreement.divergence.standard_error)},
-          {"same_top", Figure(agreement.same_top.value)}};
 }
 
 json PerplexityJson(const Perplexity& perplexity, const std::optional<Agreement>& agreement) {
   json made{{"sequences", perplexity.windows},
             {"tokens", perplexity.tokens},
-            {"value", Figure(perplexity.quantized_value)},
-            {"standard_error", Figure(perplexity.quantized_error)}};
+            {"value", Number(perplexity.quantized_value)},
+            {"standard_error", Number(perplexity.quantized_error)}};
   if (!agreement) return made;
-  made["reference"] = Figure(perplexity.float_value);
-  made["log_loss_difference"] = Figure(perplexity.log_loss_difference.value);
-  made["log_loss_difference_standard_error"] = Figure(perplexity.log_loss_difference.standard_error);
+  made["reference"] = Number(perplexity.float_value);
+  made["log_loss_difference"] = Number(perplexity.log_loss_difference.value);
+  made["log_loss_difference_standard_error"] = Number(perplexity.log_loss_difference.standard_error);
   made["agreement"] = ToJson(*agreement);
   return made;
 }
@@ -270,8 +255,10 @@ std::string MeasuredJson(const Measured& measured, const std::string& name) {
 }
 
 Compared Compare(Session& first, Session& second, const Tokenizer& tokenizer, const Sample& prompt,
-                 const GenerateOptions& options) {
+                 const GenerateOptions& options, int64_t compared_tokens) {
   Compared compared{.source = prompt.source,
+                    .prompt = tokenizer.Decode(prompt.input_ids, /*skip_special=*/true),
+                    .pictures = prompt.pixel_values.Empty() ? 0 : prompt.pixel_values.GetShape()[0],
                     .first = Generate(first, tokenizer, prompt, options),
                     .second = Generate(second, tokenizer, prompt, options)};
   const std::vector<int64_t>&a = compared.first.ids, &b = compared.second.ids;
@@ -279,7 +266,7 @@ Compared Compare(Session& first, Session& second, const Tokenizer& tokenizer, co
   compared.same_tokens = at - a.begin();
   compared.diverges = at != a.end() || other != b.end();
   Sample forced = prompt;
-  forced.input_ids.insert(forced.input_ids.end(), b.begin(), b.end());
+  forced.input_ids.insert(forced.input_ids.end(), b.begin(), b.begin() + std::min(std::ssize(b), compared_tokens));
   // The last token of a full context has no place behind it.
   const int64_t most = std::min(first.Facts().context, second.Facts().context);
   if (std::ssize(forced.input_ids) > most) forced.input_ids.resize(most);

@@ -257,6 +257,22 @@ void ReadSmoke(const JsonObject& object, SmokeOptions& smoke) {
   object.RejectUnknownKeys();
 }
 
+// Pictures of any size may stand anywhere, so that no layout has to be said.
+void ReadGeneration(const JsonObject& object, GenerationOptions& generation) {
+  generation.model = object.Optional<std::string>("model", "");
+  generation.prompt = object.Optional<std::string>("prompt", "");
+  generation.max_seq = OptionalCount(object, "max_seq", 2);
+  generation.gen_steps = OptionalCount(object, "gen_steps");
+  generation.verify_steps = OptionalCount(object, "verify_steps");
+  Choice(object, "padding_side", "right", {"right"}, {"left"});
+  Choice(object, "device", "cpu", {"cpu"}, {"cuda", "cuda:0", "auto"});
+  Choice(object, "rope", "pre_negated_sin", {"pre_negated_sin"}, {"hf"});
+  for (const char* key : {"vision_profile", "image_height", "image_width", "visual_start_idx", "num_visual_tokens"})
+    if (object.Has(key) && !object.Raw(key).is_null())
+      generation.unused.push_back(fmt::format("debug.static_gemma4_runtime.{}", key));
+  object.RejectUnknownKeys();
+}
+
 }  // namespace
 
 Settings Settings::Load(const std::string& name_or_path, std::span<const std::string> assignments) {
@@ -283,7 +299,9 @@ Settings Settings::Parse(std::string_view text, const std::string& file, std::sp
   if (const auto object = root.OptionalObject("export")) ReadExport(*object, settings.export_options);
   if (const auto debug = root.OptionalObject("debug")) {
     if (const auto smoke = debug->OptionalObject("wrapper_smoke")) ReadSmoke(*smoke, settings.smoke);
-    for (const std::string_view key : {"static_gemma4_runtime", "tied_embedding"}) Refuse(*debug, key);
+    if (const auto runtime = debug->OptionalObject("static_gemma4_runtime"))
+      ReadGeneration(*runtime, settings.generation);
+    Refuse(*debug, "tied_embedding");
     debug->RejectUnknownKeys();
   }
   for (const std::string_view key : {"extensions", "target_model"}) Refuse(root, key);

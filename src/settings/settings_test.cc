@@ -125,6 +125,27 @@ TEST(SettingsTest, UnknownKeysAreErrorsWithLineAndNearestKey) {
   EXPECT_THAT(LoadError("[1, 2]"), HasSubstr("quant.yaml:1: expected an object"));
 }
 
+TEST(SettingsTest, TheRuntimesSectionIsWhatGenerateTakes) {
+  const GenerationOptions said = Settings::Parse(R"(
+pipeline: [{name: ptq}]
+debug:
+  static_gemma4_runtime: {model: dir, max_seq: 512, prompt: Describe it., verify_steps: 4, gen_steps: 16,
+    padding_side: right, device: cpu, rope: pre_negated_sin, vision_profile: e2b_66x36_264, image_width: 30}
+)",
+                                                 "quant.yaml")
+                                     .generation;
+  EXPECT_EQ(said.model, "dir");
+  EXPECT_EQ(said.prompt, "Describe it.");
+  EXPECT_EQ(said.max_seq, 512);
+  EXPECT_EQ(said.verify_steps, 4);
+  EXPECT_EQ(said.gen_steps, 16);
+  EXPECT_THAT(said.unused, testing::ElementsAre("debug.static_gemma4_runtime.vision_profile",
+                                                "debug.static_gemma4_runtime.image_width"));
+  EXPECT_THAT(LoadError("debug: {static_gemma4_runtime: {padding_side: left}}"),
+              HasSubstr("debug.static_gemma4_runtime.padding_side: \"left\" is not supported yet; use right"));
+  EXPECT_THAT(LoadError("debug: {static_gemma4_runtime: {gen_stps: 3}}"), HasSubstr("nearest: \"gen_steps\""));
+}
+
 TEST(SettingsTest, KnownKeysThatAskForMoreThanThereIsAreRefusedByName) {
   for (const char* text :
        {"model: {hf_token: abc}", "runtime: {device_map: auto}", "calibration: {filter: {n_per_class: 3}}",

@@ -3,6 +3,7 @@
 // How good a session's predictions are, alone or beside another's.
 
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <span>
 #include <string>
@@ -49,7 +50,8 @@ std::string MeasuredJson(const Measured& measured, const std::string& name);
 
 // One prompt through two models.
 struct Compared {
-  std::string source;
+  std::string source, prompt;  // the prompt's text
+  int64_t pictures = 0;
   Generation first, second;
   int64_t same_tokens = 0;  // that both answers begin with
   bool diverges = false;    // they differ behind those
@@ -57,9 +59,23 @@ struct Compared {
   int64_t tokens = 0, same_top = 0;
   double divergence = 0;  // sum of KL(second || first), nats
 };
+// Predictions are compared along the first `compared_tokens` of the answer.
 Compared Compare(Session& first, Session& second, const Tokenizer& tokenizer, const Sample& prompt,
-                 const GenerateOptions& options);
+                 const GenerateOptions& options, int64_t compared_tokens = INT64_MAX);
 // Over all prompts; each is a cluster.
 Agreement AgreementOf(std::span<const Compared> all);
+
+// Prompts through two models, the one that differs most first.
+struct Comparison {
+  std::string first, second;  // what the models are called
+  std::vector<Compared> prompts;
+};
+// Puts them in order.
+Comparison ComparisonOf(std::string first, std::string second, std::vector<Compared> prompts);
+// Of prompts of text and of those with pictures as well, where there are both.
+std::string ComparisonText(const Comparison& comparison);
+std::string ComparisonJson(const Comparison& comparison);
+// A page that needs nothing but itself: both texts side by side, what follows their common beginning marked.
+std::string ComparisonHtml(const Comparison& comparison);
 
 }  // namespace circlet::runtime

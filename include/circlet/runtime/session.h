@@ -1,15 +1,17 @@
 #pragma once
 
-// A model that runs token by token: the exported files of an output directory, or the float checkpoint, behind one
-// interface (docs/runtime.md).
+// A model that runs token by token: the exported files of an output directory, the float checkpoint, or its
+// simulation, behind one interface (docs/runtime.md).
 
 #include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "circlet/base/tensor.h"
+#include "circlet/pipeline/quantize.h"
 #include "circlet/preprocess/chat.h"
 #include "circlet/preprocess/samples.h"
 
@@ -22,6 +24,7 @@ struct ModelFacts {
   std::vector<int64_t> stops;  // ids that end an answer
   Placeholders placeholders;
   bool pictures = false;  // whether it takes any
+  bool decodes = true;    // whether Decode is possible
 };
 
 // One sequence. Not for several threads at a time; it computes on all that SetThreads gives.
@@ -41,7 +44,7 @@ class Session {
   // Positions so far.
   virtual int64_t Length() const = 0;
   // [1,1,V]: what may follow `position`, one of those that the last Prefill or Decode computed. Files give codes with
-  // their grid (Tensor::Grid), a checkpoint float32.
+  // their grid (Tensor::Grid), a checkpoint float32, a simulation the float32 values of the codes.
   virtual Tensor Logits(int64_t position) = 0;
   Tensor Logits() { return Logits(Length() - 1); }
 };
@@ -49,10 +52,16 @@ class Session {
 // Logits as float32, whatever they are.
 std::vector<float> ValuesOf(const Tensor& logits);
 
+// Of a checkpoint; what quantize wrote takes none of them.
 struct SessionOptions {
-  // Of a checkpoint, which has no fixed one: positions of its caches. 0: 2048, or fewer when config.json says so.
+  // Positions of its caches. 0: 2048, or fewer when config.json says so; of a simulation, those that its files would
+  // have.
   int64_t context = 0;
-  bool text_only = false;  // of a checkpoint: leave the vision tower out
+  bool text_only = false;  // leave the vision tower out
+  // The simulation instead of the float model: fake-quantized as this run calibrates it, or on the grids of its
+  // qparams. `model` is the directory, and nothing is written or measured.
+  std::optional<QuantizeOptions> simulation;
+  std::string* notes = nullptr;  // gets what calibration did not use or had to assume, a line each
 };
 
 // `directory`: what quantize wrote, or a checkpoint. Nothing but small files is read before units are run, and of those

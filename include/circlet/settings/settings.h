@@ -90,6 +90,17 @@ struct SmokeOptions {
   } static_runtime;
 };
 
+// debug.static_gemma4_runtime: what `generate` takes from a recipe where its flags leave it open. The comparison run
+// that goes with it is `generate --beside`.
+struct GenerationOptions {
+  std::string model;  // DIR
+  std::string prompt;
+  std::optional<int> max_seq;       // --context
+  std::optional<int> gen_steps;     // --max-new-tokens
+  std::optional<int> verify_steps;  // tokens of the answer that are compared
+  std::vector<std::string> unused;  // keys that are set and change nothing
+};
+
 struct Settings {
   // As Recipe::Load and Recipe::Parse, for all sections; unknown ones are errors too.
   static Settings Load(const std::string& name_or_path, std::span<const std::string> assignments = {});
@@ -103,6 +114,7 @@ struct Settings {
   EvaluationOptions evaluation;
   ExportOptions export_options;
   SmokeOptions smoke;
+  GenerationOptions generation;
 };
 
 }  // namespace circlet

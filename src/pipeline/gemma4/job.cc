@@ -435,6 +435,38 @@ QuantizeOptions WithRecipe(QuantizeOptions options) {
 
 }  // namespace
 
+namespace gemma4 {
+
+Simulation Simulate(const QuantizeOptions& asked) {
+  RunSettings settings(WithRecipe(asked));
+  settings.options.eval_text.clear();
+  const bool frozen = !settings.options.qparams.empty();
+  const bool sized = settings.options.max_seq_len.has_value();
+  if (frozen) {
+    settings.file.calibration.datasets.clear();
+    settings.options.max_seq_len = settings.options.max_seq_len.value_or(2);  // of no sample
+  }
+  Gemma4Job job(settings);
+  Simulation made{.recipe = settings.recipe, .dialect = settings.options.dialect};
+  Calibration& calibration = job.GetCalibration();
+  QuantizeResult result;
+  if (frozen) {
+    job.Describe(result);
+  } else {
+    result = RunJob(settings, job, &made.solved);
+    made.notes = NotesText(result);
+  }
+  made.grids = calibration.Params();
+  if (result.widening) made.grids.SetWidening(*result.widening);
+  made.pictures = std::ranges::any_of(job.Points(), [&](const Point& point) {
+    return point.name == ProjectedPoint() && made.grids.Find(point.name) != nullptr;
+  });
+  if (sized || !frozen) made.length = result.max_seq_len;
+  return made;
+}
+
+}  // namespace gemma4
+
 // The only family there is; with another one config.json's "architectures" chooses here.
 QuantizeResult Quantize(const QuantizeOptions& asked) {
   const QuantizeOptions options = WithRecipe(asked);

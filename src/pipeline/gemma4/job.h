@@ -78,4 +78,17 @@ class Gemma4Job final : public ModelJob {
   std::vector<Point> points_;
 };
 
+// A run that wrote nothing, for a model that goes on on its grids.
+struct Simulation {
+  Recipe recipe;
+  std::string dialect;
+  ParameterStore grids;   // of the stream that they were calibrated on
+  SolvedWeights solved;
+  bool pictures = false;  // the vision tower has grids too
+  int64_t length = 0;     // of the longest sample; 0: there was none
+  std::string notes;      // what was not used or had to be assumed, a line each
+};
+// Calibrates. With options.qparams the grids are there, and nothing is computed. Throws what Quantize throws.
+Simulation Simulate(const QuantizeOptions& options);
+
 }  // namespace circlet::gemma4
