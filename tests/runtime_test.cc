@@ -722,6 +722,10 @@ TEST_F(RuntimeTest, GenerateRefusesWhatHasNoEffect) {
   const ProgramResult nothing = RunProgram({"generate", "--prompt", "x"});
   EXPECT_EQ(nothing.exit_code, 2);
   EXPECT_THAT(nothing.err, HasSubstr("no model: give DIR"));
+  const ProgramResult both = RunProgram(
+      {"generate", kTiny, "--prompt", "x", "--qparams", Text() / "qparams.json", "--data", kTiny / "eval/calib.jsonl"});
+  EXPECT_EQ(both.exit_code, 2);
+  EXPECT_THAT(both.err, HasSubstr("--data and --qparams: either calibrates, or has the grids"));
   const ProgramResult no_data = RunProgram({"generate", kTiny, "--prompt", "x", "--recipe", "w8a8"});
   EXPECT_EQ(no_data.exit_code, 2);
   EXPECT_THAT(no_data.err, HasSubstr("calibration data: give"));

@@ -123,6 +123,8 @@ void TakeFromRecipe(GenerateFlags& flags) {
   }
   if (flags.directory.empty()) flags.directory = said.model;
   if (flags.directory.empty()) Fail("no model: give DIR, an output directory of quantize or a checkpoint");
+  if (!flags.simulation.data.empty() && !flags.simulation.qparams.empty())
+    Fail("--data and --qparams: either calibrates, or has the grids; give one of them");
   if (Simulates(flags) && runtime::IsOutputDirectory(flags.directory))
     Fail(
         "{}: --recipe, --set, --dialect, --data and --qparams make a simulation of a checkpoint, and these files are "

@@ -190,7 +190,8 @@ void Gemma4Job::DescribePacked(QuantizeResult& result) const {
   result.modules_without_scale = given_.without;
   for (const auto& [parameter, packed] : weights_.GetInventory().packed)
     if (calibration_.HoldsCodes(parameter)) {
-      result.stored_codes.push_back({.parameter = parameter, .bits = packed.form.bits, .codes = packed.shape.Elements()});
+      result.stored_codes.push_back(
+          {.parameter = parameter, .bits = packed.form.bits, .codes = packed.shape.Elements()});
       if (!settings_.Writes()) continue;
       result.stored_codes.back() = DescribeCodes(parameter, packed.form.bits, Stored()(parameter));
       weights_.Release(parameter);
@@ -444,6 +445,9 @@ Simulation Simulate(const QuantizeOptions& asked) {
   const bool sized = settings.options.max_seq_len.has_value();
   if (frozen) {
     settings.file.calibration.datasets.clear();
+    settings.options.data.clear();
+    settings.options.samples.clear();
+    settings.options.random_samples.clear();
     settings.options.max_seq_len = settings.options.max_seq_len.value_or(2);  // of no sample
   }
   Gemma4Job job(settings);
