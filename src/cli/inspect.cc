@@ -256,8 +256,10 @@ void AddInspect(CLI::App& app, std::function<int()>& command) {
     };
   });
 
-  CLI::App* inspect = app.add_subcommand(
-      "inspect", "TICO's spelling: --mode wrapper-smoke is `circlet smoke`, --mode trace is `circlet trace`");
+  CLI::App* inspect = app.add_subcommand("inspect",
+                                         "TICO's spelling: --mode wrapper-smoke is `circlet smoke`, --mode trace is "
+                                         "`circlet trace`; its static-gemma4-runtime "
+                                         "is `circlet generate --recipe FILE --beside MODEL`");
   inspect->footer("Example:\n  circlet inspect --mode wrapper-smoke --case gemma4_model");
   inspect->add_option("--mode", options->mode, "wrapper-smoke or trace")
       ->check(OneOf({kSmokeMode, kTraceMode}))
