@@ -7,6 +7,7 @@
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
 #include "ops/gemm.h"
+#include "quant/weights/row_loops.h"
 
 namespace circlet::weights {
 namespace {
@@ -101,7 +102,7 @@ void Moment::AddPiece(std::span<const float> a, std::span<const float> x, int64_
         const int64_t skip = kind_ == Kind::kSymmetric ? row : 0;
         int64_t* const sums = sums_.data() + RowStart(begin + row) + first;
         const float* const values = product.data() + row * width;
-        for (int64_t i = skip; i < width; ++i) sums[i] += std::llrint(static_cast<double>(values[i]) * inverse);
+        AddRounded(values + skip, width - skip, inverse, sums + skip);
       }
     });
   }

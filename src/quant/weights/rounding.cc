@@ -11,6 +11,7 @@
 #include "ops/codes.h"
 #include "ops/gemm.h"
 #include "quant/weights/factor.h"
+#include "quant/weights/row_loops.h"
 
 namespace circlet::weights {
 namespace {
@@ -25,10 +26,25 @@ template <typename T>
 std::vector<T> DampedMatrix(const Moment& moment, const std::vector<int32_t>& order, double added) {
   const auto n = static_cast<int64_t>(order.size());
   std::vector<T> matrix(static_cast<size_t>(n * n));
+  std::vector<int32_t> place(order.size());
+  for (int64_t i = 0; i < n; ++i) place[order[i]] = static_cast<int32_t>(i);
+  // A stored row, which begins at its diagonal, fills a part of one row; the rest are mirror images.
   ParallelFor(n, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < n; ++j)
-        matrix[i * n + j] = static_cast<T>(moment.At(order[i], order[j]) + (i == j ? added : 0));
+    for (int64_t row = begin; row < end; ++row) {
+      T* const to = matrix.data() + place[row] * n;
+      for (int64_t column = row; column < n; ++column)
+        to[place[column]] = static_cast<T>(moment.At(row, column) + (row == column ? added : 0));
+    }
+  });
+  constexpr int64_t kTile = 32;
+  ParallelFor(n, kTile, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < n; first += kTile)
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = std::max(first, i + 1); j < std::min(n, first + kTile); ++j)
+          if (order[i] < order[j])
+            matrix[j * n + i] = matrix[i * n + j];
+          else
+            matrix[i * n + j] = matrix[j * n + i];
   });
   return matrix;
 }
@@ -66,10 +82,30 @@ class Panels {
     std::fill_n(data_.get(), columns * width_ * panels, 0.0f);
   }
   float* At(int64_t panel, int64_t column) { return data_.get() + (panel * columns_ + column) * width_; }
-  float& Value(int64_t column, int64_t row) { return At(row / width_, column)[row % width_]; }
   gemm::Panels Operand() { return {data_.get(), columns_, panels_ * width_}; }
   int64_t Width() const { return width_; }
   int64_t Count() const { return panels_; }
+
+  void CopyFrom(const Panels& other) { std::copy_n(other.data_.get(), columns_ * width_ * panels_, data_.get()); }
+  // The rows for which `take` says so become those of `other`.
+  void Take(const Panels& other, std::span<const uint8_t> take) {
+    for (int64_t at = 0; at < columns_ * panels_; ++at) {
+      const uint8_t* const taken = take.data() + at / columns_ * width_;
+      for (int64_t r = 0; r < width_; ++r)
+        if (taken[r] != 0) data_[at * width_ + r] = other.data_[at * width_ + r];
+    }
+  }
+
+  // Calls body(row, i, value) for the first `count` rows and all columns, in squares that stay in the cache.
+  template <typename Body>
+  void ForValues(int64_t count, const Body& body) {
+    constexpr int64_t kColumns = 64;
+    for (int64_t first = 0; first < count; first += width_)
+      for (int64_t begin = 0; begin < columns_; begin += kColumns)
+        for (int64_t r = first; r < std::min(count, first + width_); ++r)
+          for (int64_t i = begin; i < std::min(columns_, begin + kColumns); ++i)
+            body(r, i, At(first / width_, i)[r - first]);
+  }
 
  private:
   int64_t columns_, width_, panels_;
@@ -81,13 +117,14 @@ struct RowGrids {
   std::vector<float> scale, zero_point;
 };
 
-// Rounds some rows of one matrix. All loops over rows are the innermost: rows do not know of each other.
+// Rounds some rows of one matrix.
 class RowGroup {
  public:
   RowGroup(const Metric& metric, const RoundingOptions& options, int64_t panels)
       : metric_(metric),
         n_(metric.Columns()),
-        rows_(panels * gemm::PanelColumns()),
+        width_(gemm::PanelColumns()),
+        rows_(panels * width_),
         low_(static_cast<float>(options.Codes().min)),
         high_(static_cast<float>(options.Codes().max)),
         target_(n_, panels),
@@ -101,18 +138,17 @@ class RowGroup {
 
   // Every column to the nearest code.
   void RoundToNearest(const RowGrids& grids) {
-    ForRows([&](int64_t panel, int64_t column, int64_t first) {
-      Snap(grids, first, target_.At(panel, column), target_.At(panel, column), codes_.At(panel, column),
-           errors_.At(panel, column));
-    });
+    for (int64_t panel = 0; panel < target_.Count(); ++panel)
+      Snap(GridOf(grids, panel), width_, n_, target_.At(panel, 0), target_.At(panel, 0), codes_.At(panel, 0),
+           errors_.At(panel, 0));
   }
 
   // The errors of the codes as they stand, now from `values`.
   void ErrorsFrom(Panels& values, const RowGrids& grids) {
-    ForRows([&](int64_t panel, int64_t column, int64_t first) {
+    ForColumns([&](int64_t panel, int64_t column, int64_t first) {
       const float *const codes = codes_.At(panel, column), *const value = values.At(panel, column);
       float* const errors = errors_.At(panel, column);
-      for (int64_t r = 0; r < target_.Width(); ++r)
+      for (int64_t r = 0; r < width_; ++r)
         errors[r] = grids.scale[first + r] * (codes[r] - grids.zero_point[first + r]) - value[r];
     });
   }
@@ -120,150 +156,126 @@ class RowGroup {
   // sum_j e_j v_j by row.
   std::vector<double> ErrorsTimes(Panels& values) {
     std::vector<double> sums(static_cast<size_t>(rows_));
-    ForRows([&](int64_t panel, int64_t column, int64_t first) {
-      const float *const errors = errors_.At(panel, column), *const value = values.At(panel, column);
-      for (int64_t r = 0; r < target_.Width(); ++r) sums[first + r] += static_cast<double>(errors[r]) * value[r];
-    });
+    for (int64_t panel = 0; panel < errors_.Count(); ++panel)
+      for (int64_t begin = 0; begin < n_; begin += kBlock)
+        AddDots(width_, std::min(kBlock, n_ - begin), errors_.At(panel, begin), width_, values.At(panel, begin),
+                &sums[panel * width_]);
     return sums;
   }
 
   // Columns in order, each given the errors of those before. Returns the losses.
   std::vector<double> Compensate(const RowGrids& grids) {
     std::vector<double> loss(static_cast<size_t>(rows_));
-    const int64_t width = target_.Width();
-    std::vector<float> wanted(static_cast<size_t>(width));
     ForBlocks(metric_.Factor(), true, [&](int64_t begin, int64_t end, int64_t panel) {
-      const int64_t first = panel * width;
-      for (int64_t i = begin; i < end; ++i) {
-        float* const carried = InBlock(i, begin, panel);
-        const float pivot = metric_.Factor()[i * n_ + i];
-        const float *const target = target_.At(panel, i), *const errors = errors_.At(panel, i);
-        for (int64_t r = 0; r < width; ++r) wanted[r] = target[r] - carried[r] / pivot;
-        Snap(grids, first, wanted.data(), target, codes_.At(panel, i), errors_.At(panel, i));
-        for (int64_t r = 0; r < width; ++r) loss[first + r] += Square(carried[r] + pivot * errors[r]);
-      }
+      CompensateBlock(BlockAt(begin, end, panel), GridOf(grids, panel), width_, target_.At(panel, begin),
+                      codes_.At(panel, begin), errors_.At(panel, begin), &loss[panel * width_]);
     });
     return loss;
-  }
-
-  // One pass of coordinate descent; subtracts from the losses what it gains. Returns whether a code has changed.
-  bool Descend(const RowGrids& grids, std::vector<double>& loss) {
-    const int64_t width = target_.Width();
-    std::vector<float> wanted(static_cast<size_t>(width)), steps(static_cast<size_t>(width));
-    bool changed = false;
-    ForBlocks(metric_.Damped(), false, [&](int64_t begin, int64_t end, int64_t panel) {
-      const int64_t first = panel * width;
-      for (int64_t i = begin; i < end; ++i) {
-        const float* const row = metric_.Damped() + i * n_;
-        const float* const gradient = products_.get() + (i - begin) * rows_ + first;
-        const float* const target = target_.At(panel, i);
-        float *const errors = errors_.At(panel, i), *const codes = codes_.At(panel, i);
-        for (int64_t r = 0; r < width; ++r) {
-          wanted[r] = target[r] + errors[r] - gradient[r] / row[i];
-          steps[r] = codes[r];
-        }
-        Snap(grids, first, wanted.data(), target, codes, errors);
-        bool any = false;
-        for (int64_t r = 0; r < width; ++r) {
-          steps[r] = (codes[r] - steps[r]) * grids.scale[first + r];
-          any = any || steps[r] != 0;
-          loss[first + r] += 2.0 * steps[r] * gradient[r] + static_cast<double>(row[i]) * steps[r] * steps[r];
-        }
-        if (!any) continue;
-        changed = true;
-        for (int64_t k = i + 1; k < end; ++k) {
-          float* const other = products_.get() + (k - begin) * rows_ + first;
-          for (int64_t r = 0; r < width; ++r) other[r] += row[k] * steps[r];
-        }
-      }
-    });
-    return changed;
-  }
-
-  // The scale that is best for each row's codes; the errors follow.
-  void Refit(RowGrids& grids, std::vector<double>& loss) {
-    const int64_t width = target_.Width();
-    ForRows([&](int64_t panel, int64_t column, int64_t first) {
-      float* const steps = errors_.At(panel, column);
-      for (int64_t r = 0; r < width; ++r) steps[r] = codes_.At(panel, column)[r] - grids.zero_point[first + r];
-    });
-    std::vector<double> with_target(static_cast<size_t>(rows_)), with_itself(static_cast<size_t>(rows_));
-    ForBlocks(metric_.Damped(), false, [&](int64_t begin, int64_t end, int64_t panel) {
-      const int64_t first = panel * width;
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t r = 0; r < width; ++r) {
-          const double product = products_[(i - begin) * rows_ + first + r];
-          with_target[first + r] += product * target_.At(panel, i)[r];
-          with_itself[first + r] += product * errors_.At(panel, i)[r];
-        }
-    });
-    for (int64_t r = 0; r < rows_; ++r) {
-      const auto best = static_cast<float>(with_target[r] / with_itself[r]);
-      if (!(with_itself[r] > 0) || !(best > kScaleFloor) || !std::isfinite(best)) continue;
-      loss[r] -= Square(with_target[r] - grids.scale[r] * with_itself[r]) / with_itself[r];
-      grids.scale[r] = best;
-    }
-    ForRows([&](int64_t panel, int64_t column, int64_t first) {
-      float* const errors = errors_.At(panel, column);
-      for (int64_t r = 0; r < width; ++r) errors[r] = errors[r] * grids.scale[first + r] - target_.At(panel, column)[r];
-    });
   }
 
   // The losses of the errors as they stand.
   std::vector<double> Loss() {
     std::vector<double> loss(static_cast<size_t>(rows_));
-    const int64_t width = target_.Width();
     ForBlocks(metric_.Factor(), true, [&](int64_t begin, int64_t end, int64_t panel) {
-      for (int64_t i = begin; i < end; ++i) {
-        const float* const carried = InBlock(i, begin, panel);
-        const float pivot = metric_.Factor()[i * n_ + i];
-        for (int64_t r = 0; r < width; ++r)
-          loss[panel * width + r] += Square(carried[r] + pivot * errors_.At(panel, i)[r]);
-      }
+      AddLoss(BlockAt(begin, end, panel), width_, errors_.At(panel, begin), &loss[panel * width_]);
     });
     return loss;
+  }
+
+  // Makes the gradient H' e, which Descend and Refit then keep true: a pass changes one code of a hundred, so adding
+  // those columns' part costs a fraction of a product.
+  void StartDescent() {
+    gradient_ = Aligned<float>(rows_ * n_);
+    ForBlocks(metric_.Damped(), false,
+              [&](int64_t begin, int64_t end, int64_t panel) { ToRows(begin, end, panel, gradient_.get()); });
+  }
+
+  // One pass of coordinate descent; subtracts from the losses what it gains. Returns whether a code has changed.
+  bool Descend(const RowGrids& grids, std::vector<double>& loss) {
+    constexpr int64_t kTile = 8 * kBlock;  // columns whose gradient follows at once, that of the others behind the tile
+    std::vector<float> gradient(static_cast<size_t>(kBlock * width_)), steps(gradient);
+    std::vector<std::vector<Change>> changes(static_cast<size_t>(rows_));
+    bool changed = false;
+    for (int64_t tile = 0; tile < n_; tile += kTile) {
+      const int64_t tile_end = std::min(n_, tile + kTile);
+      for (int64_t begin = tile; begin < tile_end; begin += kBlock)
+        for (int64_t panel = 0; panel < errors_.Count(); ++panel) {
+          const int64_t count = std::min(kBlock, tile_end - begin), first = panel * width_;
+          for (int64_t r = 0; r < width_; ++r)
+            for (int64_t i = 0; i < count; ++i)
+              gradient[i * width_ + r] = gradient_[(first + r) * n_ + begin + i];
+          if (!DescendBlock(metric_.Damped() + begin * n_ + begin, n_, count, GridOf(grids, panel), width_,
+                            gradient.data(), target_.At(panel, begin), codes_.At(panel, begin),
+                            errors_.At(panel, begin), steps.data(), &loss[first]))
+            continue;
+          changed = true;
+          for (int64_t r = 0; r < width_; ++r) {
+            std::vector<Change>& row = changes[first + r];
+            const size_t before = row.size();
+            for (int64_t i = 0; i < count; ++i)
+              if (steps[i * width_ + r] != 0) row.push_back({begin + i, steps[i * width_ + r]});
+            Follow(std::span(row).subspan(before), first + r, tile, tile_end);
+          }
+        }
+      for (int64_t r = 0; r < rows_; ++r) {
+        Follow(changes[r], r, 0, tile);
+        Follow(changes[r], r, tile_end, n_);
+        changes[r].clear();
+      }
+    }
+    return changed;
+  }
+
+  // The scale that is best for each row's codes; errors and gradient follow.
+  void Refit(RowGrids& grids, std::vector<double>& loss) {
+    ForColumns([&](int64_t panel, int64_t column, int64_t first) {
+      float* const units = errors_.At(panel, column);
+      for (int64_t r = 0; r < width_; ++r) units[r] = codes_.At(panel, column)[r] - grids.zero_point[first + r];
+    });
+    std::vector<double> with_target(static_cast<size_t>(rows_)), with_itself(with_target);
+    if (unit_gradient_ == nullptr) unit_gradient_ = Aligned<float>(rows_ * n_);
+    ForBlocks(metric_.Damped(), false, [&](int64_t begin, int64_t end, int64_t panel) {
+      const int64_t first = panel * width_;
+      const float* const products = products_.get() + first;
+      AddDots(width_, end - begin, products, rows_, target_.At(panel, begin), &with_target[first]);
+      AddDots(width_, end - begin, products, rows_, errors_.At(panel, begin), &with_itself[first]);
+      ToRows(begin, end, panel, unit_gradient_.get());
+    });
+    for (int64_t r = 0; r < rows_; ++r) {
+      const auto best = static_cast<float>(with_target[r] / with_itself[r]);
+      if (!(with_itself[r] > 0) || !(best > kScaleFloor) || !std::isfinite(best)) continue;
+      loss[r] -= Square(with_target[r] - grids.scale[r] * with_itself[r]) / with_itself[r];
+      const Change change{0, best - grids.scale[r]};
+      AddRows(std::span(&change, 1), unit_gradient_.get() + r * n_, n_, n_, gradient_.get() + r * n_);
+      grids.scale[r] = best;
+    }
+    ForColumns([&](int64_t panel, int64_t column, int64_t first) {
+      float* const errors = errors_.At(panel, column);
+      for (int64_t r = 0; r < width_; ++r) errors[r] = errors[r] * grids.scale[first + r] - target_.At(panel, column)[r];
+    });
   }
 
   // sum_j d_j (W_j - Q_j)^2 with Q to the nearest.
   std::vector<double> DiagonalLoss(const RowGrids& grids, Panels& weight, const float* diagonal) {
     std::vector<double> loss(static_cast<size_t>(rows_));
-    const int64_t width = weight.Width();
-    std::vector<float> codes(static_cast<size_t>(width)), errors(static_cast<size_t>(width)),
-        sums(static_cast<size_t>(rows_));
-    for (int64_t panel = 0; panel < weight.Count(); ++panel) {
-      const int64_t first = panel * width;
-      for (int64_t begin = 0; begin < n_; begin += kBlock) {
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        for (int64_t i = begin; i < std::min(n_, begin + kBlock); ++i) {
-          Snap(grids, first, weight.At(panel, i), weight.At(panel, i), codes.data(), errors.data());
-          const float factor = diagonal == nullptr ? 1.0f : diagonal[i];
-          for (int64_t r = 0; r < width; ++r) sums[r] += factor * errors[r] * errors[r];
-        }
-        for (int64_t r = 0; r < width; ++r) loss[first + r] += sums[r];
-      }
-    }
+    for (int64_t panel = 0; panel < weight.Count(); ++panel)
+      for (int64_t begin = 0; begin < n_; begin += kBlock)
+        AddRangeLoss(GridOf(grids, panel), width_, std::min(kBlock, n_ - begin), weight.At(panel, begin),
+                     diagonal == nullptr ? nullptr : diagonal + begin, &loss[panel * width_]);
     return loss;
   }
 
  private:
   static double Square(double x) { return x * x; }
 
-  // The nearest codes of `values`, and how far they lie from `target`.
-  void Snap(const RowGrids& grids, int64_t first, const float* values, const float* target, float* codes,
-            float* errors) const {
-    const float *const scale = grids.scale.data() + first, *const zero = grids.zero_point.data() + first;
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction, to the nearest even
-    for (int64_t r = 0; r < target_.Width(); ++r) {
-      const float code = std::min(std::max(values[r] / scale[r] + zero[r], low_), high_);
-      codes[r] = (code + kRound) - kRound;
-      errors[r] = scale[r] * (codes[r] - zero[r]) - target[r];
-    }
+  RowGrid GridOf(const RowGrids& grids, int64_t panel) const {
+    return {&grids.scale[panel * width_], &grids.zero_point[panel * width_], low_, high_};
   }
 
   template <typename Body>
-  void ForRows(const Body& body) {
+  void ForColumns(const Body& body) {
     for (int64_t panel = 0; panel < target_.Count(); ++panel)
-      for (int64_t column = 0; column < n_; ++column) body(panel, column, panel * target_.Width());
+      for (int64_t column = 0; column < n_; ++column) body(panel, column, panel * width_);
   }
 
   // For blocks of columns in order: products_ = the block's rows of `matrix` times the errors (of the columns before
@@ -281,23 +293,28 @@ class RowGroup {
     }
   }
 
-  // Row i of L times the errors of all columns before it, for one panel.
-  float* InBlock(int64_t i, int64_t begin, int64_t panel) {
-    const int64_t width = target_.Width();
-    float* const sums = products_.get() + (i - begin) * rows_ + panel * width;
-    const float* const row = metric_.Factor() + i * n_;
-    for (int64_t k = begin; k < i; ++k) {
-      const float* const errors = errors_.At(panel, k);
-      for (int64_t r = 0; r < width; ++r) sums[r] += row[k] * errors[r];
-    }
-    return sums;
+  FactorBlock BlockAt(int64_t begin, int64_t end, int64_t panel) const {
+    return {metric_.Factor() + begin * n_ + begin, n_, end - begin, products_.get() + panel * width_, rows_};
+  }
+
+  // Products of a block's columns into rows [rows_, n_].
+  void ToRows(int64_t begin, int64_t end, int64_t panel, float* rows) const {
+    for (int64_t r = panel * width_; r < (panel + 1) * width_; ++r)
+      for (int64_t i = begin; i < end; ++i) rows[r * n_ + i] = products_[(i - begin) * rows_ + r];
+  }
+
+  // Row r's gradient in the columns [begin, end) after changes of its errors.
+  void Follow(std::span<const Change> changes, int64_t r, int64_t begin, int64_t end) {
+    if (!changes.empty() && begin < end)
+      AddRows(changes, metric_.Damped() + begin, n_, end - begin, gradient_.get() + r * n_ + begin);
   }
 
   const Metric& metric_;
-  int64_t n_, rows_;
+  int64_t n_, width_, rows_;
   float low_, high_;
   Panels target_, codes_, errors_;
-  hwy::AlignedFreeUniquePtr<float[]> products_;  // [kBlock, rows_]
+  hwy::AlignedFreeUniquePtr<float[]> products_;                  // [kBlock, rows_]
+  hwy::AlignedFreeUniquePtr<float[]> gradient_, unit_gradient_;  // [rows_, n_]: H' e; H' (code - zero_point)
 };
 
 // ---- A matrix -----------------------------------------------------------------------------------------------------
@@ -318,9 +335,9 @@ float FactorAt(const RoundingOptions& options, int index, int count) {
 }
 
 // Where `better` says so, row r of `to` becomes that of `from`.
-void TakeRows(RowGrids& to, const RowGrids& from, const std::vector<bool>& better) {
+void TakeRows(RowGrids& to, const RowGrids& from, std::span<const uint8_t> better) {
   for (size_t r = 0; r < better.size(); ++r) {
-    if (!better[r]) continue;
+    if (better[r] == 0) continue;
     to.scale[r] = from.scale[r];
     to.zero_point[r] = from.zero_point[r];
   }
@@ -402,67 +419,75 @@ class MatrixRounding {
     Panels weight(n_, panels);
     std::optional<Panels> change;
     Fill(weight, weight_.F32().data(), first, count);
-    if (Corrects()) Fill(change.emplace(n_, panels), change_.data(), first, count);
-    Fill(group.Target(), Corrects() ? weight_.F32().data() : target_.F32().data(), first, count);
+    if (Corrects()) {
+      Fill(change.emplace(n_, panels), change_.data(), first, count);
+      group.Target().CopyFrom(weight);
+    } else {
+      Fill(group.Target(), target_.F32().data(), first, count);
+    }
     std::vector<float> low(static_cast<size_t>(group.Rows())), high(low);
     std::copy_n(range_.min.begin() + first, count, low.begin());
     std::copy_n(range_.max.begin() + first, count, high.begin());
-    // What decides between two codes of a row: with a correction E |W x_f - Q x|^2, which differs from
-    // e H' e - 2 e . change (e = Q - W) by nothing that depends on Q.
-    const auto true_losses = [&](const RowGrids& grids, const std::vector<double>& loss) {
+    // What decides between two codes of a row, where the group's errors are from the weight and `loss` is theirs: with a
+    // correction E |W x_f - Q x|^2, which differs from e H' e - 2 e . change (e = Q - W) by nothing that depends on Q.
+    const auto true_losses = [&](std::vector<double> loss) {
       if (!Corrects()) return loss;
-      group.ErrorsFrom(weight, grids);
-      std::vector<double> sums = group.Loss();
       const std::vector<double> gained = group.ErrorsTimes(*change);
-      for (size_t r = 0; r < sums.size(); ++r) sums[r] -= 2 * gained[r];
-      return sums;
+      for (size_t r = 0; r < loss.size(); ++r) loss[r] -= 2 * gained[r];
+      return loss;
     };
 
     GroupRounding rounded;
     rounded.nearest.resize(static_cast<size_t>(count));
-    rounded.corrected.resize(static_cast<size_t>(count));
+    rounded.corrected.resize(static_cast<size_t>(group.Rows()));
     const RowGrids widest = GridsOf(options_, low, high, 1);
     group.RoundToNearest(widest);
     rounded.nearest_loss = group.Loss();
-    const std::vector<double> nearest_true = true_losses(widest, rounded.nearest_loss);
+    const std::vector<double> nearest_true = true_losses(rounded.nearest_loss);
     rounded.best = ResultOf(group, widest, rounded.nearest_loss, count);
 
     RowGrids grids = BestRanges(group, weight, low, high);
     std::vector<double> loss = Compensate(group, grids, low, high);
     if (Corrects()) {
       // Which target a row takes shows once columns have made up for each other; what follows goes on from there.
-      const std::vector<double> plain_true = true_losses(grids, loss);
+      const std::vector<double> plain_loss = loss, plain_true = true_losses(loss);
       const RowGrids plain_grids = grids;
-      const GroupResult plain = ResultOf(group, grids, loss, count);
+      Panels plain_codes(n_, panels);
+      plain_codes.CopyFrom(group.Codes());
       Fill(group.Target(), target_.F32().data(), first, count);
       loss = Compensate(group, grids, low, high);
-      const std::vector<double> corrected_true = true_losses(grids, loss);
-      for (int64_t r = 0; r < count; ++r) {
-        rounded.corrected[r] = corrected_true[r] < plain_true[r];
-        if (rounded.corrected[r]) continue;
-        loss[r] = plain.loss[r];
-        grids.scale[r] = plain_grids.scale[r];
-        grids.zero_point[r] = plain_grids.zero_point[r];
-        for (int64_t i = 0; i < n_; ++i) {
-          group.Target().Value(i, r) = weight.Value(i, r);
-          group.Codes().Value(i, r) = plain.codes[r * n_ + metric_.Order()[static_cast<size_t>(i)]];
-        }
+      group.ErrorsFrom(weight, grids);
+      const std::vector<double> corrected_true = true_losses(group.Loss());
+      std::vector<uint8_t> plain(loss.size());
+      for (size_t r = 0; r < loss.size(); ++r) {
+        plain[r] = !(corrected_true[r] < plain_true[r]);
+        rounded.corrected[r] = plain[r] == 0;
+        if (plain[r] != 0) loss[r] = plain_loss[r];
       }
+      TakeRows(grids, plain_grids, plain);
+      group.Target().Take(weight, plain);
+      group.Codes().Take(plain_codes, plain);
       group.ErrorsFrom(group.Target(), grids);
     }
+    if (options_.method.descent_passes > 0 || options_.method.scale_refits > 0) group.StartDescent();
     for (int refit = 0;; ++refit) {
       for (int pass = 0; pass < options_.method.descent_passes && group.Descend(grids, loss); ++pass) {
       }
       if (refit == options_.method.scale_refits) break;
       group.Refit(grids, loss);
     }
-    loss = group.Loss();
+    // Anew, for sums that followed changes are off by their rounding; those of a row with a corrected target stay, as
+    // only its true loss is asked for.
+    if (Corrects()) group.ErrorsFrom(weight, grids);
+    const std::vector<double> from_weight = group.Loss();
+    for (size_t r = 0; r < loss.size(); ++r)
+      if (rounded.corrected[r] == 0) loss[r] = from_weight[r];
+    const std::vector<double> improved_true = true_losses(from_weight);
     const GroupResult improved = ResultOf(group, grids, loss, count);
-    const std::vector<double> improved_true = true_losses(grids, loss);
     for (int64_t r = 0; r < count; ++r) {
       rounded.nearest[r] = !(improved_true[r] < nearest_true[r]);
-      if (rounded.nearest[r])
-        rounded.corrected[r] = false;
+      if (rounded.nearest[r] != 0)
+        rounded.corrected[r] = 0;
       else
         rounded.best.Take(r, improved, n_);
     }
@@ -483,7 +508,7 @@ class MatrixRounding {
     for (int i = 0; i < options_.method.solved_ranges; ++i) {
       const RowGrids other = GridsOf(options_, low, high, FactorAt(options_, i, options_.method.solved_ranges));
       const std::vector<double> other_loss = group.Compensate(other);
-      std::vector<bool> better(loss.size());
+      std::vector<uint8_t> better(loss.size());
       for (size_t r = 0; r < loss.size(); ++r) better[r] = other_loss[r] < loss[r];
       TakeRows(grids, other, better);
       for (size_t r = 0; r < loss.size(); ++r) loss[r] = std::min(loss[r], other_loss[r]);
@@ -502,7 +527,7 @@ class MatrixRounding {
     for (int i = 0; i + 1 < options_.method.range_factors; ++i) {
       const RowGrids grids = GridsOf(options_, low, high, FactorAt(options_, i, options_.method.range_factors));
       const std::vector<double> loss = group.DiagonalLoss(grids, weight, diagonal);
-      std::vector<bool> better(loss.size());
+      std::vector<uint8_t> better(loss.size());
       for (size_t r = 0; r < loss.size(); ++r) {
         better[r] = loss[r] < least[r];
         least[r] = std::min(least[r], loss[r]);
@@ -514,19 +539,18 @@ class MatrixRounding {
 
   template <typename T>
   void Fill(Panels& panels, const T* rows, int64_t first, int64_t count) const {
-    for (int64_t r = 0; r < count; ++r) {
-      const T* const row = rows + (first + r) * n_;
-      for (int64_t i = 0; i < n_; ++i)
-        panels.Value(i, r) = static_cast<float>(row[metric_.Order()[static_cast<size_t>(i)]]);
-    }
+    const int32_t* const order = metric_.Order().data();
+    panels.ForValues(count, [&](int64_t r, int64_t i, float& value) {
+      value = static_cast<float>(rows[(first + r) * n_ + order[i]]);
+    });
   }
 
   GroupResult ResultOf(RowGroup& group, RowGrids grids, std::vector<double> loss, int64_t count) const {
     GroupResult result{std::vector<int16_t>(static_cast<size_t>(count * n_)), std::move(grids), std::move(loss)};
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t i = 0; i < n_; ++i)
-        result.codes[r * n_ + metric_.Order()[static_cast<size_t>(i)]] =
-            static_cast<int16_t>(group.Codes().Value(i, r));
+    const int32_t* const order = metric_.Order().data();
+    group.Codes().ForValues(count, [&](int64_t r, int64_t i, float code) {
+      result.codes[r * n_ + order[i]] = static_cast<int16_t>(code);
+    });
     return result;
   }
 
