@@ -154,17 +154,19 @@ int64_t StageRunner::Work(const Stage& stage) const {
   for (const Item& item : c_.items)
     if (c_.IsMine(item)) work += c_.PassageOf(item).StageRuns();
   work *= static_cast<int64_t>(stage.steps.size());
-  for (const Step& step : stage.steps) work += StepRounding(c_, step).Work();
+  for (const Step& step : stage.steps) work += StepRounding(c_, step, Kept(step)).Work();
   return work;
 }
 
-// With the outputs that are kept of some item.
-Graph StageRunner::Build(const Step& step, const Item& item) const {
+// The outputs that are kept of some item.
+std::vector<std::string> StageRunner::Kept(const Step& step) const {
   std::vector<std::string> kept;
   for (const Step::Sink& sink : step.outputs)
     if (Keeps(sink)) kept.push_back(sink.output);
-  return WithOutputs(step.build(item), kept);
+  return kept;
 }
+
+Graph StageRunner::Build(const Step& step, const Item& item) const { return WithOutputs(step.build(item), Kept(step)); }
 
 void StageRunner::Keep(const Step& step, const Item& item, Chain chain, const std::map<std::string, Tensor>& results) {
   for (const Step::Sink& sink : step.outputs) {
@@ -287,7 +289,7 @@ void StageRunner::CompareRanges(const ObserverMap& control, const ObserverMap& r
   if (change.points > 0) change.mean_range_change = sum / static_cast<double>(change.points);
 }
 
-StageError StageRunner::Round(const Step& step) {
+StageError StageRunner::Round(const Step& step, StepRounding& rounding) {
   std::vector<size_t> mine;
   for (size_t i = 0; i < c_.items.Size(); ++i)
     if (c_.IsMine(c_.items[i]) && c_.PassageOf(c_.items[i]).rounded) mine.push_back(i);
@@ -298,12 +300,12 @@ StageError StageRunner::Round(const Step& step) {
   const bool compares = step.measured && !main.keys.empty();
   const WeightSource weights = c_.rounded;
   // body(i, executor) for the items at these places.
-  const auto for_items = [&](const std::vector<size_t>& places, bool on_grid, const auto& body) {
+  const auto for_items = [&](const std::vector<size_t>& places, bool on_grid, const auto& build, const auto& body) {
     std::vector<StepRuns> workers(Threads());
     ForItems(static_cast<int64_t>(places.size()), side_by_side, [&](int64_t place, int w) {
       const Item& item = c_.items[places[place]];
       ReadyGraph& plan = workers[w].For(
-          item, nullptr, c_.ComputeOf(item), [&] { return Build(step, item); },
+          item, nullptr, c_.ComputeOf(item), [&] { return build(item); },
           [&] { return std::make_unique<FakeQuantReading>(c_.calibration, on_grid); });
       body(places[place], plan.executor);
       c_.advance();
@@ -317,17 +319,27 @@ StageError StageRunner::Round(const Step& step) {
   };
   std::vector<size_t> lone;
   std::ranges::copy_if(mine, std::back_inserter(lone), [&](size_t i) { return c_.PassageOf(c_.items[i]).alone; });
-  for_items(lone, false, [&](size_t i, Executor& executor) {
+  const auto whole = [&](const Item& item) { return Build(step, item); };
+  for_items(lone, false, whole, [&](size_t i, Executor& executor) {
     if (compares)
       compare(c_.items[i], RunItem(c_, step, c_.items[i], Chain::kFloat, true, executor, weights), alone[i]);
   });
   // The rounded chain runs from grid to grid, unless layers round their input once more.
   const bool from_grids = !c_.calibration.GetDialect().requantizing_points;
-  for_items(mine, from_grids, [&](size_t i, Executor& executor) {
+  const auto take = [&](size_t i, const std::map<std::string, Tensor>& results) {
     const Item& item = c_.items[i];
-    const std::map<std::string, Tensor> results = RunItem(c_, step, item, Chain::kQuant, true, executor, weights);
     if (compares && c_.PassageOf(item).measured) compare(item, results, accumulated[i]);
     Keep(step, item, Chain::kQuant, results);
+  };
+  const auto waiting =
+      std::ranges::stable_partition(mine, [&](size_t i) { return !from_grids || !rounding.Waits(c_.items[i]); });
+  for_items(
+      {waiting.begin(), waiting.end()}, true, [&](const Item& item) { return rounding.Rest(item); },
+      [&](size_t i, Executor& executor) { take(i, rounding.Finish(c_.items[i], executor)); });
+  rounding.Drop();
+  mine.erase(waiting.begin(), waiting.end());
+  for_items(mine, from_grids, whole, [&](size_t i, Executor& executor) {
+    take(i, RunItem(c_, step, c_.items[i], Chain::kQuant, true, executor, weights));
   });
   StageError error{.stage = step.name};
   std::tie(error.alone, error.alone_by_position) = ShareErrors(alone, c_.items, c_.world);
@@ -369,7 +381,7 @@ void StageRunner::Watch(const Step& step) {
 
 void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors) {
   std::vector<StepRounding> rounding;
-  for (const Step& step : stage.steps) Observe(step, rounding.emplace_back(c_, step));
+  for (const Step& step : stage.steps) Observe(step, rounding.emplace_back(c_, step, Kept(step)));
   ShareObservers(c_.calibration, c_.world);
   // A variant may have points that others lack (the reference's fusion with pictures).
   for (const Step& step : stage.steps) {
@@ -381,7 +393,7 @@ void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors) {
   c_.frozen();
   for (size_t i = 0; i < stage.steps.size(); ++i) {
     rounding[i].Run();
-    errors.push_back(Round(stage.steps[i]));
+    errors.push_back(Round(stage.steps[i], rounding[i]));
     if (c_.watcher != nullptr) Watch(stage.steps[i]);
   }
 }

@@ -80,10 +80,11 @@ class StageRunner {
   class StepRuns;
   void Observe(const Step& step, StepRounding& rounding);
   void CompareRanges(const ObserverMap& control, const ObserverMap& repeated);
-  StageError Round(const Step& step);
+  StageError Round(const Step& step, StepRounding& rounding);
   void Watch(const Step& step);
   bool Captures(const Step::Sink& sink) const { return c_.captured != nullptr && !sink.capture.empty(); }
   bool Keeps(const Step::Sink& sink) const { return !sink.keys.empty() || Captures(sink); }
+  std::vector<std::string> Kept(const Step& step) const;
   Graph Build(const Step& step, const Item& item) const;
   void Keep(const Step& step, const Item& item, Chain chain, const std::map<std::string, Tensor>& results);
 

@@ -11,6 +11,7 @@
 #include "circlet/base/threads.h"
 #include "circlet/quant/weight_rounding.h"
 #include "ops/gemm.h"
+#include "ops/simd.h"
 #include "pipeline/estimate.h"
 #include "pipeline/exchange.h"
 #include "quant/weights/moments.h"
@@ -30,6 +31,7 @@ Tensor RealRows(const Item& item, const Tensor& tensor) {
   if (shape.Rank() < 3 || shape[1] != item.length || rows != item.length) return tensor.Reshaped({rows, width});
   int64_t count = 0;
   for (const auto& [begin, end] : item.real) count += end - begin;
+  if (count == rows) return tensor.Reshaped({rows, width});
   const Tensor real = Tensor::Uninitialized({DType::kF32, {count, width}});
   float* to = real.F32().data();
   for (const auto& [begin, end] : item.real)
@@ -37,15 +39,12 @@ Tensor RealRows(const Item& item, const Tensor& tensor) {
   return real;
 }
 
-float LargestOf(const Tensor& tensor) {
-  float largest = 0;
-  for (const float value : tensor.F32()) largest = std::max(largest, std::abs(value));
-  return largest;
-}
-
 Tensor Difference(const Tensor& a, const Tensor& b) {
   const Tensor difference = Tensor::Uninitialized(a.Type());
-  std::ranges::transform(a.F32(), b.F32(), difference.F32().begin(), std::minus<float>());
+  ParallelFor(a.Elements(), 4096, [&](int64_t begin, int64_t end) {
+    simd::Binary(simd::BinaryOp::kSub, a.F32().data() + begin, b.F32().data() + begin, end - begin,
+                 difference.F32().data() + begin);
+  });
   return difference;
 }
 
@@ -125,12 +124,18 @@ std::vector<LinearGroup> LinearGroupsOf(const Graph& graph, const Calibration& c
 
 namespace {
 
-// What stands between the nodes that a group needs and all others that later groups need; its input first.
-std::vector<ValueId> CutBefore(const Graph& graph, const std::vector<LinearGroup>& groups, size_t group) {
-  // By node: the first group that needs it.
-  std::vector<size_t> needed_by(graph.Nodes().size(), groups.size());
-  for (size_t g = groups.size(); g-- > 0;) {
-    std::vector<ValueId> asked{groups[g].input};
+// What stands between the nodes that a group needs and all others that later groups or the outputs need; the group's
+// input first.
+std::vector<ValueId> CutBehind(const Graph& graph, const std::vector<LinearGroup>& groups, size_t group) {
+  // By node: the first group that needs it; behind them the outputs, and nobody.
+  const size_t outputs = groups.size(), nobody = outputs + 1;
+  std::vector<size_t> needed_by(graph.Nodes().size(), nobody);
+  for (size_t g = nobody; g-- > 0;) {
+    std::vector<ValueId> asked;
+    if (g < outputs)
+      asked.push_back(groups[g].input);
+    else
+      for (const Graph::Output& output : graph.Outputs()) asked.push_back(output.value);
     while (!asked.empty()) {
       const Value& value = graph.At(asked.back());
       asked.pop_back();
@@ -141,14 +146,14 @@ std::vector<ValueId> CutBefore(const Graph& graph, const std::vector<LinearGroup
     }
   }
   std::vector<ValueId> cut{groups[group].input};
-  for (size_t i = 0; i < graph.Nodes().size(); ++i) {
-    if (needed_by[i] <= group || needed_by[i] == groups.size()) continue;
-    for (const ValueId id : graph.Nodes()[i].in) {
-      const Value& value = graph.At(id);
-      if (value.kind == ValueKind::kNode && needed_by[value.node] <= group && std::ranges::find(cut, id) == cut.end())
-        cut.push_back(id);
-    }
-  }
+  const auto add = [&](ValueId id) {
+    const Value& value = graph.At(id);
+    if (value.kind == ValueKind::kNode && needed_by[value.node] <= group && std::ranges::find(cut, id) == cut.end())
+      cut.push_back(id);
+  };
+  for (size_t i = 0; i < graph.Nodes().size(); ++i)
+    if (needed_by[i] > group && needed_by[i] != nobody) std::ranges::for_each(graph.Nodes()[i].in, add);
+  for (const Graph::Output& output : graph.Outputs()) add(output.value);
   return cut;
 }
 
@@ -158,11 +163,11 @@ void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& ca
                  StageEstimate& estimate) {
   if (!calibration.GetRecipe().rounding) return;
   const WeightRounding& method = *calibration.GetRecipe().rounding;
-  // Products of the errors with the moments: half a one for columns in order and for a loss, a whole one for a pass of
-  // descent and a refit.
+  // Products of the errors with the moments: half a one for columns in order and for a loss, a whole one for the
+  // gradient that descent follows and for a refit.
   const int targets = method.correct_inputs ? 2 : 1;
   const double solves = 0.5 * targets * (1 + method.solved_ranges) + method.scale_refits +
-                        method.descent_passes * (method.scale_refits + 1) + (method.correct_inputs ? 3 : 1);
+                        (method.descent_passes > 0 ? 1 : 0) + (method.correct_inputs ? 1.5 : 1);
   for (const Step& step : stage.steps) {
     const Item* longest = nullptr;
     double positions = 0;
@@ -179,15 +184,16 @@ void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& ca
     const auto bytes_of = [&](ValueId id) { return static_cast<double>(graph.At(id).type.shape.Elements()) * 4; };
     for (size_t g = 0; g < groups.size(); ++g) {
       double bytes = 0;
-      for (const ValueId id : CutBefore(graph, groups, g)) bytes += bytes_of(id);
+      for (const ValueId id : CutBehind(graph, groups, g)) bytes += bytes_of(id);
       between = std::max(between, bytes);
       if (method.correct_inputs) waits += bytes_of(groups[g].input);
     }
     estimate.waiting_bytes =
         std::max(estimate.waiting_bytes,
                  static_cast<int64_t>((waits + 2 * between) * positions / static_cast<double>(longest->length)));
-    // Once more up to the last group, on average of all positions.
-    if (!groups.empty()) estimate.flops += ProductFlops(graph) * positions / static_cast<double>(longest->length);
+    // Where the chain does not go on from the last cut it is computed once more.
+    if (!groups.empty() && calibration.GetDialect().requantizing_points)
+      estimate.flops += ProductFlops(graph) * positions / static_cast<double>(longest->length);
     for (const LinearGroup& group : groups) {
       double n = 0, rows = 0;
       for (const Value& value : graph.Values())
@@ -196,10 +202,11 @@ void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& ca
           n = static_cast<double>(value.type.shape[1]);
         }
       const bool square = n <= 2 * rows;  // as Gather chooses
-      estimate.flops += positions * n * n + n * n * n / 3 + 2 * solves * rows * n * n;
+      estimate.flops += positions * n * n + targets * n * n * n / 3 + 2 * (solves + targets - 1) * rows * n * n;
       if (method.correct_inputs) estimate.flops += positions * (square ? 2 * n * n : 4 * n * rows);
-      double bytes = 12 * n * n + (n <= 4096 ? 8 * n * n : 0) + 16 * rows * n;
-      if (method.correct_inputs) bytes += (square ? 12 * n * n : 8 * rows * n) + 8 * rows * n;
+      // The moment (half of it, in int64) and what is made of it (rounding.h); weights, targets, changes and codes.
+      double bytes = (n <= 4096 ? 20 : 8) * n * n + 16 * rows * n;
+      if (method.correct_inputs) bytes += (square ? 4 * n * n : 8 * rows * n) + 8 * rows * n;
       estimate.working_bytes = std::max(estimate.working_bytes, static_cast<int64_t>(bytes));
     }
   }
@@ -212,7 +219,8 @@ struct StepRounding::Moments {
   std::map<std::string, weights::Moment> corrections;  // else by weight: sum W (x_f - x) x^T
 };
 
-StepRounding::StepRounding(const StageContext& context, const Step& step) : c_(context), step_(step) {
+StepRounding::StepRounding(const StageContext& context, const Step& step, std::vector<std::string> outputs)
+    : c_(context), step_(step), outputs_(std::move(outputs)) {
   std::vector<LinearGroup> groups;
   for (const Item& item : c_.items) {
     if (!c_.PassageOf(item).observed) continue;
@@ -241,12 +249,24 @@ void StepRounding::KeepInputs(const Item& item, const std::map<std::string, Tens
 }
 
 Graph StepRounding::Segment(const Item& item, size_t group) const {
-  const Graph graph = step_.build(item);
+  const Graph graph = WithOutputs(step_.build(item), outputs_);
   const std::vector<LinearGroup> groups = LinearGroupsOf(graph, c_.calibration);
   CIRCLET_CHECK(groups.size() == weights_.size(), "{}: {} groups of linears in one graph, {} in another", item.label,
                 groups.size(), weights_.size());
-  const std::vector<ValueId> to = CutBefore(graph, groups, group);
-  return PartOf(graph, group == 0 ? std::vector<ValueId>{} : CutBefore(graph, groups, group - 1), to);
+  std::vector<ValueId> to;
+  if (group < groups.size())
+    to = CutBehind(graph, groups, group);
+  else
+    for (const std::string& name : outputs_)
+      to.push_back(std::ranges::find(graph.Outputs(), name, &Graph::Output::name)->value);
+  return PartOf(graph, group == 0 ? std::vector<ValueId>{} : CutBehind(graph, groups, group - 1), to);
+}
+
+std::map<std::string, Tensor> StepRounding::Given(const Item& item, size_t group) const {
+  std::map<std::string, Tensor> given;
+  for (size_t place = 0; group > 0 && c_.store.Has(item.id, Chain::kQuant, CutKey(group - 1, place)); ++place)
+    given[fmt::format("given.{}", place)] = c_.store.Get(item.id, Chain::kQuant, CutKey(group - 1, place));
+  return given;
 }
 
 void StepRounding::Advance(size_t group) {
@@ -263,9 +283,7 @@ void StepRounding::Advance(size_t group) {
     if (plan == nullptr)
       plan = std::make_unique<ReadyGraph>(Segment(item, group),
                                           std::make_unique<FakeQuantReading>(c_.calibration, true), c_.ComputeOf(item));
-    std::map<std::string, Tensor> inputs;
-    for (size_t place = 0; group > 0 && c_.store.Has(item.id, Chain::kQuant, CutKey(group - 1, place)); ++place)
-      inputs[fmt::format("given.{}", place)] = c_.store.Get(item.id, Chain::kQuant, CutKey(group - 1, place));
+    std::map<std::string, Tensor> inputs = Given(item, group);
     given[i] = inputs.size();
     const std::map<std::string, Tensor> results =
         RunItem(c_, step_, item, Chain::kQuant, true, plan->executor, weights, std::move(inputs));
@@ -275,8 +293,7 @@ void StepRounding::Advance(size_t group) {
     c_.advance();
   });
   for (size_t place = 0; place < std::ranges::max(given); ++place) c_.store.Drop(CutKey(group - 1, place));
-  if (group + 1 < weights_.size()) return;
-  for (size_t place = 1; place < std::ranges::max(made); ++place) c_.store.Drop(CutKey(group, place));
+  waiting_ = std::ranges::max(made);
 }
 
 Tensor StepRounding::FloatRows(const Item& item, size_t group) const {
@@ -294,8 +311,10 @@ StepRounding::Moments StepRounding::Gather(size_t group) const {
   Bounds mine;
   for (const Item* item : items_) {
     const Tensor rows = rows_of(*item);
-    mine.input = std::max(mine.input, LargestOf(rows));
-    if (Corrects()) mine.difference = std::max(mine.difference, LargestOf(Difference(FloatRows(*item, group), rows)));
+    mine.input = std::max(mine.input, weights::MagnitudeOf(rows).largest);
+    if (Corrects())
+      mine.difference =
+          std::max(mine.difference, weights::MagnitudeOf(Difference(FloatRows(*item, group), rows)).largest);
     mine.positions += rows.GetShape()[0];
   }
   Bounds all;
@@ -345,28 +364,30 @@ StepRounding::Moments StepRounding::Gather(size_t group) const {
 void StepRounding::Solve(size_t group, Moments moments) {
   if (!moments.inputs) return;
   const WeightRounding& method = *c_.calibration.GetRecipe().rounding;
-  Tensor differences;
-  if (moments.differences) {
-    const int64_t columns = moments.differences->Columns();
-    differences = Tensor::Uninitialized({DType::kF32, {columns, columns}});
-    for (int64_t i = 0; i < columns; ++i)
-      for (int64_t j = 0; j < columns; ++j)
-        differences.F32()[i * columns + j] = static_cast<float>(moments.differences->At(i, j));
-    moments.differences.reset();
-  }
-  const auto change_of = [&](const std::string& name) -> std::vector<double> {
-    if (differences.Empty()) return moments.corrections.at(name).Values();
-    const Tensor change = Product(ToF32(c_.stored(name)), differences);
-    return {change.F32().begin(), change.F32().end()};
-  };
   std::map<std::string, Tensor> targets;
+  std::map<std::string, std::vector<float>> changes;
   if (method.correct_inputs) {
+    Tensor differences;
+    if (moments.differences) {
+      const int64_t columns = moments.differences->Columns();
+      differences = Tensor::Of<float>({columns, columns}, moments.differences->Values());
+      moments.differences.reset();
+    }
     const weights::InputCorrection correction(*moments.inputs, method.correction_damping);
-    for (const std::string& name : weights_[group]) targets[name] = correction.Target(c_.stored(name), change_of(name));
+    for (const std::string& name : weights_[group]) {
+      std::vector<float>& change = changes[name];
+      if (differences.Empty()) {
+        change = moments.corrections.at(name).Values();
+        moments.corrections.erase(name);
+      } else {
+        const Tensor product = Product(ToF32(c_.stored(name)), differences);
+        change.assign(product.F32().begin(), product.F32().end());
+      }
+      targets[name] = correction.Target(c_.stored(name), change);
+    }
   }
-  const weights::Metric metric(*moments.inputs, method);
   const int64_t positions = moments.inputs->Positions();
-  moments.inputs.reset();
+  const weights::Metric metric(*std::move(moments.inputs), method);
   for (const std::string& name : weights_[group]) {
     c_.say("rounding " + name);
     Within(name, [&] {
@@ -376,7 +397,7 @@ void StepRounding::Solve(size_t group, Moments moments) {
       const auto target = targets.find(name);
       const weights::RoundedMatrix rounded =
           target == targets.end() ? weights::Round(weight, nullptr, metric, options)
-                                  : weights::RoundCorrected(weight, target->second, change_of(name), metric, options);
+                                  : weights::RoundCorrected(weight, target->second, changes.at(name), metric, options);
       RoundedLinear report{.name = name,
                            .rows = weight.GetShape()[0],
                            .columns = weight.GetShape()[1],
@@ -388,6 +409,7 @@ void StepRounding::Solve(size_t group, Moments moments) {
       for (const double loss : rounded.loss) report.loss += loss;
       for (const double loss : rounded.nearest_loss) report.nearest_loss += loss;
       if (target != targets.end()) targets.erase(target);
+      changes.erase(name);
       c_.calibration.SetGrid(name, rounded.weight.qparams);
       c_.rounded.Take(name, rounded.weight.codes.WithGrid(std::make_shared<QParams>(rounded.weight.qparams)));
       if (c_.linears != nullptr) c_.linears->push_back(std::move(report));
@@ -401,7 +423,24 @@ void StepRounding::Run() {
     Solve(group, Gather(group));
     c_.store.Drop(FloatKey(step_, group));
   }
-  if (!weights_.empty()) c_.store.Drop(CutKey(weights_.size() - 1, 0));
+}
+
+bool StepRounding::Waits(const Item& item) const {
+  return !weights_.empty() && std::ranges::find(items_, &item) != items_.end();
+}
+
+Graph StepRounding::Rest(const Item& item) const { return Segment(item, weights_.size()); }
+
+std::map<std::string, Tensor> StepRounding::Finish(const Item& item, Executor& executor) const {
+  std::map<std::string, Tensor> results =
+      RunItem(c_, step_, item, Chain::kQuant, true, executor, c_.rounded, Given(item, weights_.size()));
+  std::map<std::string, Tensor> named;
+  for (size_t i = 0; i < outputs_.size(); ++i) named[outputs_[i]] = results.at(fmt::format("wanted.{}", i));
+  return named;
+}
+
+void StepRounding::Drop() {
+  for (size_t place = 0; place < waiting_; ++place) c_.store.Drop(CutKey(weights_.size() - 1, place));
 }
 
 }  // namespace circlet

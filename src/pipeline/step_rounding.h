@@ -6,7 +6,7 @@
 // those before it.
 //
 // The chain of rounded values is cut in front of each group. Calibration items run from cut to cut, what lies on a cut
-// waits in the store, and no linear is computed twice for that.
+// waits in the store, and no linear is computed twice for that: the chain goes on from the last cut.
 
 #include <map>
 #include <string>
@@ -32,8 +32,8 @@ void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& ca
 
 class StepRounding {
  public:
-  // `context` and `step` must stay valid.
-  StepRounding(const StageContext& context, const Step& step);
+  // `context` and `step` must stay valid; `outputs` are those of the step's graph that its chain will need.
+  StepRounding(const StageContext& context, const Step& step, std::vector<std::string> outputs);
 
   // Items times cuts that Run will count.
   int64_t Work() const;
@@ -45,11 +45,19 @@ class StepRounding {
   // Behind Calibration::Freeze, in front of the first run that multiplies rounded weights. Collective.
   void Run();
 
+  // After that: items that wait in front of the last group, the graph of what is left of the step, and its outputs from
+  // an executor of it that reads grid to grid. Drop when all of them have finished.
+  bool Waits(const Item& item) const;
+  Graph Rest(const Item& item) const;
+  std::map<std::string, Tensor> Finish(const Item& item, Executor& executor) const;
+  void Drop();
+
  private:
   struct Moments;
 
   bool Corrects() const;
-  Graph Segment(const Item& item, size_t group) const;
+  Graph Segment(const Item& item, size_t group) const;  // up to a group's cut; group = their number: up to the outputs
+  std::map<std::string, Tensor> Given(const Item& item, size_t group) const;
   void Advance(size_t group);
   Moments Gather(size_t group) const;
   void Solve(size_t group, Moments moments);
@@ -57,8 +65,10 @@ class StepRounding {
 
   const StageContext& c_;
   const Step& step_;
+  std::vector<std::string> outputs_;
   std::vector<const Item*> items_;                 // of this process, that grids are taken from
   std::vector<std::vector<std::string>> weights_;  // by group; none: nothing is to be done
+  size_t waiting_ = 0;                             // values of the last cut
 };
 
 }  // namespace circlet

@@ -28,6 +28,7 @@ Graph Block(int64_t length) {
     const ValueId act = b.Point("act", b.Add(Gelu{}, {gate}));
     const ValueId product = b.Point("mul", b.Add(Mul{}, {act, up}));
     b.Output("mul", product);
+    b.Output("gate", gate);
     b.Output("y", b.Point("y", b.Add(FullyConnected{},
                                      {product, b.Weight("down_proj.weight", {kOut, kInner}, WeightKind::kLinear)})));
     return graph;
@@ -73,7 +74,7 @@ class StepRoundingTest : public testing::Test {
   };
   Outcome Run(const WeightRounding& method) {
     recipe_.rounding = method;
-    store_.Drop("y");
+    for (const char* name : {"y", "mul", "gate"}) store_.Drop(name);
     calibration_.emplace(recipe_, DialectFromName("default"));
     const WeightSource stored = [this](const std::string& name) { return weights_.at(name); };
     const RoundedWeights rounded(*calibration_, stored);
@@ -192,6 +193,28 @@ TEST_F(StepRoundingTest, CorrectedWeightsComeNearerToTheFloatOutputs) {
   };
   const double plain = error(false), corrected = error(true);
   EXPECT_LT(corrected, 0.8 * plain);
+}
+
+// The chain goes on from the last cut; an output that lies before it waits there.
+TEST_F(StepRoundingTest, OutputsAreThoseOfTheWholeStep) {
+  step_.outputs.push_back({"mul", {"mul"}, ""});
+  step_.outputs.push_back({"gate", {"gate"}, ""});
+  const WeightRounding method;
+  const Outcome outcome = Run(method);
+  EXPECT_EQ(advanced_, work_);
+  FakeQuantReading reading(*calibration_, /*on_grid=*/true);
+  for (const Item& item : items_) {
+    const std::map<std::string, Tensor> expected =
+        Executor(Block(item.length), &reading)
+            .Run({{"x", store_.Get(item.id, Chain::kQuant, "x")}}, [&](const std::string& name) {
+              const auto grid = std::make_shared<QParams>(*calibration_->GridOf(name));
+              return outcome.codes.at(name).WithGrid(grid);
+            });
+    for (const char* name : {"y", "mul", "gate"})
+      EXPECT_THAT(store_.Get(item.id, Chain::kQuant, name).F32(), testing::ElementsAreArray(expected.at(name).F32()))
+          << item.label << " " << name;
+  }
+  EXPECT_FALSE(store_.Has(0, Chain::kQuant, "rounding.cut.1.0"));
 }
 
 TEST_F(StepRoundingTest, ThreeBitsUseEightCodes) {

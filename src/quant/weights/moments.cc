@@ -7,6 +7,7 @@
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
 #include "ops/gemm.h"
+#include "ops/simd.h"
 #include "quant/weights/row_loops.h"
 
 namespace circlet::weights {
@@ -29,6 +30,24 @@ std::vector<float> Transposed(const float* x, int64_t count, int64_t width, cons
 }
 
 }  // namespace
+
+Magnitude MagnitudeOf(const Tensor& tensor) {
+  constexpr int64_t kPiece = int64_t{1} << 16;
+  const std::span<const float> values = tensor.F32();
+  const int64_t pieces = (tensor.Elements() + kPiece - 1) / kPiece;
+  std::vector<Magnitude> found(static_cast<size_t>(pieces));
+  ParallelItems(pieces, [&](int64_t piece, int) {
+    const int64_t begin = piece * kPiece, count = std::min(kPiece, tensor.Elements() - begin);
+    const simd::Range range = simd::MinMax(values.data() + begin, count);
+    found[piece] = {std::max(0.0f, std::max(-range.min, range.max)), range.finite};
+  });
+  Magnitude all;
+  for (const Magnitude& part : found) {
+    all.largest = std::max(all.largest, part.largest);
+    all.finite &= part.finite;
+  }
+  return all;
+}
 
 Moment Moment::Symmetric(int64_t columns, double bound, int64_t positions) {
   return Moment(Kind::kSymmetric, columns, columns, bound, positions);
@@ -72,8 +91,9 @@ void Moment::Add(const Tensor& a, const Tensor& x, std::span<const float> weight
   CIRCLET_CHECK(added_ + count <= limit_, "{} positions more than the {} announced", added_ + count, limit_);
   const auto limit = static_cast<float>(bound_ * (1 + 1e-6));
   for (const Tensor* tensor : {&a, &x}) {
-    for (const float value : tensor->F32())
-      if (!(std::abs(value) <= limit)) Fail("{} at the input of a matrix, where no value passes {}", value, bound_);
+    if (const Magnitude found = MagnitudeOf(*tensor); !found.finite || found.largest > limit)
+      for (const float value : tensor->F32())
+        if (!(std::abs(value) <= limit)) Fail("{} at the input of a matrix, where no value passes {}", value, bound_);
     if (&a == &x || a.Raw() == x.Raw()) break;
   }
   std::vector<float> roots(weights.size());
@@ -118,8 +138,8 @@ void Moment::Merge(const Moment& other) {
 
 void Moment::MergeRaw(int64_t first, std::span<const std::byte> raw, int64_t positions) {
   const auto count = static_cast<int64_t>(raw.size() / sizeof(int64_t));
-  CIRCLET_CHECK(first >= 0 && first + count <= static_cast<int64_t>(sums_.size()), "{} sums from {} of {}", count, first,
-                sums_.size());
+  CIRCLET_CHECK(first >= 0 && first + count <= static_cast<int64_t>(sums_.size()), "{} sums from {} of {}", count,
+                first, sums_.size());
   for (int64_t i = 0; i < count; ++i) {
     int64_t sum;
     std::memcpy(&sum, raw.data() + i * sizeof(sum), sizeof(sum));
@@ -128,10 +148,12 @@ void Moment::MergeRaw(int64_t first, std::span<const std::byte> raw, int64_t pos
   added_ += positions;
 }
 
-std::vector<double> Moment::Values() const {
+std::vector<float> Moment::Values() const {
   CIRCLET_CHECK(kind_ == Kind::kCross, "a symmetric moment is stored by half");
-  std::vector<double> values(sums_.size());
-  std::ranges::transform(sums_, values.begin(), [&](int64_t sum) { return static_cast<double>(sum) * quantum_; });
+  std::vector<float> values(sums_.size());
+  ParallelFor(static_cast<int64_t>(sums_.size()), 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) values[i] = static_cast<float>(static_cast<double>(sums_[i]) * quantum_);
+  });
   return values;
 }
 

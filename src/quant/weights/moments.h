@@ -16,6 +16,13 @@
 
 namespace circlet::weights {
 
+// The largest magnitude among the finite values of a float32 tensor, and whether all are finite.
+struct Magnitude {
+  float largest = 0;
+  bool finite = true;
+};
+Magnitude MagnitudeOf(const Tensor& tensor);
+
 class Moment {
  public:
   enum class Kind : uint8_t {
@@ -49,7 +56,7 @@ class Moment {
   double At(int64_t row, int64_t column) const;
 
   // All elements of a cross moment, row-major.
-  std::vector<double> Values() const;
+  std::vector<float> Values() const;
 
   // The sums as bytes, for other processes and for a saved run, and back. Throws Error when they are of another moment.
   std::span<const std::byte> Raw() const { return std::as_bytes(std::span(sums_)); }

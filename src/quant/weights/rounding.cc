@@ -202,8 +202,7 @@ class RowGroup {
         for (int64_t panel = 0; panel < errors_.Count(); ++panel) {
           const int64_t count = std::min(kBlock, tile_end - begin), first = panel * width_;
           for (int64_t r = 0; r < width_; ++r)
-            for (int64_t i = 0; i < count; ++i)
-              gradient[i * width_ + r] = gradient_[(first + r) * n_ + begin + i];
+            for (int64_t i = 0; i < count; ++i) gradient[i * width_ + r] = gradient_[(first + r) * n_ + begin + i];
           if (!DescendBlock(metric_.Damped() + begin * n_ + begin, n_, count, GridOf(grids, panel), width_,
                             gradient.data(), target_.At(panel, begin), codes_.At(panel, begin),
                             errors_.At(panel, begin), steps.data(), &loss[first]))
@@ -251,7 +250,8 @@ class RowGroup {
     }
     ForColumns([&](int64_t panel, int64_t column, int64_t first) {
       float* const errors = errors_.At(panel, column);
-      for (int64_t r = 0; r < width_; ++r) errors[r] = errors[r] * grids.scale[first + r] - target_.At(panel, column)[r];
+      for (int64_t r = 0; r < width_; ++r)
+        errors[r] = errors[r] * grids.scale[first + r] - target_.At(panel, column)[r];
     });
   }
 
@@ -361,7 +361,7 @@ struct GroupResult {
 class MatrixRounding {
  public:
   // `change` empty: codes for `target` alone (null: the weight). Else the better of those and the weight's own.
-  MatrixRounding(const Tensor& weight, const Tensor* target, std::span<const double> change, const Metric& metric,
+  MatrixRounding(const Tensor& weight, const Tensor* target, std::span<const float> change, const Metric& metric,
                  const RoundingOptions& options)
       : rows_(weight.GetShape()[0]),
         n_(weight.GetShape()[1]),
@@ -428,8 +428,9 @@ class MatrixRounding {
     std::vector<float> low(static_cast<size_t>(group.Rows())), high(low);
     std::copy_n(range_.min.begin() + first, count, low.begin());
     std::copy_n(range_.max.begin() + first, count, high.begin());
-    // What decides between two codes of a row, where the group's errors are from the weight and `loss` is theirs: with a
-    // correction E |W x_f - Q x|^2, which differs from e H' e - 2 e . change (e = Q - W) by nothing that depends on Q.
+    // What decides between two codes of a row, where the group's errors are from the weight and `loss` is theirs: with
+    // a correction E |W x_f - Q x|^2, which differs from e H' e - 2 e . change (e = Q - W) by nothing that depends on
+    // Q.
     const auto true_losses = [&](std::vector<double> loss) {
       if (!Corrects()) return loss;
       const std::vector<double> gained = group.ErrorsTimes(*change);
@@ -548,15 +549,14 @@ class MatrixRounding {
   GroupResult ResultOf(RowGroup& group, RowGrids grids, std::vector<double> loss, int64_t count) const {
     GroupResult result{std::vector<int16_t>(static_cast<size_t>(count * n_)), std::move(grids), std::move(loss)};
     const int32_t* const order = metric_.Order().data();
-    group.Codes().ForValues(count, [&](int64_t r, int64_t i, float code) {
-      result.codes[r * n_ + order[i]] = static_cast<int16_t>(code);
-    });
+    group.Codes().ForValues(
+        count, [&](int64_t r, int64_t i, float code) { result.codes[r * n_ + order[i]] = static_cast<int16_t>(code); });
     return result;
   }
 
   int64_t rows_, n_;
   Tensor weight_, target_;
-  std::span<const double> change_;
+  std::span<const float> change_;
   const Metric& metric_;
   const RoundingOptions& options_;
   WeightRange range_;
@@ -564,7 +564,7 @@ class MatrixRounding {
 
 }  // namespace
 
-Metric::Metric(const Moment& moment, const WeightRounding& method) : n_(moment.Columns()) {
+Metric::Metric(Moment moment, const WeightRounding& method) : n_(moment.Columns()) {
   order_.resize(static_cast<size_t>(n_));
   std::iota(order_.begin(), order_.end(), 0);
   if (method.order_by_moment)
@@ -573,17 +573,23 @@ Metric::Metric(const Moment& moment, const WeightRounding& method) : n_(moment.C
   for (const int32_t column : order_) diagonal_.push_back(static_cast<float>(moment.At(column, column)));
   dead_ = std::count(diagonal_.begin(), diagonal_.end(), 0.0f);
   const double mean = MeanDiagonal(moment);
+  if (n_ <= kFloat64Columns) {
+    damping_ = UntilPositive(method.damping, [&](double damping) {
+      std::vector<double> factor = DampedMatrix<double>(moment, order_, Added(damping, mean));
+      if (Factorize(std::span(factor), n_) >= 0) return false;
+      factor_.assign(factor.begin(), factor.end());
+      return true;
+    });
+    damped_ = DampedMatrix<float>(moment, order_, Added(damping_, mean));
+    return;
+  }
+  damped_ = DampedMatrix<float>(moment, order_, 0);
+  { const Moment gone = std::move(moment); }
   damping_ = UntilPositive(method.damping, [&](double damping) {
-    if (n_ > kFloat64Columns) {
-      factor_ = DampedMatrix<float>(moment, order_, Added(damping, mean));
-      return Factorize(std::span(factor_), n_) < 0;
-    }
-    std::vector<double> factor = DampedMatrix<double>(moment, order_, Added(damping, mean));
-    if (Factorize(std::span(factor), n_) >= 0) return false;
-    factor_.assign(factor.begin(), factor.end());
-    return true;
+    for (int64_t i = 0; i < n_; ++i) damped_[i * n_ + i] = static_cast<float>(diagonal_[i] + Added(damping, mean));
+    factor_ = damped_;
+    return Factorize(std::span(factor_), n_) < 0;
   });
-  damped_ = DampedMatrix<float>(moment, order_, Added(damping_, mean));
 }
 
 namespace {
@@ -601,7 +607,7 @@ RoundedMatrix Round(const Tensor& weight, const Tensor* target, const Metric& me
   return MatrixRounding(weight, target, {}, metric, options).Run();
 }
 
-RoundedMatrix RoundCorrected(const Tensor& weight, const Tensor& target, std::span<const double> change,
+RoundedMatrix RoundCorrected(const Tensor& weight, const Tensor& target, std::span<const float> change,
                              const Metric& metric, const RoundingOptions& options) {
   RequireColumns(weight, metric.Columns());
   RequireWeightType(options.dtype);
@@ -623,7 +629,7 @@ InputCorrection::InputCorrection(const Moment& moment, double damping) : n_(mome
   n_ > kFloat64Columns ? factorize(factor32_) : factorize(factor64_);
 }
 
-Tensor InputCorrection::Target(const Tensor& weight, std::span<const double> change) const {
+Tensor InputCorrection::Target(const Tensor& weight, std::span<const float> change) const {
   RequireColumns(weight, n_);
   const int64_t rows = weight.GetShape()[0];
   CIRCLET_CHECK(static_cast<int64_t>(change.size()) == rows * n_, "{} changes of a weight {}", change.size(),

@@ -35,10 +35,11 @@ struct RoundingOptions {
 };
 
 // A damped moment in the order in which columns are rounded, with its factor. One for all matrices that read the same
-// inputs. 8 bytes an element while it is made for up to 4096 columns, 4 beyond, and 8 kept (two float32 matrices).
+// inputs. Two float32 matrices; while they are made, up to 4096 columns take 8 bytes an element more, and beyond the
+// moment, given away, is gone before the second one stands.
 class Metric {
  public:
-  Metric(const Moment& moment, const WeightRounding& method);
+  Metric(Moment moment, const WeightRounding& method);
 
   int64_t Columns() const { return n_; }
   double Damping() const { return damping_; }    // that was used: ten times more when the matrix was not positive
@@ -76,7 +77,7 @@ class InputCorrection {
   InputCorrection(const Moment& moment, double damping);
 
   // `change` is the sum above, [rows, columns] row-major. float32 [rows, columns].
-  Tensor Target(const Tensor& weight, std::span<const double> change) const;
+  Tensor Target(const Tensor& weight, std::span<const float> change) const;
 
  private:
   int64_t n_;
@@ -86,7 +87,7 @@ class InputCorrection {
 
 // Each row for the weight or for `target` of an InputCorrection, whichever has the smaller true loss E |W x_f - Q x|^2
 // before descent; none worse by that than rounded to the nearest. `loss` is by the target that the row took.
-RoundedMatrix RoundCorrected(const Tensor& weight, const Tensor& target, std::span<const double> change,
+RoundedMatrix RoundCorrected(const Tensor& weight, const Tensor& target, std::span<const float> change,
                              const Metric& metric, const RoundingOptions& options);
 
 }  // namespace circlet::weights
