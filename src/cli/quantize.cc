@@ -1,6 +1,6 @@
 #include "circlet/pipeline/quantize.h"
 
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include <limits>
 #include <memory>
@@ -10,6 +10,7 @@
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
 #include "circlet/preprocess/samples.h"
+#include "circlet/quant/recipe.h"
 #include "circlet/runtime/measure.h"
 #include "cli/commands.h"
 #include "cli/flags.h"
@@ -39,8 +40,8 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
   command.option_defaults()->group("Recipe");
   command
       .add_option("--recipe", options.recipe,
-                  "default, w8a16, w4a16, w8a8, mixed8, as-checkpoint, smoke-u8, or a YAML file; without it "
-                  "as-checkpoint for a checkpoint of codes, else default")
+                  fmt::format("{}, or a YAML file; without it as-checkpoint for a checkpoint of codes, else default",
+                              fmt::join(Recipe::BuiltinNames(), ", ")))
       ->type_name("NAME|FILE");
   command.add_option("--set", options.set, "KEY=VALUE in the recipe (repeatable)")->type_name("KEY=VALUE");
   command.add_option("--dialect", options.dialect, "default, or tico: points and rounding of TICO 0.3.0")

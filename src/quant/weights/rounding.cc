@@ -16,7 +16,10 @@
 namespace circlet::weights {
 namespace {
 
-constexpr int64_t kFloat64Columns = 4096;  // up to here factors are computed in float64
+constexpr int64_t kFloat64Columns = 4096;  // up to here the metric's factor is computed in float64
+// The same for a correction, whose damping is larger: against 0.3 of the mean of the diagonal a float32 factor is off by
+// some 1e-7 times the columns.
+constexpr int64_t kCorrectionFloat64Columns = 512;
 constexpr int64_t kBlock = 32;             // columns whose errors reach each other one by one, the rest by a product
 
 // ---- Factors ------------------------------------------------------------------------------------------------------
@@ -626,7 +629,7 @@ InputCorrection::InputCorrection(const Moment& moment, double damping) : n_(mome
       return Factorize(std::span(factor), n_) < 0;
     });
   };
-  n_ > kFloat64Columns ? factorize(factor32_) : factorize(factor64_);
+  n_ > kCorrectionFloat64Columns ? factorize(factor32_) : factorize(factor64_);
 }
 
 Tensor InputCorrection::Target(const Tensor& weight, std::span<const float> change) const {
@@ -640,7 +643,7 @@ Tensor InputCorrection::Target(const Tensor& weight, std::span<const float> chan
     SolveWithFactor(std::span(factor), n_, std::span(solution), rows);
     for (int64_t i = 0; i < rows * n_; ++i) target.F32()[i] += static_cast<float>(solution[i]);
   };
-  n_ > kFloat64Columns ? solve(factor32_) : solve(factor64_);
+  n_ > kCorrectionFloat64Columns ? solve(factor32_) : solve(factor64_);
   return target;
 }
 

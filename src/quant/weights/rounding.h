@@ -70,8 +70,8 @@ RoundedMatrix Round(const Tensor& weight, const Tensor* target, const Metric& me
 
 // The target that also takes up what the inputs' own rounding has changed: with x the inputs and x_f those of the float
 // model, W* = W + (sum_t W (x_f - x) x^T) (H + damping mean(diag H) I)^-1. Little damping extrapolates from few
-// positions; 0.3 is known to be safe on real weights. One for all matrices that read the same inputs: 8 bytes an
-// element of H for up to 4096 columns, 4 beyond.
+// positions; 0.3 is known to be safe on real weights. One for all matrices that read the same inputs: 4 bytes an
+// element of H beyond 512 columns.
 class InputCorrection {
  public:
   InputCorrection(const Moment& moment, double damping);
