@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Records tests/data/rounding/problems.json.xz: small matrices, moments and what the rounding methods make of them.
+"""Records tests/data/rounding/problems.json.xz: small matrices, moments and what the rounding methods make of them; and
+tests/data/rounding/layer.safetensors.xz: the same of all linears of a layer of examples/tiny-gemma4.
 
     python3 scripts/record_rounding.py tests/data/rounding/problems.json.xz
+    python3 scripts/record_rounding.py tests/data/rounding/layer.safetensors.xz examples/tiny-gemma4
 
-Needs NumPy (1.26 was used). Everything is float64 and in the form of the textbooks, which is not the program's: GPTQ with
+Needs NumPy (1.26 was used), and for the layer torch, transformers (5.24) and safetensors. Everything is float64 and in the form of the textbooks, which is not the program's: GPTQ with
 the Cholesky factor of the inverse, descent with a gradient that is kept up to date.
 """
 import json, lzma, sys
@@ -139,4 +141,41 @@ def main(path):
     print(len(problems), "problems,", len(text), "bytes")
 
 
-main(sys.argv[1])
+def layer(path, model, index=3, positions=192):
+    """Inputs of the linears in float, and what the default method makes of the weights at 4 bits."""
+    import torch
+    from safetensors.numpy import save
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    net = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer, inputs, weights, hooks = AutoTokenizer.from_pretrained(model), {}, {}, []
+    prefix = f"model.language_model.layers.{index}."
+    for name, module in net.named_modules():
+        if name.startswith(prefix) and isinstance(module, torch.nn.Linear):
+            short = name[len(prefix):]
+            weights[short] = module.weight.detach().numpy().astype(np.float32)
+            hooks.append(module.register_forward_hook(
+                lambda _, given, __, short=short: inputs.setdefault(short, []).append(given[0][0].detach().numpy())))
+    texts = [json.loads(line) for line in open(f"{model}/eval/calib.jsonl")]
+    for text in [each["text"] for each in texts if "text" in each][:32]:
+        net(input_ids=tokenizer(text, return_tensors="pt").input_ids)
+        if sum(len(x) for x in inputs["mlp.down_proj"]) >= positions:
+            break
+    o = dict(qmin=0, qmax=15, symmetric=False, range="moments", factors=25, lowest=0.4, damping=0.05, order=True,
+             compensate=True, passes=2, refits=1)
+    data = {}
+    for name, w in weights.items():
+        x = np.concatenate(inputs[name])[:positions].astype(np.float16)
+        h = x.astype(np.float64).T @ x.astype(np.float64)
+        codes, s, z, total, nearest = solve(w.astype(np.float64), w.astype(np.float64), h, o)
+        data[name + ".codes"] = np.ascontiguousarray(codes.astype(np.uint8))
+        data[name + ".scale"] = s.astype(np.float32)
+        data[name + ".loss"] = np.array([total.sum(), nearest.sum()])
+        same = [other for other in data if other.endswith(".x") and np.array_equal(data[other], x)]
+        if not same:
+            data[name + ".x"] = x
+        print(name, w.shape, f"{total.sum() / nearest.sum():.3f} of the nearest codes' loss", same)
+    with lzma.open(path, "wb", preset=9) as f:
+        f.write(save(data))
+
+
+layer(*sys.argv[1:]) if len(sys.argv) > 2 else main(sys.argv[1])

@@ -11,6 +11,7 @@
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <thread>
 #include <tuple>
 #include <utility>
@@ -227,6 +228,18 @@ TEST_F(RoundedByMoments, AnyThreadsAndMemoryGiveTheSameBytes) {
     EXPECT_EQ(Hashes(Out()), expected) << more[0] << " " << more[1];
     fs::remove_all(Out());
   }
+}
+
+TEST_F(RoundedByMoments, LinearsOfPicturesAndTheirProjectionAreRoundedToo) {
+  const nlohmann::json report = ReadJson(fs::path(Reference()) / "report.json");
+  std::set<std::string> names;
+  for (const nlohmann::json& linear : report.at("linears")) names.insert(linear.at("name").get<std::string>());
+  for (const char* name :
+       {"model.vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight",
+        "model.vision_tower.encoder.layers.0.mlp.down_proj.linear.weight",
+        "model.embed_vision.embedding_projection.weight", "model.language_model.layers.0.mlp.down_proj.weight"})
+    EXPECT_TRUE(names.contains(name)) << name;
+  EXPECT_FALSE(names.contains("lm_head.weight"));
 }
 
 TEST_F(LongRunTest, FinishedStagesAreNotComputedAgain) {

@@ -11,7 +11,6 @@ namespace circlet {
 namespace {
 
 constexpr std::string_view kBlank = " \t\r\n";
-constexpr std::string_view kExample = R"({"type": "text", "text": "..."})";
 
 size_t SkipBlank(std::string_view text, size_t at) { return std::min(text.find_first_not_of(kBlank, at), text.size()); }
 
@@ -58,7 +57,7 @@ void Take(const DataFile& data, std::string_view text, int64_t number, const Bod
   body(JsonObject(value, line.place), line);
 }
 
-int64_t ForEachTextLine(const DataFile& data, std::string_view text, const Body& body) {
+int64_t ForEachTextLine(const DataFile& data, std::string_view text, std::string_view example, const Body& body) {
   int64_t number = 0, lines = 0;
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = std::min(text.find('\n', begin), text.size());
@@ -68,8 +67,8 @@ int64_t ForEachTextLine(const DataFile& data, std::string_view text, const Body&
     const size_t first = SkipBlank(line, 0);
     if (first == line.size()) continue;
     if (line[first] != '{') {
-      Fail("{}: expected a JSON object on each line, as {}, found {}{}", LineAt(data, number).place, kExample,
-           Shown(line.substr(first)), lines == 0 ? Conversion(data) : "");
+      Fail("{}: expected a JSON object on each line, as {}, found {}{}", LineAt(data, number).place, example,
+           Shown(line.substr(first)), lines == 0 && example == kSampleLine ? Conversion(data) : "");
     }
     ++lines;
     Take(data, line, number, body);
@@ -97,7 +96,7 @@ size_t EndOfValue(std::string_view text, size_t begin) {
 }
 
 // One element after another, since the tree of a whole file is many times as large as the file.
-int64_t ForEachElement(const DataFile& data, std::string_view text, const Body& body) {
+int64_t ForEachElement(const DataFile& data, std::string_view text, std::string_view example, const Body& body) {
   int64_t number = 1, elements = 0;
   size_t counted = 0;
   const auto line_of = [&](size_t at) {
@@ -112,7 +111,7 @@ int64_t ForEachElement(const DataFile& data, std::string_view text, const Body& 
   size_t at = SkipBlank(text, SkipBlank(text, 0) + 1);
   if (at < text.size() && text[at] == ']') return 0;
   for (;;) {
-    if (at == text.size() || text[at] != '{') expect(at, fmt::format("an object, as {},", kExample));
+    if (at == text.size() || text[at] != '{') expect(at, fmt::format("an object, as {},", example));
     const size_t end = EndOfValue(text, at);
     Take(data, text.substr(at, end - at), line_of(at), body);
     ++elements;
@@ -128,13 +127,14 @@ int64_t ForEachElement(const DataFile& data, std::string_view text, const Body& 
 
 }  // namespace
 
-void ForEachLine(const DataFile& data, const Body& body) {
+void ForEachLine(const DataFile& data, const Body& body, std::string_view example) {
   std::string_view text = data.text;
   if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
   const size_t first = SkipBlank(text, 0);
   const bool is_array = first < text.size() && text[first] == '[';
-  const int64_t lines = is_array ? ForEachElement(data, text, body) : ForEachTextLine(data, text, body);
-  if (lines == 0) Fail("{}: has no samples; it needs a JSON object on each line, as {}", data.place, kExample);
+  const int64_t lines =
+      is_array ? ForEachElement(data, text, example, body) : ForEachTextLine(data, text, example, body);
+  if (lines == 0) Fail("{}: has no samples; it needs a JSON object on each line, as {}", data.place, example);
 }
 
 }  // namespace circlet

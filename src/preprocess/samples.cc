@@ -155,7 +155,10 @@ std::vector<CaptionTask> LoadCaptions(const DataFile& data, const Processor& pro
   whole.longer = LongSamples::kRefuse;  // a cut question has another answer
   LengthLimit limit(whole);
   std::vector<CaptionTask> tasks;
-  ForEachLine(data, [&](const JsonObject& object, const DataLine& line) {
+  constexpr std::string_view kCaptionLine = R"({"image": "PATH", "question": "...", "caption": "..."})";
+  const auto read = [&](const JsonObject& object, const DataLine& line) {
+    for (const char* key : {"image", "question", "caption"})
+      if (!object.Has(key)) Fail("{}: has no \"{}\"; captions are lines as {}", line.place, key, kCaptionLine);
     CaptionTask task;
     task.image = object.Required<std::string>("image");
     task.question = object.Required<std::string>("question");
@@ -171,7 +174,8 @@ std::vector<CaptionTask> LoadCaptions(const DataFile& data, const Processor& pro
     if (prompt.empty()) return;
     task.prompt = std::move(prompt.front());
     tasks.push_back(std::move(task));
-  });
+  };
+  ForEachLine(data, read, kCaptionLine);
   limit.Check(data.place);
   return tasks;
 }

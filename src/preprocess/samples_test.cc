@@ -20,9 +20,11 @@ namespace circlet {
 namespace {
 
 using nlohmann::json;
+using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::Not;
 using ::testing::SizeIs;
 
 const std::filesystem::path kTiny = SourcePath("examples/tiny-gemma4");
@@ -264,11 +266,19 @@ TEST(ChatSampleTest, PixelsAreThoseOfTheReference) {
   EXPECT_GE(compared, 3);
 }
 
-TEST(CaptionsTest, AMissingKeyIsNamed) {
+TEST(CaptionsTest, AFileOfAnotherKindIsToldWhatCaptionsAreLike) {
   const TempDirectory directory;
-  WriteFile(directory.Path() / "captions.jsonl", R"({"image": "a.png", "caption": "x"})");
-  EXPECT_THAT(ErrorText([&] { LoadCaptions(directory.Path() / "captions.jsonl", Tiny(), {}); }),
-              HasSubstr("captions.jsonl:1: question"));
+  const auto error = [&](const std::string& text) {
+    WriteFile(directory.Path() / "captions.jsonl", text);
+    return ErrorText([&] { LoadCaptions(directory.Path() / "captions.jsonl", Tiny(), {}); });
+  };
+  const std::string form = R"({"image": "PATH", "question": "...", "caption": "..."})";
+  EXPECT_THAT(error(R"({"image": "a.png", "caption": "x"})"),
+              HasSubstr("captions.jsonl:1: has no \"question\"; captions are lines as " + form));
+  EXPECT_THAT(error(R"({"type": "text", "text": "calibration"})"), HasSubstr("captions.jsonl:1: has no \"image\""));
+  EXPECT_THAT(error("Emma was glad.\n"), AllOf(HasSubstr("captions.jsonl:1: expected a JSON object on each line, as " + form),
+                                               Not(HasSubstr("one sample a line"))));
+  EXPECT_THAT(error(""), HasSubstr("has no samples; it needs a JSON object on each line, as " + form));
 }
 
 TEST(PerplexityTest, WindowsFollowTheProtocolOfTheExample) {

@@ -97,8 +97,19 @@ constexpr std::string_view kGptq = R"(  - name: gptq
     actorder: true
     descent_passes: 2
     scale_refits: 1
-    correct_inputs: true # also make up for what rounding has changed in the inputs, where that helps
+)";
+constexpr std::string_view kCorrected =
+    R"(    correct_inputs: true # also make up for what rounding has changed in the inputs, where that helps
     correction_damping: 0.3
+)";
+constexpr std::string_view kThreeBits =
+    R"(    correct_inputs: true # also make up for what rounding has changed in the inputs, where that helps
+    correction_damping: 0.3
+    weight_bits: 3
+)";
+// Rows of 8 bits have next to no error of their own, and would follow whatever the samples' inputs have lost.
+constexpr std::string_view kNotCorrected =
+    R"(    correct_inputs: false # on real weights it makes up for what only the samples have lost
 )";
 
 // What a real model's outliers need; a model without them stays as it is.
@@ -130,12 +141,11 @@ constexpr std::array<Builtin, 12> kBuiltins{{
 )"},
     {"w8a16", "# 8-bit weights, 16-bit activations: between default and w4a16 in size.\n", kW8},
     {"w4a16-gptq", "# w4a16 with weights that make up for each other's errors, by second moments of their inputs.\n",
-     kW4, kGptq, "", kWidened},
-    {"w3a16-gptq", "# The same with 3 bits of linear weights, in the 4-bit type.\n", kW4, kGptq, "    weight_bits: 3\n",
-     kWidened},
-    {"w8a16-gptq", "# w8a16 with the rounding of w4a16-gptq.\n", kW8, kGptq, "", kWidened},
-    {"w4a16-mixed", "# w4a16-gptq with 8 bits where few weights do most of the damage: recommended.\n", kW4, kGptq, "",
-     kWidened, kW4Mixed},
+     kW4, kGptq, kCorrected, kWidened},
+    {"w3a16-gptq", "# The same with 3 bits of linear weights, in the 4-bit type.\n", kW4, kGptq, kThreeBits, kWidened},
+    {"w8a16-gptq", "# w8a16 with the rounding of w4a16-gptq.\n", kW8, kGptq, kCorrected, kWidened},
+    {"w4a16-mixed", "# w4a16-gptq with 8 bits where few weights do most of the damage: recommended.\n", kW4, kGptq,
+     kNotCorrected, kWidened, kW4Mixed},
     {"w8a8-mixed",
      "# 8-bit activations with 16 bits for the stream of the layers: the least that real weights live on.\n",
      kW8A8Mixed, "", "", kWidened},

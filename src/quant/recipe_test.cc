@@ -128,6 +128,8 @@ TEST(RecipeTest, AGptqStageSaysHowWeightsAreRounded) {
   using Range = WeightRounding::Range;
   EXPECT_EQ(method(", mse: mse, percdamp: 0.01, actorder: false"),
             (WeightRounding{.range = Range::kMse, .damping = 0.01, .order_by_moment = false}));
+  EXPECT_EQ(method(", mse: smse").range, Range::kMoments);
+  EXPECT_EQ(method(", mse: mse_for_gptq"), (WeightRounding{.range = Range::kMse, .solved_ranges = 10}));
   EXPECT_EQ(method(", mse: smse_for_gptq").solved_ranges, 10);
   EXPECT_EQ(method(", weight_bits: 4").bits, 0);
   EXPECT_EQ(method(", weight_bits: 8", "uint8").bits, 0);
@@ -270,6 +272,7 @@ TEST(RecipePolicyTest, NameALayersOwnPointsAndThoseOfNoLayer) {
 
 TEST(RecipePolicyTest, TheMixedRecipesSetApartWhatCostsMost) {
   const Recipe four = Recipe::Load("w4a16-mixed"), eight = Recipe::Load("w8a8-mixed");
+  EXPECT_EQ(*four.rounding, WeightRounding{.correct_inputs = false});
   EXPECT_EQ(TypeOf(four, "model.language_model.layers.3.self_attn.k_proj.weight"), "uint8");
   EXPECT_EQ(TypeOf(four, "model.language_model.layers.3.self_attn.q_proj.weight"), "uint4");
   EXPECT_EQ(TypeOf(four, "model.language_model.layers.3.per_layer_projection.weight"), "uint8");

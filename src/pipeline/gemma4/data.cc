@@ -226,7 +226,9 @@ RunData ReadData(const QuantizeOptions& options, const Settings& settings, const
     AddRandomSamples(ParseRandom(options.random_samples), options.random_images, config, data);
   if (!options.eval_text.empty()) ReadWindows(options.eval_text, options.eval_windows, config, processor, data);
   if (!options.eval_captions.empty()) {
-    if (!config.vision) Fail("--eval-captions: the model has no vision tower");
+    if (!config.vision)
+      Fail("--eval-captions {}: {} has no vision tower to see the pictures with; leave it out",
+           options.eval_captions.string(), options.model.string());
     ReadCaptions(options.eval_captions, rules, processor.Get(), data);
   }
   for (const std::vector<Sample>* samples : {&data.calibration, &data.evaluation})
