@@ -181,7 +181,7 @@ PointSpec Recipe::SpecFor(const Point& point, const Dialect& dialect) const {
   for (const OverridePolicy& policy : policies)
     if (policy.Matches(point)) override = Over(override, policy.spec);
   for (const Override* named : OverridesOf(point, overrides)) override = Over(override, named->spec);
-  return ResolveSpec(point.name, override ? &*override : nullptr, WrapperDefaultOf(kind),
+  return ResolveSpec(point, override ? &*override : nullptr, WrapperDefaultOf(kind),
                      weight ? specs.weight : specs.activation, dialect);
 }
 

@@ -3,9 +3,9 @@
 #include <array>
 #include <nlohmann/json.hpp>
 
-#include "circlet/quant/affine.h"
 #include "circlet/base/error.h"
 #include "circlet/io/json.h"
+#include "circlet/quant/affine.h"
 
 namespace circlet {
 namespace {
@@ -107,9 +107,16 @@ QuantSpec ReadMx(const JsonObject& object) {
   return spec;
 }
 
-Scheme AutoScheme(DType dtype, std::string_view leaf) {
+// What the reference calls a weight: operands and gains, not tables of positions, biases, bounds and single factors.
+bool IsWeight(const Point& point) {
+  if (point.role != PointRole::kWeight) return false;
+  return IsLinear(point.kind) || point.kind == WeightKind::kConvolution || point.kind == WeightKind::kEmbedding ||
+         point.kind == WeightKind::kNorm;
+}
+
+Scheme AutoScheme(DType dtype, bool weight) {
   if (IsSigned(dtype)) return {.per_channel = false, .symmetric = true};
-  return {.per_channel = leaf == "weight", .symmetric = false};
+  return {.per_channel = weight, .symmetric = false};
 }
 
 }  // namespace
@@ -187,9 +194,10 @@ std::string_view PointSpec::ObserverName() const {
   return "";
 }
 
-PointSpec ResolveSpec(const std::string& point, const QuantSpec* override, WrapperDefault wrapper,
-                      const QuantSpec& role, const Dialect& dialect) {
-  const std::string_view leaf = std::string_view(point).substr(point.rfind('.') + 1);
+PointSpec ResolveSpec(const Point& of, const QuantSpec* override, WrapperDefault wrapper, const QuantSpec& role,
+                      const Dialect& dialect) {
+  const std::string& point = of.name;
+  const bool weight = IsWeight(of);
   // A complete override replaces the role's specification, a partial one changes single fields of it.
   const bool replaces = override != nullptr && (override->kind != QuantKind::kAffine || override->dtype);
   const QuantSpec& base = replaces ? *override : role;
@@ -212,7 +220,7 @@ PointSpec ResolveSpec(const std::string& point, const QuantSpec* override, Wrapp
     axis = override->axis;
     // The reference infers the scheme where the override is written, ahead of the wrapper's default.
     const bool infer = dialect.signed_weights_as_reference || wrapper != WrapperDefault::kPerRow;
-    if (!scheme && override->dtype && infer) scheme = AutoScheme(spec.dtype, leaf);
+    if (!scheme && override->dtype && infer) scheme = AutoScheme(spec.dtype, weight);
   }
   if (wrapper == WrapperDefault::kPerRow) {
     const bool symmetric = IsSigned(spec.dtype) && !dialect.signed_weights_as_reference;
@@ -226,14 +234,14 @@ PointSpec ResolveSpec(const std::string& point, const QuantSpec* override, Wrapp
     role_scheme = scheme.has_value();
   }
   if (!axis && !replaces) axis = role.axis;
-  spec.scheme = scheme.value_or(AutoScheme(spec.dtype, leaf));
+  spec.scheme = scheme.value_or(AutoScheme(spec.dtype, weight));
   if (role_scheme && IsSigned(spec.dtype)) spec.scheme.symmetric = true;
   spec.axis = spec.scheme.per_channel ? axis.value_or(-1) : -1;
 
   if (spec.scheme.symmetric && !IsSigned(spec.dtype))
     Fail("{}: {} with {}: an unsigned grid cannot be symmetric; use {} or a signed type", point, Name(spec.scheme),
          Name(spec.dtype), Name(Scheme{spec.scheme.per_channel, false}));
-  if (spec.axis >= 0 && leaf != "weight")
+  if (spec.axis >= 0 && !weight)
     Fail("{}: a grid per channel (axis {}) is for weights; use {}", point, spec.axis,
          Name(Scheme{false, spec.scheme.symmetric}));
   if (spec.axis > 0)

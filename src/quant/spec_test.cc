@@ -91,7 +91,12 @@ TEST(QuantSpecTest, WhatCannotBeNamesPlaceValueAndRemedy) {
 // ---- quantization.md 4.4
 // -----------------------------------------------------------------------------------------------------
 
-PointSpec Resolve(const std::string& point, const QuantSpec* override, WrapperDefault wrapper, const QuantSpec& role,
+Point Activation(const std::string& name) { return {.name = name}; }
+Point Parameter(const std::string& name, WeightKind kind) {
+  return {.name = name, .role = PointRole::kWeight, .kind = kind};
+}
+
+PointSpec Resolve(const Point& point, const QuantSpec* override, WrapperDefault wrapper, const QuantSpec& role,
                   const Dialect& dialect = kTico) {
   return ResolveSpec(point, override, wrapper, role, dialect);
 }
@@ -104,79 +109,106 @@ std::string SchemeOf(const PointSpec& spec) {
   return fmt::format("{} {} {}", Name(spec.dtype), Name(spec.scheme), spec.axis);
 }
 
-TEST(ResolveSpecTest, TheSchemeFollowsFromTypeAndName) {
-  EXPECT_EQ(SchemeOf(Resolve("a.act_in", nullptr, WrapperDefault::kNone, kI16)), "int16 per_tensor_symm -1");
-  EXPECT_EQ(SchemeOf(Resolve("a.act_in", nullptr, WrapperDefault::kNone, kU8)), "uint8 per_tensor_asymm -1");
-  EXPECT_EQ(SchemeOf(Resolve("norm.weight", nullptr, WrapperDefault::kNone, kU8)), "uint8 per_channel_asymm -1");
-  EXPECT_EQ(SchemeOf(Resolve("norm.weight", nullptr, WrapperDefault::kNone, kI16)), "int16 per_tensor_symm -1");
+TEST(ResolveSpecTest, TheSchemeFollowsFromTypeAndKind) {
+  EXPECT_EQ(SchemeOf(Resolve(Activation("a.act_in"), nullptr, WrapperDefault::kNone, kI16)),
+            "int16 per_tensor_symm -1");
+  EXPECT_EQ(SchemeOf(Resolve(Activation("a.act_in"), nullptr, WrapperDefault::kNone, kU8)),
+            "uint8 per_tensor_asymm -1");
+  EXPECT_EQ(SchemeOf(Resolve(Parameter("norm.weight", WeightKind::kNorm), nullptr, WrapperDefault::kNone, kU8)),
+            "uint8 per_channel_asymm -1");
+  EXPECT_EQ(SchemeOf(Resolve(Parameter("norm.weight", WeightKind::kNorm), nullptr, WrapperDefault::kNone, kI16)),
+            "int16 per_tensor_symm -1");
+  // Whatever their names.
+  EXPECT_EQ(SchemeOf(Resolve(Activation("mix.weight"), nullptr, WrapperDefault::kNone, kU8)),
+            "uint8 per_tensor_asymm -1");
+  EXPECT_EQ(SchemeOf(Resolve(Parameter("q.kernel", WeightKind::kLinear), nullptr, WrapperDefault::kNone, kU8)),
+            "uint8 per_channel_asymm -1");
+  EXPECT_EQ(SchemeOf(Resolve(Parameter("weight", WeightKind::kLayerScalar), nullptr, WrapperDefault::kNone, kU8)),
+            "uint8 per_tensor_asymm -1");
 }
 
 TEST(ResolveSpecTest, ASignedRoleIsAsymmetricPerRowButTheSameOverrideIsSymmetricPerTensor) {
-  EXPECT_EQ(SchemeOf(Resolve("q.weight", nullptr, WrapperDefault::kPerRow, kI16)), "int16 per_channel_asymm 0");
-  EXPECT_EQ(SchemeOf(Resolve("q.weight", &kI16, WrapperDefault::kPerRow, kU8)), "int16 per_tensor_symm -1");
-  EXPECT_EQ(SchemeOf(Resolve("q.weight", &kU8, WrapperDefault::kPerRow, kI16)), "uint8 per_channel_asymm 0");
+  EXPECT_EQ(SchemeOf(Resolve(Parameter("q.weight", WeightKind::kLinear), nullptr, WrapperDefault::kPerRow, kI16)),
+            "int16 per_channel_asymm 0");
+  EXPECT_EQ(SchemeOf(Resolve(Parameter("q.weight", WeightKind::kLinear), &kI16, WrapperDefault::kPerRow, kU8)),
+            "int16 per_tensor_symm -1");
+  EXPECT_EQ(SchemeOf(Resolve(Parameter("q.weight", WeightKind::kLinear), &kU8, WrapperDefault::kPerRow, kI16)),
+            "uint8 per_channel_asymm 0");
 }
 
 TEST(ResolveSpecTest, TheDefaultDialectKeepsSignedWeightsSymmetricPerRow) {
-  EXPECT_EQ(SchemeOf(Resolve("q.weight", nullptr, WrapperDefault::kPerRow, kI16, kDefault)),
-            "int16 per_channel_symm 0");
-  EXPECT_EQ(SchemeOf(Resolve("q.weight", &kI8, WrapperDefault::kPerRow, kU8, kDefault)), "int8 per_channel_symm 0");
-  EXPECT_EQ(SchemeOf(Resolve("q.weight", &kU8, WrapperDefault::kPerRow, kU8, kDefault)), "uint8 per_channel_asymm 0");
+  EXPECT_EQ(
+      SchemeOf(Resolve(Parameter("q.weight", WeightKind::kLinear), nullptr, WrapperDefault::kPerRow, kI16, kDefault)),
+      "int16 per_channel_symm 0");
+  EXPECT_EQ(SchemeOf(Resolve(Parameter("q.weight", WeightKind::kLinear), &kI8, WrapperDefault::kPerRow, kU8, kDefault)),
+            "int8 per_channel_symm 0");
+  EXPECT_EQ(SchemeOf(Resolve(Parameter("q.weight", WeightKind::kLinear), &kU8, WrapperDefault::kPerRow, kU8, kDefault)),
+            "uint8 per_channel_asymm 0");
   const QuantSpec written = QuantSpec::Affine(DType::kI8, Scheme{.per_channel = false, .symmetric = true});
-  EXPECT_EQ(SchemeOf(Resolve("q.weight", &written, WrapperDefault::kPerRow, kU8, kDefault)), "int8 per_tensor_symm -1");
+  EXPECT_EQ(
+      SchemeOf(Resolve(Parameter("q.weight", WeightKind::kLinear), &written, WrapperDefault::kPerRow, kU8, kDefault)),
+      "int8 per_tensor_symm -1");
 }
 
 TEST(ResolveSpecTest, ASignedAsymmetricRoleIsMadeSymmetricUnlessTheUserOverrides) {
   const QuantSpec asymmetric = QuantSpec::Affine(DType::kI16, Scheme{.per_channel = false, .symmetric = false});
-  EXPECT_EQ(SchemeOf(Resolve("a.act_in", nullptr, WrapperDefault::kNone, asymmetric)), "int16 per_tensor_symm -1");
-  EXPECT_EQ(SchemeOf(Resolve("a.act_in", &asymmetric, WrapperDefault::kNone, kU8)), "int16 per_tensor_asymm -1");
+  EXPECT_EQ(SchemeOf(Resolve(Activation("a.act_in"), nullptr, WrapperDefault::kNone, asymmetric)),
+            "int16 per_tensor_symm -1");
+  EXPECT_EQ(SchemeOf(Resolve(Activation("a.act_in"), &asymmetric, WrapperDefault::kNone, kU8)),
+            "int16 per_tensor_asymm -1");
 }
 
 TEST(ResolveSpecTest, ThePositionTableIsInt16WhateverTheRole) {
-  EXPECT_EQ(SchemeOf(Resolve("t", nullptr, WrapperDefault::kFixedInt16, kU8)), "int16 per_tensor_symm -1");
-  EXPECT_EQ(SchemeOf(Resolve("t", &kU8, WrapperDefault::kFixedInt16, kI16)), "uint8 per_tensor_asymm -1");
+  EXPECT_EQ(SchemeOf(Resolve(Parameter("t", WeightKind::kPositionTable), nullptr, WrapperDefault::kFixedInt16, kU8)),
+            "int16 per_tensor_symm -1");
+  EXPECT_EQ(SchemeOf(Resolve(Parameter("t", WeightKind::kPositionTable), &kU8, WrapperDefault::kFixedInt16, kI16)),
+            "uint8 per_tensor_asymm -1");
 }
 
 TEST(ResolveSpecTest, APartialOverrideChangesOnlyWhatItNames) {
   const QuantSpec role{.dtype = DType::kI16, .observer = ObserverSpec{.kind = ObserverSpec::Kind::kEma}};
   const QuantSpec partial{.observer = ObserverSpec{.kind = ObserverSpec::Kind::kPercentile}};
-  const PointSpec spec = Resolve("a.act_in", &partial, WrapperDefault::kNone, role);
+  const PointSpec spec = Resolve(Activation("a.act_in"), &partial, WrapperDefault::kNone, role);
   EXPECT_EQ(SchemeOf(spec), "int16 per_tensor_symm -1");
   EXPECT_EQ(spec.observer.kind, ObserverSpec::Kind::kPercentile);
-  EXPECT_EQ(Resolve("a.act_in", &kU8, WrapperDefault::kNone, role).observer.kind, ObserverSpec::Kind::kMinMax);
-  EXPECT_EQ(Resolve("a.act_in", nullptr, WrapperDefault::kNone, role).ObserverName(), "EMAObserver");
+  EXPECT_EQ(Resolve(Activation("a.act_in"), &kU8, WrapperDefault::kNone, role).observer.kind,
+            ObserverSpec::Kind::kMinMax);
+  EXPECT_EQ(Resolve(Activation("a.act_in"), nullptr, WrapperDefault::kNone, role).ObserverName(), "EMAObserver");
 }
 
 TEST(ResolveSpecTest, MxAndNoQuantDropTheRole) {
   const QuantSpec mx{.kind = QuantKind::kMx, .mx = {.format = MxFormat::kFp4}};
-  const PointSpec spec = Resolve("q.weight", &mx, WrapperDefault::kPerRow, kI16);
+  const PointSpec spec = Resolve(Parameter("q.weight", WeightKind::kLinear), &mx, WrapperDefault::kPerRow, kI16);
   EXPECT_EQ(spec.ObserverName(), "MXObserver");
   EXPECT_EQ(spec.mx.format, MxFormat::kFp4);
   const QuantSpec none = QuantSpec::None();
-  EXPECT_EQ(Resolve("a.act_in", &none, WrapperDefault::kNone, mx).ObserverName(), "IdentityObserver");
-  EXPECT_EQ(SchemeOf(Resolve("a.act_in", &kU8, WrapperDefault::kNone, mx)), "uint8 per_tensor_asymm -1");
+  EXPECT_EQ(Resolve(Activation("a.act_in"), &none, WrapperDefault::kNone, mx).ObserverName(), "IdentityObserver");
+  EXPECT_EQ(SchemeOf(Resolve(Activation("a.act_in"), &kU8, WrapperDefault::kNone, mx)), "uint8 per_tensor_asymm -1");
 }
 
 TEST(ResolveSpecTest, ContradictionsNameThePoint) {
-  const auto error = [](const std::string& point, const QuantSpec& override, WrapperDefault wrapper,
-                        const QuantSpec& role) { return ErrorText([&] { Resolve(point, &override, wrapper, role); }); };
+  const auto error = [](const Point& point, const QuantSpec& override, WrapperDefault wrapper, const QuantSpec& role) {
+    return ErrorText([&] { Resolve(point, &override, wrapper, role); });
+  };
   const Scheme symmetric{.per_channel = false, .symmetric = true};
   EXPECT_THAT(
-      error("m.act_in", {.scheme = symmetric}, WrapperDefault::kNone, kU8),
+      error(Activation("m.act_in"), {.scheme = symmetric}, WrapperDefault::kNone, kU8),
       HasSubstr("m.act_in: per_tensor_symm with uint8: an unsigned grid cannot be symmetric; use per_tensor_asymm"));
-  EXPECT_THAT(error("m.act_in", {.observer = ObserverSpec{}}, WrapperDefault::kNone, QuantSpec::None()),
+  EXPECT_THAT(error(Activation("m.act_in"), {.observer = ObserverSpec{}}, WrapperDefault::kNone, QuantSpec::None()),
               HasSubstr("m.act_in: neither its override nor its role names a dtype"));
-  EXPECT_THAT(error("m.act_in", {.scheme = Scheme{true, true}, .axis = 2}, WrapperDefault::kNone, kI16),
+  EXPECT_THAT(error(Activation("m.act_in"), {.scheme = Scheme{true, true}, .axis = 2}, WrapperDefault::kNone, kI16),
               HasSubstr("m.act_in: a grid per channel (axis 2) is for weights; use per_tensor_symm"));
-  EXPECT_THAT(error("m.act_in", {.scheme = Scheme{true, true}, .axis = 0}, WrapperDefault::kNone, kI16),
+  EXPECT_THAT(error(Activation("m.act_in"), {.scheme = Scheme{true, true}, .axis = 0}, WrapperDefault::kNone, kI16),
               HasSubstr("m.act_in: a grid per channel (axis 0) is for weights; use per_tensor_symm"));
-  EXPECT_THAT(error("m.weight", {.dtype = DType::kU8, .axis = 1}, WrapperDefault::kPerRow, kI16),
+  EXPECT_THAT(error(Parameter("m.weight", WeightKind::kLinear), {.dtype = DType::kU8, .axis = 1},
+                    WrapperDefault::kPerRow, kI16),
               HasSubstr("m.weight: weights have a grid for each index of axis 0, not 1; set channel_axis 0"));
   const ObserverSpec percentile{.kind = ObserverSpec::Kind::kPercentile};
-  EXPECT_THAT(error("m.weight", {.dtype = DType::kU8, .observer = percentile}, WrapperDefault::kPerRow, kI16),
+  EXPECT_THAT(error(Parameter("m.weight", WeightKind::kLinear), {.dtype = DType::kU8, .observer = percentile},
+                    WrapperDefault::kPerRow, kI16),
               HasSubstr("m.weight: a percentile observer works on whole tensors, the scheme is per_channel_asymm"));
   const ObserverSpec pair{.kind = ObserverSpec::Kind::kPercentile, .lower = 1, .upper = 99};
-  EXPECT_THAT(error("m.act_in", {.observer = pair}, WrapperDefault::kNone, kI16),
+  EXPECT_THAT(error(Activation("m.act_in"), {.observer = pair}, WrapperDefault::kNone, kI16),
               HasSubstr("m.act_in: lower_percentile and upper_percentile need an asymmetric scheme"));
 }
 

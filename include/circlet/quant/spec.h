@@ -89,7 +89,7 @@ struct PointSpec {
 // specification, field by field; then the scheme that fits the element type. An override with a dtype of its own has
 // its scheme inferred and leaves nothing to the role. Throws Error "POINT: ..." for unsigned with a symmetric scheme,
 // for no dtype at all, and for a percentile observer on a per-channel grid.
-PointSpec ResolveSpec(const std::string& point, const QuantSpec* override, WrapperDefault wrapper,
-                      const QuantSpec& role, const Dialect& dialect);
+PointSpec ResolveSpec(const Point& point, const QuantSpec* override, WrapperDefault wrapper, const QuantSpec& role,
+                      const Dialect& dialect);
 
 }  // namespace circlet
