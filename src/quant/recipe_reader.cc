@@ -49,8 +49,7 @@ class StageReader {
     if (stage_.Has("packed_weights"))
       recipe_.packed_weights =
           Choice(stage_, "packed_weights", "uint4", {"uint4", "int4"}, {}) == "int4" ? DType::kI4 : DType::kU4;
-    recipe_.print_overrides = stage_.Optional<bool>("print_overrides", false);
-    stage_.Optional<bool>("verbose");             // nothing more is said
+    for (const std::string_view key : {"print_overrides", "verbose"}) stage_.Optional<bool>(key);  // says nothing more
     stage_.Optional<bool>("reuse_gptq_qparams");  // there is no gptq stage to reuse from
     for (const std::string_view key : {"strict_wrap", "inplace"})
       if (!stage_.Optional<bool>(key, true)) stage_.FailAt(key, kUnsupported);

@@ -16,8 +16,8 @@ using nlohmann::json;
 // ---- model, runtime, calibration, model_args ------------------------------------------------------------------------
 
 void ReadModel(const JsonObject& object, ModelOptions& model) {
-  model.family = Choice(object, "family", "gemma4", {"gemma4"},
-                        {"llama", "qwen3_vl", "qwen3-vl", "gemma4_assistant", "gemma4-assistant"});
+  Choice(object, "family", "gemma4", {"gemma4"},
+         {"llama", "qwen3_vl", "qwen3-vl", "gemma4_assistant", "gemma4-assistant"});
   model.name_or_path = object.Optional<std::string>("name_or_path", "");
   object.Optional<bool>("trust_remote_code");  // either way no code of a checkpoint is run
   for (const std::string_view key : {"adapter", "hf_token", "cache_dir"}) Refuse(object, key);
@@ -32,8 +32,7 @@ void ReadRuntime(const JsonObject& object, RuntimeOptions& runtime) {
   const auto seed = object.Optional<int64_t>("seed");
   RequireAtLeast(object, "seed", seed, int64_t{0});
   if (seed) runtime.seed = static_cast<uint64_t>(*seed);
-  runtime.show_progress = object.Optional<bool>("show_progress", true);
-  runtime.verbose = object.Optional<bool>("verbose", false);
+  for (const std::string_view key : {"show_progress", "verbose"}) object.Optional<bool>(key);
   object.RejectUnknownKeys();
 }
 
@@ -42,7 +41,7 @@ DataSource ParseSource(std::string_view text, const JsonObject& calibration) {
   DataSource source;
   const size_t last = text.rfind(':');
   const std::string_view count = last == text.npos ? std::string_view() : text.substr(last + 1);
-  std::string_view rest = last == text.npos ? text : text.substr(0, last);
+  const std::string_view rest = last == text.npos ? text : text.substr(0, last);
   if (!count.empty()) {
     const auto [end, error] = std::from_chars(count.data(), count.data() + count.size(), source.n_samples);
     if (error != std::errc() || end != count.data() + count.size())
@@ -50,11 +49,7 @@ DataSource ParseSource(std::string_view text, const JsonObject& calibration) {
           "datasets",
           fmt::format("\"{}\": \"{}\" is no number of samples; write name:64 or name:split:64", text, count));
   }
-  if (const size_t colon = rest.find(':'); colon != rest.npos) {
-    source.split = rest.substr(colon + 1);
-    rest = rest.substr(0, colon);
-  }
-  source.dataset = rest;
+  source.dataset = rest.substr(0, rest.find(':'));
   return source;
 }
 
@@ -64,8 +59,7 @@ DataSource ReadSource(const JsonObject& object, std::string name) {
     if (name.empty()) name = object.Optional<std::string>(key, "");
   source.dataset = std::move(name);
   if (source.dataset.empty()) object.FailAt("dataset", "is missing; give the name or path of the data");
-  source.split = object.Optional<std::string>("split", "");
-  source.config = object.Optional<std::string>("config", "");
+  for (const std::string_view key : {"split", "config"}) object.Optional<std::string>(key);
   source.n_samples = object.Optional<int64_t>("n_samples", source.n_samples);
   for (const std::string_view key : {"include_targets", "filter"}) Refuse(object, key);
   object.RejectUnknownKeys();
@@ -109,9 +103,8 @@ std::vector<DataSource> ReadSources(const JsonObject& calibration, const YamlNod
 
 void ReadCalibration(const JsonObject& object, const YamlNode* tree, CalibrationOptions& calibration) {
   calibration.datasets = ReadSources(object, tree);
-  DataSource single{.dataset = object.Optional<std::string>("dataset", ""),
-                    .split = object.Optional<std::string>("split", ""),
-                    .config = object.Optional<std::string>("dataset_config", "")};
+  DataSource single{.dataset = object.Optional<std::string>("dataset", "")};
+  for (const std::string_view key : {"split", "dataset_config"}) object.Optional<std::string>(key);
   single.n_samples = object.Optional<int64_t>("n_samples", single.n_samples);
   if (!single.dataset.empty()) {
     if (!calibration.datasets.empty()) object.FailAt("dataset", "stands beside datasets; keep one of the two");
@@ -160,7 +153,7 @@ void ReadModelArgs(const JsonObject& object, ModelArgs& args) {
   args.max_seq = OptionalCount(object, "max_seq", 2);
   if (const auto text = object.OptionalObject("text")) {
     if (const auto max_seq = OptionalCount(*text, "max_seq", 2)) args.max_seq = max_seq;
-    args.ple_embedding_scale_fusion = text->Optional<bool>("ple_embedding_scale_fusion", true);
+    text->Optional<bool>("ple_embedding_scale_fusion");
     text->RejectUnknownKeys();
   }
   Refuse(object, "assistant");
@@ -171,16 +164,16 @@ void ReadModelArgs(const JsonObject& object, ModelArgs& args) {
 
 void ReadEvaluation(const JsonObject& object, EvaluationOptions& evaluation) {
   evaluation.enabled = object.Optional<bool>("enabled", false);
-  evaluation.n_samples = object.Optional<int64_t>("n_samples", evaluation.n_samples);
-  evaluation.max_seq_len = OptionalCount(object, "max_seq_len");
-  evaluation.verbose = object.Optional<bool>("verbose", false);
+  object.Optional<int64_t>("n_samples");
+  OptionalCount(object, "max_seq_len");
+  object.Optional<bool>("verbose");
   evaluation.captions = object.Optional<bool>("coco", false);
   if (const auto ppl = object.OptionalObject("ppl")) {
     EvaluationOptions::Perplexity& perplexity = evaluation.perplexity;
     perplexity.enabled = ppl->Optional<bool>("enabled", false);
     perplexity.dataset = ppl->Optional<std::string>("dataset", perplexity.dataset);
-    perplexity.split = ppl->Optional<std::string>("split", perplexity.split);
-    perplexity.stride = OptionalCount(*ppl, "stride").value_or(perplexity.stride);
+    ppl->Optional<std::string>("split");
+    OptionalCount(*ppl, "stride");
     Choice(*ppl, "mode", "raw", {"raw"}, {"chat-prefix"});
     ppl->RejectUnknownKeys();
   }
@@ -199,19 +192,11 @@ void ReadEvaluation(const JsonObject& object, EvaluationOptions& evaluation) {
 void ReadExport(const JsonObject& object, ExportOptions& options) {
   options.enabled = object.Optional<bool>("enabled", false);
   options.output_dir = object.Optional<std::string>("output_dir", "");
-  if (object.Has("artifacts")) {
-    options.checkpoint = options.circle_per_layer = false;
-    for (const std::string& name : object.Required<std::vector<std::string>>("artifacts")) {
-      if (name == "ptq_checkpoint" || name == "checkpoint") {
-        options.checkpoint = true;
-      } else if (name == "circle_per_layer") {
-        options.circle_per_layer = true;
-      } else {
-        object.FailAt("artifacts",
-                      fmt::format("unknown artifact \"{}\"; known are circle_per_layer, ptq_checkpoint", name));
-      }
-    }
-  }
+  // An output has all of them.
+  for (const std::string& name : object.Optional<std::vector<std::string>>("artifacts", {}))
+    if (name != "ptq_checkpoint" && name != "checkpoint" && name != "circle_per_layer")
+      object.FailAt("artifacts",
+                    fmt::format("unknown artifact \"{}\"; known are circle_per_layer, ptq_checkpoint", name));
   options.max_seq_len = OptionalCount(object, "max_seq_len", 2);
   options.prefill_decode = object.Optional<bool>("prefill_decode", true);
   Refuse(object, "strict");

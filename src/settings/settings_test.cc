@@ -16,7 +16,7 @@ std::string LoadError(const std::string& text) {
 
 TEST(SettingsTest, EveryBuiltInRecipeIsRead) {
   for (const std::string& name : Recipe::BuiltinNames())
-    EXPECT_TRUE(Settings::Load(name).export_options.circle_per_layer) << name;
+    EXPECT_TRUE(Settings::Load(name).export_options.prefill_decode) << name;
 }
 
 TEST(SettingsTest, AssignmentsChangeTheTree) {
@@ -76,19 +76,14 @@ debug:
   EXPECT_EQ(settings.runtime.seed, 9u);
   EXPECT_EQ(settings.smoke.seed, 9u);
   EXPECT_EQ(Settings::Parse("{}", "empty.yaml").smoke.seed, 123u);
-  EXPECT_FALSE(settings.runtime.show_progress);
-  EXPECT_EQ(
-      settings.calibration.datasets,
-      (std::vector<DataSource>{{.dataset = "chats.jsonl", .split = "train", .n_samples = 12}, {.dataset = "photos"}}));
+  EXPECT_EQ(settings.calibration.datasets,
+            (std::vector<DataSource>{{.dataset = "chats.jsonl", .n_samples = 12}, {.dataset = "photos"}}));
   EXPECT_EQ(settings.calibration.seq_len, 256);
   EXPECT_EQ(settings.model_args.patch_grid_width, 9);
   EXPECT_EQ(settings.model_args.max_seq, 128);
-  EXPECT_FALSE(settings.model_args.ple_embedding_scale_fusion);
   EXPECT_EQ(settings.recipe.specs.activation, QuantSpec::Affine(DType::kU8));
-  EXPECT_TRUE(settings.recipe.print_overrides);
   EXPECT_TRUE(settings.evaluation.captions);
-  EXPECT_EQ(settings.evaluation.perplexity.stride, 64);
-  EXPECT_TRUE(settings.export_options.checkpoint);
+  EXPECT_EQ(settings.evaluation.perplexity.dataset, "wiki.txt");
   EXPECT_EQ(settings.export_options.vision, ExportOptions::Granularity::kLayer);
   EXPECT_FALSE(settings.export_options.prefill_decode);
   EXPECT_EQ(settings.smoke.calibration_iters, 2);
@@ -102,7 +97,7 @@ TEST(SettingsTest, DataSourcesMayBeAListInOneStringOrAMapping) {
     return Settings::Parse("calibration:\n" + text, "quant.yaml").calibration.datasets;
   };
   const std::vector<DataSource> expected{
-      {.dataset = "b"}, {.dataset = "a", .n_samples = 64}, {.dataset = "c", .split = "train", .n_samples = 32}};
+      {.dataset = "b"}, {.dataset = "a", .n_samples = 64}, {.dataset = "c", .n_samples = 32}};
   EXPECT_EQ(sources("  datasets: \"b,a:64,c:train:32\""), expected);
   EXPECT_EQ(sources("  datasets: [b, \"a:64\", \"c:train:32\"]"), expected);
   EXPECT_EQ(sources("  datasets: {b: 128, a: 64, c: {split: train, n_samples: 32}}"), expected);
@@ -111,6 +106,17 @@ TEST(SettingsTest, DataSourcesMayBeAListInOneStringOrAMapping) {
   EXPECT_THAT(LoadError("calibration: {datasets: {a: 0}}"), HasSubstr("0 samples of \"a\"; use 1 or more"));
   EXPECT_THAT(LoadError("calibration: {datasets: a, dataset: b}"), HasSubstr("keep one of the two"));
   EXPECT_THAT(LoadError("calibration: {datasets: [{split: train}]}"), HasSubstr("give the name or path of the data"));
+}
+
+TEST(SettingsTest, KeysWithoutEffectAreStillOfTheirType) {
+  for (const char* text : {"runtime: {show_progress: 1}", "runtime: {verbose: loud}",
+                           "calibration: {dataset: a, split: 3}", "calibration: {datasets: [{dataset: a, config: 3}]}",
+                           "model_args: {text: {ple_embedding_scale_fusion: 2}}", "evaluation: {n_samples: many}",
+                           "evaluation: {max_seq_len: 0}", "evaluation: {verbose: 2}", "evaluation: {ppl: {split: 2}}",
+                           "evaluation: {ppl: {stride: 0}}", "pipeline: [{name: ptq, print_overrides: 3}]"})
+    EXPECT_NE(LoadError(text), "") << text;
+  EXPECT_THAT(LoadError("export: {artifacts: [onnx]}"),
+              HasSubstr("export.artifacts: unknown artifact \"onnx\"; known are circle_per_layer, ptq_checkpoint"));
 }
 
 TEST(SettingsTest, UnknownKeysAreErrorsWithLineAndNearestKey) {

@@ -83,7 +83,6 @@ class Recipe {
   std::optional<DType> packed_weights;
   std::vector<OverridePolicy> policies;  // weakest first
   std::vector<Override> overrides;       // raw_overrides
-  bool print_overrides = false;
 
   // The specification of a point: builder default, then policies, then overrides (quantization.md 4.4, 4.5, 4.8).
   PointSpec SpecFor(const Point& point, const Dialect& dialect) const;

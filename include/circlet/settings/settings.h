@@ -1,7 +1,8 @@
 #pragma once
 
 // What a recipe file says: the recipe, and settings of the program: which model, with which data, export, evaluation
-// and smoke cases (quantization.md 15). Options of the command line stand above them.
+// and smoke cases (quantization.md 15). Options of the command line stand above them. Keys of the reference that change
+// nothing here are checked and not kept (docs/recipes.md lists them).
 
 #include <cstdint>
 #include <optional>
@@ -15,21 +16,16 @@
 namespace circlet {
 
 struct ModelOptions {
-  std::string family = "gemma4";
   std::string name_or_path;  // empty: given on the command line
 };
 
 struct RuntimeOptions {
   uint64_t seed = 42;
-  bool show_progress = true;
-  bool verbose = false;
 };
 
 // One source of calibration samples: a registered name or a path.
 struct DataSource {
   std::string dataset;
-  std::string split;
-  std::string config;
   int64_t n_samples = 128;
   bool operator==(const DataSource&) const = default;
 };
@@ -45,15 +41,12 @@ struct ModelArgs {
   std::optional<int> patch_grid_height, patch_grid_width;  // both or neither
   std::optional<int> image_height, image_width;            // both or neither
   bool validate_static_layout = false;
-  std::optional<int> max_seq;              // model_args.text.max_seq
-  bool ple_embedding_scale_fusion = true;  // fold sqrt(D) into the PLE table
+  std::optional<int> max_seq;  // model_args.text.max_seq
 };
 
 struct ExportOptions {
   bool enabled = false;
-  std::string output_dir;        // empty: given on the command line
-  bool checkpoint = false;       // artifact ptq_checkpoint: qparams.json and the recipe, for a later export
-  bool circle_per_layer = true;  // artifact circle_per_layer
+  std::string output_dir;  // empty: given on the command line
   std::optional<int> max_seq_len;
   bool prefill_decode = true;
   enum class Granularity : uint8_t { kMonolithic, kLayer, kBoth } vision = Granularity::kMonolithic;
@@ -62,14 +55,9 @@ struct ExportOptions {
 // Perplexity on text, and captions of images.
 struct EvaluationOptions {
   bool enabled = false;
-  int64_t n_samples = 50;
-  std::optional<int> max_seq_len;
-  bool verbose = false;
   struct Perplexity {
     bool enabled = false;
     std::string dataset = "wikitext2";
-    std::string split = "test";
-    int stride = 512;
   } perplexity;
   bool captions = false;  // evaluation.coco
 };
