@@ -488,6 +488,7 @@ TEST(PackedMobileTest, GivenGridsStandInTheFilesAsTheCheckpointSaysThem) {
   int64_t beyond = 0;
   for (const nlohmann::json& given : report.at("given_grids")) beyond += given.at("beyond").get<int64_t>();
   EXPECT_GT(beyond, 0);
+  EXPECT_THAT(report.at("unused_tensors").dump(), HasSubstr("layers.9.self_attn.k_cache_scale")) << "a shared layer's";
   EXPECT_EQ(report.at("unused_scales").size(), 10u);
   EXPECT_THAT(report.at("unused_scales").at(0).get<std::string>(),
               HasSubstr("k_cache_scale: the reference does not read it"));
@@ -599,6 +600,27 @@ TEST(PackedMobileTest, ARecipeThatSaysOtherwiseIsAnErrorWithTheModule) {
       AllOf(HasSubstr("recipe as-checkpoint"), HasSubstr("has none")));
   EXPECT_THAT(ErrorText([] { PackedRun run("w4a16-ct", [](QuantizeOptions& options) { options.kv_scales = true; }); }),
               HasSubstr("--kv-scales"));
+}
+
+TEST(PackedMobileTest, FlagsOfGridsThatAreNotThereAreRefused) {
+  PackedCheckpoint checkpoint("e2b");
+  std::erase_if(checkpoint.Tensors(), [](const auto& entry) { return entry.first.ends_with("_cache_scale"); });
+  checkpoint.Write();
+  const auto error = [&](const PackedRun::Adjust& adjust) {
+    return ErrorText([&] {
+      PackedRun run("e2b", [&](QuantizeOptions& options) {
+        options.model = checkpoint.Path();
+        adjust(options);
+      });
+    });
+  };
+  EXPECT_THAT(error([](QuantizeOptions& options) { options.kv_scales = true; }),
+              AllOf(HasSubstr("--kv-scales"), HasSubstr("holds no steps for keys and values; leave it out")));
+  EXPECT_THAT(error([](QuantizeOptions& options) {
+                options.recipe = "w8a16";
+                options.requantize = options.int16_twin = true;
+              }),
+              AllOf(HasSubstr("--int16-twin: has no effect with recipe w8a16"), HasSubstr("leave one of them out")));
 }
 
 TEST(PackedMobileTest, RequantizeObeysTheRecipeWhereItSaysOtherwise) {

@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <nlohmann/json.hpp>
 
@@ -98,16 +99,20 @@ Dialect Gemma4Job::RunDialect() {
   const QuantizeOptions& options = settings_.options;
   Dialect dialect = DialectFromName(options.dialect);
   const std::string config = (options.model / "config.json").string();
+  using Flag = std::pair<bool, const char*>;
+  const auto refuse = [](const Flag& flag) {
+    if (flag.first)
+      Fail("{}: has an effect only on a checkpoint of codes with grids of activations (quant_method \"gemma\")",
+           flag.second);
+  };
+  const std::array<Flag, 3> of_grids{Flag{options.int16_twin, "--int16-twin"}, Flag{options.kv_scales, "--kv-scales"},
+                                     Flag{options.elsewhere_float, "--elsewhere float"}};
   if (!weights_.HoldsCodes()) {
     if (settings_.recipe.packed_weights)
       Fail("recipe {}: keeps the codes of a checkpoint (packed_weights), and {} has none; choose another recipe",
            settings_.recipe.Name(), options.model.string());
-    for (const auto& [given, flag] :
-         {std::pair(options.requantize, "--requantize"), std::pair(options.int16_twin, "--int16-twin"),
-          std::pair(options.kv_scales, "--kv-scales"), std::pair(options.elsewhere_float, "--elsewhere float")})
-      if (given)
-        Fail("{}: has an effect only on a checkpoint of codes with grids of activations (quant_method \"gemma\")",
-             flag);
+    refuse({options.requantize, "--requantize"});
+    for (const Flag& flag : of_grids) refuse(flag);
     return dialect;
   }
   if (!settings_.recipe.packed_weights) {
@@ -119,6 +124,10 @@ Dialect Gemma4Job::RunDialect() {
           "recipe {} would round them again. Leave out --recipe (as-checkpoint keeps codes and grids), or say "
           "--requantize",
           parameter.substr(0, parameter.rfind('.')), packed.form.bits, settings_.recipe.Name());
+    for (const auto& [given, flag] : of_grids)
+      if (given)
+        Fail("{}: has no effect with recipe {}, which keeps no grids of the checkpoint; leave one of them out", flag,
+             settings_.recipe.Name());
     return dialect;
   }
   if (options.dialect != kDefault.name)
@@ -133,6 +142,8 @@ Dialect Gemma4Job::RunDialect() {
     Fail("--widen: a wider stream would change the codes of {}; leave it out", config);
   if (options.compute == Compute::kBf16)
     Fail("--compute bf16: products of the checkpoint's codes are sums of integers; leave it out");
+  if (options.kv_scales && weights_.GetInventory().cache_steps.empty())
+    Fail("--kv-scales: {} holds no steps for keys and values; leave it out", options.model.string());
   given_ = GivenBy(weights_, {.int16_twin = options.int16_twin, .kv_scales = options.kv_scales}, dialect);
   dialect.given = &given_.added;
   return dialect;
