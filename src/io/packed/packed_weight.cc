@@ -113,17 +113,18 @@ struct Block {
 
 class BlockFinder {
  public:
-  // `bits`: 32 finite values of bfloat16.
+  // `bits`: 32 values of bfloat16.
   explicit BlockFinder(const uint16_t* bits) : bits_(bits) {
     for (size_t i = 0; i < kQ40Block; ++i) {
       values_[i] = FromBf16(bits[i]);
+      finite_ = finite_ && std::isfinite(values_[i]);
       largest_ = std::max(largest_, std::abs(static_cast<double>(values_[i])));
     }
   }
 
   std::optional<Block> Find() {
+    if (!finite_) return std::nullopt;
     if (largest_ == 0) return Block{};
-    if (!std::isfinite(largest_)) return std::nullopt;
     for (int m = 1; m <= 8; ++m)
       if (std::optional<Block> block = WithLargest(m)) return block;
     return std::nullopt;
@@ -169,6 +170,7 @@ class BlockFinder {
   const uint16_t* bits_;
   std::array<float, kQ40Block> values_{};
   std::array<int, kQ40Block> steps_{};
+  bool finite_ = true;
   double largest_ = 0;
 };
 

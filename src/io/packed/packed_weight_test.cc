@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "golden.h"
@@ -85,6 +86,12 @@ TEST(RecoverQ40Test, WhatDoesNotComeBackExactlyIsNoBlock) {
   EXPECT_FALSE(RecoverQ40(BlockOf(1.0f, {8, -8, 3})));  // -8 .. 7 holds one of them
   EXPECT_FALSE(RecoverQ40(BlockOf(0.1f, {100, 77, 31})));
   EXPECT_FALSE(RecoverQ40(BlockOf(1e9f, {7, 1})));  // d is a float16
+  EXPECT_FALSE(RecoverQ40(BlockOf(NAN, {1, 2})));
+  EXPECT_FALSE(RecoverQ40(BlockOf(INFINITY, {1, 2})));
+  const Tensor one_nan = BlockOf(0.25f, {-8, 3, 7});
+  const uint16_t nan = Bf16(NAN);
+  std::memcpy(one_nan.Raw() + 40, &nan, 2);
+  EXPECT_FALSE(RecoverQ40(one_nan));
   EXPECT_FALSE(RecoverQ40(Tensor({DType::kF32, {1, 32}})));
   EXPECT_FALSE(RecoverQ40(Tensor({DType::kBF16, {2, 33}})));
   Tensor weight({DType::kBF16, {3, 64}});
