@@ -280,8 +280,8 @@ const Json kNull;
 
 }  // namespace
 
-JsonObject::JsonObject(const Json& value, std::string file, const YamlNode* lines)
-    : value_(&value), file_(std::move(file)), lines_(lines) {
+JsonObject::JsonObject(const Json& value, std::string file, const YamlNode* lines, std::vector<std::string>* complaints)
+    : value_(&value), file_(std::move(file)), lines_(lines), complaints_(complaints) {
   if (!value.is_object()) FailAt("", fmt::format("expected an object, found {}", Shown(value)));
 }
 
@@ -335,7 +335,7 @@ std::optional<JsonObject> JsonObject::OptionalObject(std::string_view key) const
   const Json* value = Find(key);
   if (value == nullptr) return std::nullopt;
   if (!value->is_object()) FailAt(key, fmt::format("expected an object, found {}", Shown(*value)));
-  JsonObject object(*value, file_, lines_ == nullptr ? nullptr : lines_->Find(key));
+  JsonObject object(*value, file_, lines_ == nullptr ? nullptr : lines_->Find(key), complaints_);
   object.path_ = path_.empty() ? std::string(key) : fmt::format("{}.{}", path_, key);
   return object;
 }
@@ -356,7 +356,7 @@ std::vector<JsonObject> JsonObject::Objects(std::string_view key) const {
     const Json& item = (*value)[i];
     if (!item.is_object())
       FailAt(fmt::format("{}.{}", key, i), fmt::format("expected an object, found {}", Shown(item)));
-    JsonObject& object = objects.emplace_back(item, file_, lines != nullptr ? &lines->items[i] : nullptr);
+    JsonObject& object = objects.emplace_back(item, file_, lines != nullptr ? &lines->items[i] : nullptr, complaints_);
     object.path_ = fmt::format("{}{}{}.{}", path_, path_.empty() ? "" : ".", key, i);
   }
   return objects;
@@ -380,12 +380,12 @@ std::vector<std::string> JsonObject::UnknownKeys() const {
 }
 
 void JsonObject::RejectUnknownKeys() const {
-  const std::vector<std::string> unknown = UnknownKeys();
-  if (unknown.empty()) return;
   const std::vector<std::string> known(asked_.begin(), asked_.end());
-  std::string hint = NearestHint(unknown.front(), known);
-  if (hint.empty() && !known.empty()) hint = fmt::format("; known: {}", fmt::join(known, ", "));
-  FailAt(unknown.front(), fmt::format("is no known key{}", hint));
+  for (const std::string& key : UnknownKeys()) {
+    std::string hint = NearestHint(key, known);
+    if (hint.empty() && !known.empty()) hint = fmt::format("; known: {}", fmt::join(known, ", "));
+    Complain(key, fmt::format("is no known key{}", hint));
+  }
 }
 
 std::string JsonObject::Where(std::string_view key) const {
@@ -397,6 +397,19 @@ std::string JsonObject::Where(std::string_view key) const {
   }
   const std::string path = Shortened(fmt::format("{}{}{}", path_, path_.empty() || key.empty() ? "" : ".", key));
   return path.empty() ? where : fmt::format("{}: {}", where, path);
+}
+
+void JsonObject::Complain(std::string_view key, std::string_view what) const {
+  Try([&] { FailAt(key, what); });
+}
+
+void JsonObject::Try(const std::function<void()>& read) const {
+  if (complaints_ == nullptr) return read();
+  try {
+    read();
+  } catch (const Error& error) {
+    complaints_->emplace_back(error.what());
+  }
 }
 
 void JsonObject::FailAt(std::string_view key, std::string_view what) const { Fail("{}: {}", Where(key), what); }

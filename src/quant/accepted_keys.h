@@ -20,7 +20,7 @@ inline constexpr std::string_view kUnsupported = "is not supported yet; remove i
 inline void Refuse(const JsonObject& object, std::string_view key, const nlohmann::json& harmless = nullptr) {
   const nlohmann::json& value = object.Raw(key);
   if (value.is_null() || value == false || value.empty() || value == harmless) return;
-  object.FailAt(key, kUnsupported);
+  object.Complain(key, kUnsupported);
 }
 
 // The same for a key that has an `enabled` of its own.
@@ -46,12 +46,13 @@ inline std::string Choice(const JsonObject& object, std::string_view key, std::s
       std::ranges::find(unsupported, text) != unsupported.end() ? "is not supported yet" : "is no known value";
   std::string names;
   for (const std::string_view name : known) names += (names.empty() ? "" : ", ") + std::string(name);
-  object.FailAt(key, fmt::format("\"{}\" {}; use {}", text, because, names));
+  object.Complain(key, fmt::format("\"{}\" {}; use {}", text, because, names));
+  return std::string(otherwise);
 }
 
 template <typename T>
 void RequireAtLeast(const JsonObject& object, std::string_view key, const std::optional<T>& value, T least) {
-  if (value && *value < least) object.FailAt(key, fmt::format("{} is too small; use {} or more", *value, least));
+  if (value && *value < least) object.Complain(key, fmt::format("{} is too small; use {} or more", *value, least));
 }
 
 inline std::optional<int> OptionalCount(const JsonObject& object, std::string_view key, int least = 1) {

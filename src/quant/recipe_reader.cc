@@ -26,33 +26,35 @@ class StageReader {
 
   void Read() {
     BuilderSpecs& specs = recipe_.specs;
-    if (const auto spec = SpecAt("activation")) specs.activation = *spec;
-    if (const auto spec = SpecAt("weight")) specs.weight = *spec;
+    for (const auto& [key, spec] : {std::pair("activation", &specs.activation), std::pair("weight", &specs.weight)}) {
+      if (const auto read = SpecAt(key)) *spec = *read;
+      if (spec->kind == QuantKind::kAffine && !spec->dtype)
+        stage_.Complain(key, "names no dtype; add one, such as int16");
+    }
     specs.linear_weight = SpecAt("linear_weight");
     specs.embedding_weight = SpecAt("embedding_weight");
     specs.lm_head_weight = SpecAt("lm_head_weight");
     specs.vision_patch_embed_weight = SpecAt("vision_patch_embed_weight");
     specs.norm_weight = SpecAt("norm_weight");
-    for (const auto& [key, spec] : {std::pair("activation", &specs.activation), std::pair("weight", &specs.weight)})
-      if (spec->kind == QuantKind::kAffine && !spec->dtype)
-        stage_.FailAt(key, "names no dtype; add one, such as int16");
-
-    if (const auto named = stage_.OptionalObject("specs"))
-      for (const std::string& name : named->Keys())
-        specs_.emplace(name, QuantSpecFromJson(named->Raw(name), named->Where(name)));
-    ReadPolicies();
-    if (stage_.Has("raw_overrides")) {
+    stage_.Try([&] {
+      if (const auto named = stage_.OptionalObject("specs"))
+        for (const std::string& name : named->Keys())
+          specs_.emplace(name, QuantSpecFromJson(named->Raw(name), named->Where(name)));
+    });
+    stage_.Try([&] { ReadPolicies(); });
+    stage_.Try([&] {
+      if (!stage_.Has("raw_overrides")) return;
       stage_.Object("raw_overrides");
       ReadOverrides(*tree_.Find("raw_overrides"), "");
-    }
-    ReadWidening();
+    });
+    stage_.Try([&] { ReadWidening(); });
     if (stage_.Has("packed_weights"))
       recipe_.packed_weights =
           Choice(stage_, "packed_weights", "uint4", {"uint4", "int4"}, {}) == "int4" ? DType::kI4 : DType::kU4;
     for (const std::string_view key : {"print_overrides", "verbose"}) stage_.Optional<bool>(key);  // says nothing more
     stage_.Optional<bool>("reuse_gptq_qparams");  // there is no gptq stage to reuse from
     for (const std::string_view key : {"strict_wrap", "inplace"})
-      if (!stage_.Optional<bool>(key, true)) stage_.FailAt(key, kUnsupported);
+      if (!stage_.Optional<bool>(key, true)) stage_.Complain(key, kUnsupported);
     for (const std::string_view key :
          {"print_model", "norm", "spin_rotation_weight", "profile", "text_linear_weight", "vision_linear_weight"})
       Refuse(stage_, key);
@@ -61,8 +63,11 @@ class StageReader {
 
  private:
   std::optional<QuantSpec> SpecAt(std::string_view key) const {
-    if (!stage_.Has(key)) return std::nullopt;
-    return QuantSpecFromJson(stage_.Raw(key), stage_.Where(key));
+    std::optional<QuantSpec> spec;
+    stage_.Try([&] {
+      if (stage_.Has(key)) spec = QuantSpecFromJson(stage_.Raw(key), stage_.Where(key));
+    });
+    return spec;
   }
 
   void ReadWidening() {
@@ -113,26 +118,28 @@ class StageReader {
     }
   }
 
+  void ReadPolicy(const JsonObject& object, std::string where, std::set<std::string>& names) {
+    const bool enabled = object.Optional<bool>("enabled", true);
+    OverridePolicy policy;
+    policy.name = object.Required<std::string>("name");
+    policy.where = std::move(where);
+    if (!names.insert(policy.name).second)
+      object.FailAt("name", fmt::format("two policies are called \"{}\"; rename one", policy.name));
+    policy.allow_empty = object.Optional<bool>("allow_empty", false);
+    ReadTarget(object.Object("target"), policy);
+    if (!object.Has("spec"))
+      object.FailAt("spec", "is missing; give a type such as int16, or the name of an entry of specs");
+    policy.spec = SpecOf(object.Raw("spec"), object.Where("spec"));
+    object.RejectUnknownKeys();
+    if (enabled) recipe_.policies.push_back(std::move(policy));
+  }
+
   void ReadPolicies() {
     const YamlNode* list = tree_.Find("override_policies");
     const std::vector<JsonObject> objects = stage_.Objects("override_policies");
     std::set<std::string> names;
-    for (size_t i = 0; i < objects.size(); ++i) {
-      const JsonObject& object = objects[i];
-      const bool enabled = object.Optional<bool>("enabled", true);
-      OverridePolicy policy;
-      policy.name = object.Required<std::string>("name");
-      policy.where = WhereLine(list->items[i]);
-      if (!names.insert(policy.name).second)
-        object.FailAt("name", fmt::format("two policies are called \"{}\"; rename one", policy.name));
-      policy.allow_empty = object.Optional<bool>("allow_empty", false);
-      ReadTarget(object.Object("target"), policy);
-      if (!object.Has("spec"))
-        object.FailAt("spec", "is missing; give a type such as int16, or the name of an entry of specs");
-      policy.spec = SpecOf(object.Raw("spec"), object.Where("spec"));
-      object.RejectUnknownKeys();
-      if (enabled) recipe_.policies.push_back(std::move(policy));
-    }
+    for (size_t i = 0; i < objects.size(); ++i)
+      stage_.Try([&] { ReadPolicy(objects[i], WhereLine(list->items[i]), names); });
     std::ranges::stable_sort(recipe_.policies, {}, &OverridePolicy::Specificity);
   }
 
@@ -256,7 +263,7 @@ std::string_view WhyNot(std::string_view stage) {
            "widen: "
            "auto of the ptq stage keeps the stream's outliers from coarsening its grids";
   if (stage == "smoothquant")
-    return "scales moved from inputs into weights gain little behind a gptq stage, which weighs columns by their "
+    return "scales moved from inputs into weights gain little after a gptq stage, which weighs columns by their "
            "inputs "
            "already; take the recipe w4a16-gptq, for 8-bit activations w8a8-mixed";
   if (stage == "cle")
@@ -265,31 +272,32 @@ std::string_view WhyNot(std::string_view stage) {
   return "weights are not pruned, an integer product gains nothing from zeros";
 }
 
+void ReadStage(const JsonObject& stage, const YamlNode& tree, const std::string& file, Recipe& recipe) {
+  const auto name = stage.Required<std::string>("name");
+  const std::vector<std::string> known{"ptq", "gptq", "spinquant", "cle", "smoothquant", "weight_sparsity"};
+  if (std::ranges::find(known, name) == known.end())
+    stage.FailAt("name", fmt::format("unknown stage \"{}\"{}", name, NearestHint(name, known)));
+  if (!stage.Optional<bool>("enabled", true)) return;
+  if (name == "gptq") {
+    if (recipe.rounding || recipe.quantizes) stage.FailAt("name", "one gptq stage goes in front of the ptq stage");
+    recipe.rounding = ReadGptqStage(stage);
+    return;
+  }
+  if (name != "ptq")
+    stage.FailAt("name", fmt::format("stage \"{}\": {}; set enabled: false, or remove it", name, WhyNot(name)));
+  if (recipe.quantizes) stage.FailAt("name", "a second ptq stage; keep one");
+  recipe.quantizes = true;
+  StageReader(stage, tree, file, recipe).Read();
+}
+
 }  // namespace
 
 void ReadPipeline(const JsonObject& root, const YamlNode& tree, const std::string& file, Recipe& recipe) {
   recipe.quantizes = false;
   const YamlNode* list = tree.Find("pipeline");
   const std::vector<JsonObject> stages = root.Objects("pipeline");
-  for (size_t i = 0; i < stages.size(); ++i) {
-    const JsonObject& stage = stages[i];
-    const auto name = stage.Required<std::string>("name");
-    const std::vector<std::string> known{"ptq", "gptq", "spinquant", "cle", "smoothquant", "weight_sparsity"};
-    if (std::ranges::find(known, name) == known.end())
-      stage.FailAt("name", fmt::format("unknown stage \"{}\"{}", name, NearestHint(name, known)));
-    if (!stage.Optional<bool>("enabled", true)) continue;
-    if (name == "gptq") {
-      if (recipe.rounding || recipe.quantizes) stage.FailAt("name", "one gptq stage goes in front of the ptq stage");
-      recipe.rounding = ReadGptqStage(stage);
-      continue;
-    }
-    if (name != "ptq")
-      stage.FailAt("name", fmt::format("stage \"{}\": {}; set enabled: false, or remove it", name, WhyNot(name)));
-    if (recipe.quantizes) stage.FailAt("name", "a second ptq stage; keep one");
-    recipe.quantizes = true;
-    StageReader(stage, list->items[i], file, recipe).Read();
-  }
-  FitWeightBits(recipe, file);
+  for (size_t i = 0; i < stages.size(); ++i) root.Try([&] { ReadStage(stages[i], list->items[i], file, recipe); });
+  root.Try([&] { FitWeightBits(recipe, file); });
 }
 
 }  // namespace circlet

@@ -1,6 +1,9 @@
 #include "circlet/settings/settings.h"
 
+#include <fmt/ranges.h>
+
 #include <charconv>
+#include <functional>
 #include <nlohmann/json.hpp>
 
 #include "circlet/base/error.h"
@@ -269,28 +272,36 @@ Settings Settings::Parse(std::string_view text, const std::string& file, std::sp
   if (tree.kind == YamlNode::Kind::kNull) Fail("{}: is empty; a recipe has at least `pipeline: [{{name: ptq}}]`", file);
   for (const std::string& assignment : assignments) ApplyOverride(tree, assignment);
   const json value = ToJson(tree);
-  const JsonObject root(value, file, &tree);
+  std::vector<std::string> complaints;
+  const JsonObject root(value, file, &tree, &complaints);
   Settings settings;
-  if (const auto object = root.OptionalObject("model")) ReadModel(*object, settings.model);
-  if (const auto object = root.OptionalObject("runtime")) {
-    ReadRuntime(*object, settings.runtime);
-    if (object->Has("seed")) settings.smoke.seed = settings.runtime.seed;
-  }
-  if (const auto object = root.OptionalObject("calibration"))
-    ReadCalibration(*object, tree.Find("calibration"), settings.calibration);
-  if (const auto object = root.OptionalObject("model_args")) ReadModelArgs(*object, settings.model_args);
-  settings.recipe = Recipe::FromTree(tree, root, file);
-  if (const auto object = root.OptionalObject("evaluation")) ReadEvaluation(*object, settings.evaluation);
-  if (const auto object = root.OptionalObject("export")) ReadExport(*object, settings.export_options);
-  if (const auto debug = root.OptionalObject("debug")) {
-    if (const auto smoke = debug->OptionalObject("wrapper_smoke")) ReadSmoke(*smoke, settings.smoke);
-    if (const auto runtime = debug->OptionalObject("static_gemma4_runtime"))
+  const auto part = [&](std::string_view key, const std::function<void(const JsonObject&)>& read) {
+    root.Try([&] {
+      if (const auto object = root.OptionalObject(key)) read(*object);
+    });
+  };
+  part("model", [&](const JsonObject& object) { ReadModel(object, settings.model); });
+  part("runtime", [&](const JsonObject& object) {
+    ReadRuntime(object, settings.runtime);
+    if (object.Has("seed")) settings.smoke.seed = settings.runtime.seed;
+  });
+  part("calibration",
+       [&](const JsonObject& object) { ReadCalibration(object, tree.Find("calibration"), settings.calibration); });
+  part("model_args", [&](const JsonObject& object) { ReadModelArgs(object, settings.model_args); });
+  root.Try([&] { settings.recipe = Recipe::FromTree(tree, root, file); });
+  part("evaluation", [&](const JsonObject& object) { ReadEvaluation(object, settings.evaluation); });
+  part("export", [&](const JsonObject& object) { ReadExport(object, settings.export_options); });
+  part("debug", [&](const JsonObject& object) {
+    if (const auto smoke = object.OptionalObject("wrapper_smoke")) ReadSmoke(*smoke, settings.smoke);
+    if (const auto runtime = object.OptionalObject("static_gemma4_runtime"))
       ReadGeneration(*runtime, settings.generation);
-    Refuse(*debug, "tied_embedding");
-    debug->RejectUnknownKeys();
-  }
+    Refuse(object, "tied_embedding");
+    object.RejectUnknownKeys();
+  });
   for (const std::string_view key : {"extensions", "target_model"}) Refuse(root, key);
   root.RejectUnknownKeys();
+  if (complaints.size() == 1) throw Error(complaints.front());
+  if (!complaints.empty()) Fail("{}: {} faults:\n  {}", file, complaints.size(), fmt::join(complaints, "\n  "));
   return settings;
 }
 

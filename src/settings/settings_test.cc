@@ -178,10 +178,27 @@ TEST(SettingsTest, KnownKeysThatAskForMoreThanThereIsAreRefusedByName) {
       testing::AllOf(
           HasSubstr("quant.yaml:2: pipeline.0.name: stage \"cle\": rows in front of a norm cannot be equalized"),
           HasSubstr("take the recipe w4a16-gptq; set enabled: false, or remove it")));
-  EXPECT_THAT(LoadError("pipeline: [{name: smoothquant}]"), HasSubstr("gain little behind a gptq stage"));
+  EXPECT_THAT(LoadError("pipeline: [{name: smoothquant}]"), HasSubstr("gain little after a gptq stage"));
   EXPECT_THAT(LoadError("pipeline: [{name: spinquant}]"), HasSubstr("widen: auto of the ptq stage"));
   EXPECT_THAT(LoadError("pipeline: [{name: pqt}]"), HasSubstr("unknown stage \"pqt\"; nearest: \"ptq\""));
   EXPECT_THAT(LoadError("pipeline: [{name: ptq}, {name: ptq}]"), HasSubstr("a second ptq stage; keep one"));
+}
+
+// A file of the reference asks for several such things; one run names them all.
+TEST(SettingsTest, AllFaultsOfAFileAreNamedTogether) {
+  const std::string text = LoadError(
+      "runtime:\n  device: cuda\n  dtype: bfloat16\n"
+      "calibration: {filter: {n_per_class: 3}}\n"
+      "pipeline:\n  - name: spinquant\n  - name: ptq\n    activaton: int16\n    weight: {dtype: int17}\n"
+      "    print_model: true\n"
+      "model_args: {attention: {layout: batched}}\n"
+      "export: {max_seq_len: long}\nunknown: 1\n");
+  EXPECT_THAT(text, testing::StartsWith("quant.yaml: 10 faults:\n  quant.yaml:2: runtime.device: \"cuda\""));
+  for (const char* part :
+       {"quant.yaml:3: runtime.dtype: \"bfloat16\"", "calibration.filter: is not supported", "stage \"spinquant\"",
+        "pipeline.1.activaton: is no known key", "int17", "pipeline.1.print_model: is not supported",
+        "model_args.attention.layout: \"batched\"", "export.max_seq_len: expected an integer", "unknown: is no known key"})
+    EXPECT_THAT(text, HasSubstr(part));
 }
 
 TEST(SettingsTest, FiguresOutsideTheirRangeAreErrors) {

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <set>
@@ -48,8 +49,10 @@ float F32(const nlohmann::json& value, std::string_view where);
 class JsonObject {
  public:
   // `file` is how errors call the file. `lines`, when given, is the tree that `value` was made from and gives line
-  // numbers. Throws Error unless `value` is an object.
-  JsonObject(const nlohmann::json& value, std::string file, const YamlNode* lines = nullptr);
+  // numbers. `complaints`, when given, gathers the texts of Complain and Try, also those of the objects in this one.
+  // Throws Error unless `value` is an object.
+  JsonObject(const nlohmann::json& value, std::string file, const YamlNode* lines = nullptr,
+             std::vector<std::string>* complaints = nullptr);
 
   // T: bool, int, int64_t, float, double, std::string, and std::vector of these (not bool). Integers are accepted as
   // float and double, and floats without a fraction as integers; a value outside T is an Error.
@@ -73,12 +76,16 @@ class JsonObject {
 
   // Keys that nobody asked for, sorted: listed in the report for config.json (whose unknown keys are harmless) ...
   std::vector<std::string> UnknownKeys() const;
-  // ... and an Error with the nearest known key for files that people write.
+  // ... and complained of, with the nearest known key, for files that people write.
   void RejectUnknownKeys() const;
 
   // "config.json: text_config.head_dim": what stands in front of an error about `key`; empty key = the object itself.
   std::string Where(std::string_view key) const;
   [[noreturn]] void FailAt(std::string_view key, std::string_view what) const;  // Where(key) + ": " + what
+  // A fault that leaves the rest of the file readable: FailAt, unless complaints are gathered.
+  void Complain(std::string_view key, std::string_view what) const;
+  // Reads a part of the file. Its Error is thrown on, unless complaints are gathered.
+  void Try(const std::function<void()>& read) const;
 
  private:
   const nlohmann::json* Find(std::string_view key) const;  // null when absent or null; counts as asked
@@ -87,6 +94,7 @@ class JsonObject {
   std::string file_;
   std::string path_;  // "text_config", empty at the root
   const YamlNode* lines_;
+  std::vector<std::string>* complaints_;
   mutable std::set<std::string, std::less<>> asked_;
 };
 
