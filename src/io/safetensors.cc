@@ -157,7 +157,7 @@ void CheckLayout(std::vector<Entry>& entries, int64_t data_bytes) {
     before = &entry;
   }
   if (end != data_bytes) {
-    Fail("{} bytes behind the last tensor belong to none (tensors end at data byte {} of {}); the file is damaged",
+    Fail("{} bytes after the last tensor belong to none (tensors end at data byte {} of {}); the file is damaged",
          data_bytes - end, end, data_bytes);
   }
 }
@@ -194,7 +194,7 @@ SafetensorsFile SafetensorsFile::Open(const fs::path& path) {
          kHeaderLimitBytes);
   }
   if (header_bytes > bytes.size() - kPrefix) {
-    Fail("{}: the header's length is {}, the file has {} bytes behind it; the file is cut: copy or download it again",
+    Fail("{}: the header's length is {}, the file has {} bytes after it; the file is cut: copy or download it again",
          path.string(), header_bytes, bytes.size() - kPrefix);
   }
   const std::span<const std::byte> data = bytes.subspan(kPrefix + header_bytes);

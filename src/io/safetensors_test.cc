@@ -105,7 +105,7 @@ TEST_F(SafetensorsTest, AFileTooShortForItsHeaderSaysSo) {
   EXPECT_THAT(OpenError(), StartsWith("has 0 bytes"));
   WriteFile(Path(), FileBytes(std::string(100, ' '), "").substr(0, 50));
   EXPECT_EQ(OpenError(),
-            "the header's length is 100, the file has 42 bytes behind it; the file is cut: copy or download it again");
+            "the header's length is 100, the file has 42 bytes after it; the file is cut: copy or download it again");
 }
 
 TEST_F(SafetensorsTest, AnImpossibleHeaderLengthIsRefusedBeforeItIsUsed) {
@@ -201,7 +201,7 @@ TEST_F(SafetensorsTest, BytesOfNoTensorAreRefused) {
           "123"),
       "tensor \"b\": begins at data byte 2, expected 1: bytes between belong to no tensor; the file is damaged");
   EXPECT_EQ(OpenError(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "123"),
-            "2 bytes behind the last tensor belong to none (tensors end at data byte 1 of 3); the file is damaged");
+            "2 bytes after the last tensor belong to none (tensors end at data byte 1 of 3); the file is damaged");
 }
 
 TEST_F(SafetensorsTest, BadMetadataIsRefused) {

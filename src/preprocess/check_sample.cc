@@ -64,7 +64,7 @@ void LengthLimit::Add(Sample sample, std::vector<Sample>& samples) {
   const int64_t pictures_end = sample.token_types.rend() - last;
   if (pictures_end > limit) {
     Fail(
-        "its pictures end at token {}, behind the limit of {}, and no picture is cut; raise --max-seq-len to that, or "
+        "its pictures end at token {}, past the limit of {}, and no picture is cut; raise --max-seq-len to that, or "
         "take the sample out",
         pictures_end, limit);
   }
@@ -72,7 +72,7 @@ void LengthLimit::Add(Sample sample, std::vector<Sample>& samples) {
   if (options_.longer == LongSamples::kTruncate) return;
   const bool repeats_bos = options_.bos >= 0 && sample.input_ids[0] == options_.bos;
   const int64_t step = limit - (repeats_bos ? 1 : 0);
-  if (step < 1) Fail("a limit of {} leaves no room behind <bos>; raise --max-seq-len", limit);
+  if (step < 1) Fail("a limit of {} leaves no room after <bos>; raise --max-seq-len", limit);
   int64_t number = 1;
   for (int64_t begin = limit; begin < length; begin += step) {
     Sample& part = samples.emplace_back(Part(sample, begin, std::min(length, begin + step)));

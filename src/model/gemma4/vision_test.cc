@@ -612,7 +612,7 @@ TEST(PatchLayoutTest, EveryFaultNamesItsPatch) {
   };
   EXPECT_THAT(error({0, 0, 1, 0}), HasSubstr("2 patches are no multiple of 4 (pooling kernel 2 x 2); pad them"));
   EXPECT_THAT(error({-1, -1, -1, -1, -1, -1, -1, -1}), HasSubstr("all 4 patches are padding"));
-  EXPECT_THAT(error({0, 0, -1, -1, 0, 1, 1, 1}), HasSubstr("patch 2 at (0,1) stands behind padding"));
+  EXPECT_THAT(error({0, 0, -1, -1, 0, 1, 1, 1}), HasSubstr("patch 2 at (0,1) stands after padding"));
   EXPECT_THAT(error({0, 0, 1, 0, 0, -1, 1, 1}), HasSubstr("patch 2 is at (0,-1); both must lie in [0,8)"));
   EXPECT_THAT(error({0, 0, 8, 0, 0, 1, 1, 1}), HasSubstr("patch 1 is at (8,0); both must lie in [0,8)"));
   EXPECT_THAT(error({0, 0, 1, 0, 0, 2, 1, 2}), HasSubstr("patch 2 at (0,2) falls into soft token 1 of 1"));

@@ -31,7 +31,7 @@ PatchLayout LayoutOf(const VisionConfig& config, std::span<const int64_t> positi
           "padding",
           i, x, y, config.position_embedding_size);
     if (layout.valid != i)
-      Fail("image_position_ids: patch {} at ({},{}) stands behind padding; real patches come first", i, x, y);
+      Fail("image_position_ids: patch {} at ({},{}) stands after padding; real patches come first", i, x, y);
     layout.valid = i + 1;
     layout.grid_width = std::max(layout.grid_width, x + 1);
   }

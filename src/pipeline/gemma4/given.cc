@@ -116,7 +116,7 @@ class Giver {
     const PackedParameter* const packed = Find(module);
     if (packed == nullptr) return;
     if (packed->output_step)
-      given_.unused.push_back(module + ".output_activation_scale: the file adds a bias behind this product");
+      given_.unused.push_back(module + ".output_activation_scale: the file adds a bias after this product");
     if (!packed->input_step) return;
     constexpr float kTolerance = 1e-3f;
     constexpr int32_t kMost = 127;

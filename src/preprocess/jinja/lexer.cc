@@ -252,7 +252,7 @@ class Lexer {
       while (digits < 3 && Next(1 + digits) >= '0' && Next(1 + digits) <= '7') ++digits;
       return CodePointEscape(out, 1, digits, 8);
     }
-    if (c == 'N' || static_cast<uint8_t>(c) >= 0x80) FailHere("this character behind a backslash is not supported");
+    if (c == 'N' || static_cast<uint8_t>(c) >= 0x80) FailHere("this character after a backslash is not supported");
     out += '\\';  // stands for itself
     Advance(1);
   }

@@ -227,7 +227,7 @@ class Parser {
       if (TakeOperator("="))
         parameter.fallback = Condition();
       else if (!node.parameters.empty() && node.parameters.back().fallback != nullptr)
-        FailHere("a parameter without a default stands behind one with a default");
+        FailHere("a parameter without a default stands after one with a default");
       node.parameters.push_back(std::move(parameter));
     }
     Take();
@@ -504,7 +504,7 @@ class Parser {
     int64_t index = 0;
     if (token.kind != TokenKind::kInteger ||
         std::from_chars(token.text.data(), token.text.data() + token.text.size(), index).ec != std::errc())
-      FailAt(token.line, fmt::format("expected a name or a number behind \".\", found {}", Describe(token)));
+      FailAt(token.line, fmt::format("expected a name or a number after \".\", found {}", Describe(token)));
     return New(Kind::kItem, line, {node, Constant(index, line)});
   }
   const Expression* Subscript(const Expression* node) {
@@ -559,7 +559,7 @@ class Parser {
         arguments.named.emplace_back(std::move(name), Condition());
       } else {
         if (starred || !arguments.named.empty())
-          FailAt(line, "an argument without a name stands behind one with a name");
+          FailAt(line, "an argument without a name stands after one with a name");
         arguments.positional.push_back(Condition());
       }
     }

@@ -112,7 +112,7 @@ class ReprWriter {
       case Sequence::Form::kView:
         return WriteItems(sequence.items, fmt::format("{}([", sequence.name), "])");
       case Sequence::Form::kGenerator:
-        Fail("a {} has no text that means anything; put `| list` behind the filter that made it", sequence.name);
+        Fail("a {} has no text that means anything; put `| list` after the filter that made it", sequence.name);
     }
   }
   void WriteDict(const Dict& dict) {
