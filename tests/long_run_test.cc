@@ -176,7 +176,7 @@ TEST_P(KilledBehind, GoesOnToTheSameBytes) {
   std::erase(resume, "--quiet");
   const ProgramResult result = RunProgram(resume);
   ASSERT_EQ(result.exit_code, 0) << result.err;
-  EXPECT_THAT(result.err, HasSubstr("going on behind "));
+  EXPECT_THAT(result.err, HasSubstr("going on after "));
   EXPECT_EQ(Hashes(Out()), Hashes(Reference()));
   EXPECT_FALSE(fs::exists(Out() + ".partial"));
 }
@@ -894,6 +894,24 @@ TEST(DryRun, TheDiskIsWhatARunTakesAndATakenOutputIsRefused) {
     EXPECT_EQ(taken.exit_code, 2);
     EXPECT_THAT(taken.err, HasSubstr("is not empty (it holds \""));
   }
+}
+
+TEST(DryRun, RefusesAnUnfinishedRunAsTheRunDoes) {
+  const TempDirectory directory;
+  const fs::path out = directory.Path() / "out", state = out.string() + ".partial/unfinished/rank.0";
+  fs::create_directories(state);
+  WriteFile(state / "state.1", "{}");
+  std::vector<std::string> arguments{"quantize", kTiny, "--random-samples", "2x16", "--quiet", "--output", out};
+  const ProgramResult run = RunProgram(arguments);
+  arguments.emplace_back("--dry-run");
+  const ProgramResult dry = RunProgram(arguments);
+  EXPECT_EQ(dry.exit_code, 2);
+  EXPECT_THAT(dry.err, HasSubstr("out.partial: holds an unfinished run; --resume goes on with it, --force starts again"));
+  EXPECT_EQ(dry.err, run.err);
+  EXPECT_TRUE(fs::exists(state / "state.1"));
+  arguments.emplace_back("--force");
+  EXPECT_EQ(RunProgram(arguments).exit_code, 0);
+  EXPECT_TRUE(fs::exists(state / "state.1"));
 }
 
 TEST(DryRun, RefusesWhatNoMemoryCouldHold) {

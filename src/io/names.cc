@@ -38,6 +38,11 @@ std::string Shortened(std::string_view text) {
 std::string Nearest(std::string_view name, std::span<const std::string> candidates) {
   constexpr size_t kLongestName = 1000;  // the comparison takes time by the square
   if (name.size() > kLongestName) return {};
+  // A beginning that only one of them has, as long as it says something.
+  constexpr size_t kShortestBeginning = 4;
+  const auto begins = [&](const std::string& candidate) { return candidate.starts_with(name); };
+  if (name.size() >= kShortestBeginning && std::ranges::count_if(candidates, begins) == 1)
+    return *std::ranges::find_if(candidates, begins);
   size_t best = std::numeric_limits<size_t>::max();
   std::string nearest;
   for (const std::string& candidate : candidates) {

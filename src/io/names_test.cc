@@ -21,6 +21,12 @@ TEST(NearestTest, AForgottenPrefixIsFound) {
   EXPECT_EQ(Nearest("norm.weight", std::vector<std::string>{"model.norm.weight"}), "model.norm.weight");
 }
 
+TEST(NearestTest, ABeginningMeansTheOnlyNameThatHasIt) {
+  const std::vector<std::string> flags{"--help", "--temperature", "--top-k", "--top-p"};
+  EXPECT_EQ(Nearest("--temp", flags), "--temperature");
+  EXPECT_NE(Nearest("--to", flags), "--temperature");
+}
+
 TEST(NearestTest, ASwapCountsOnce) {
   // Two replacements would be more than half of the name.
   EXPECT_EQ(Nearest("atc", kPoints), "act");

@@ -229,6 +229,12 @@ class TreeBuilder : public YAML::EventHandler {
   size_t nodes_ = 0;
 };
 
+// Line `number`, from 0.
+std::string LineOf(std::string_view text, int number) {
+  for (; number > 0 && !text.empty(); --number) text.remove_prefix(std::min(text.find('\n'), text.size() - 1) + 1);
+  return std::string(text.substr(0, text.find('\n')));
+}
+
 }  // namespace
 
 const YamlNode* YamlNode::Find(std::string_view key) const {
@@ -259,6 +265,9 @@ YamlNode ParseYaml(std::string_view text, std::string_view file) {
     return tree;
   } catch (const YAML::Exception& error) {
     if (error.mark.is_null()) Fail("{}: {}", file, error.msg);
+    if (const std::string line = LineOf(text, error.mark.line);
+        line.substr(0, line.find_first_not_of(" \t")).find('\t') != std::string::npos)
+      builder.FailAt(error.mark, "a tab in front of the text; YAML is indented with blanks");
     builder.FailAt(error.mark, error.msg);
   }
 }

@@ -38,6 +38,12 @@ TEST(ParseYamlTest, EverythingElseIsAString) {
   EXPECT_EQ(Parsed("['7', \"true\", 'null', '']"), json({"7", "true", "null", ""}));
 }
 
+TEST(ParseYamlTest, ATabInFrontOfTheTextIsNamed) {
+  EXPECT_THAT(ErrorText([] { ParseYaml("pipeline:\n\t- name: ptq\n", "q.yaml"); }),
+              HasSubstr("q.yaml:2: a tab in front of the text; YAML is indented with blanks"));
+  EXPECT_THAT(ErrorText([] { ParseYaml("a: [\n1", "q.yaml"); }), testing::Not(HasSubstr("tab")));
+}
+
 TEST(ParseYamlTest, IntegersPast64BitsBecomeFloats) {
   EXPECT_EQ(Parsed("9223372036854775808"), json(9223372036854775808.0));
 }

@@ -8,6 +8,7 @@
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
 #include "ops/integer_product.h"
+#include "pipeline/run_state.h"
 #include "pipeline/stored_codes.h"
 
 namespace circlet {
@@ -40,12 +41,12 @@ nlohmann::json InputEntries(const QuantizeOptions& options, std::span<const Data
   return inputs;
 }
 
+}  // namespace
+
 OutputDirectory::Mode ModeOf(const QuantizeOptions& options) {
   using Mode = OutputDirectory::Mode;
   return options.force ? Mode::kForce : options.resume ? Mode::kResume : Mode::kNew;
 }
-
-}  // namespace
 
 nlohmann::json ToJson(const FrozenGrids& grids) { return {{"file", grids.file}, {"recipe", grids.recipe}}; }
 
@@ -59,6 +60,7 @@ bool OutputRun::Begin(const nlohmann::json& identity) {
   // How many processes shared the work changes nothing in the files.
   nlohmann::json run = identity;
   run.erase("number of processes");
+  samples_hash_ = identity.at(kSamplesIdentity);
   const std::string text = run.dump();
   run_ = Sha256(std::as_bytes(std::span(text)));
   const bool done = world_.Rank() == 0 && options_.resume && !directory_.GoesOn() && directory_.Taken() && IsDone();
@@ -115,6 +117,7 @@ void OutputRun::Finish(const Settings& settings, const Calibration& calibration,
                              {"max_seq_len", result.max_seq_len},
                              {"random_data", result.random_data},
                              {"inputs", inputs_},
+                             {"samples_sha256", samples_hash_},
                              {"outputs", outputs}};
   if (!options_.command.empty()) manifest["command"] = options_.command;
   for (const CodesChecksum& codes : result.stored_codes)

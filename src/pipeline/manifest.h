@@ -46,7 +46,10 @@ class OutputRun {
   OutputDirectory directory_;
   nlohmann::json inputs_;
   std::string run_;  // hash of the identity
+  std::string samples_hash_;
 };
+
+OutputDirectory::Mode ModeOf(const QuantizeOptions& options);
 
 // As report.json, manifest.json and qparams.json have it.
 nlohmann::json ToJson(const FrozenGrids& grids);

@@ -140,7 +140,34 @@ bool Exchange(const fs::path& a, const fs::path& b) {
   FailErrno(b, "replaced");
 }
 
+void CheckPlace(const fs::path& asked, const fs::path& output, const fs::path& partial, OutputDirectory::Mode mode) {
+  using Mode = OutputDirectory::Mode;
+  if (fs::exists(output)) {
+    if (!IsFolder(output)) Fail("{}: is a file, the output must be a directory; choose another name", asked.string());
+    if (access(output.c_str(), R_OK | W_OK | X_OK) != 0) FailErrno(asked, "written");
+    if (IsMountPoint(output))
+      Fail(
+          "{}: is where another file system begins, and a result cannot move there in one step; name a directory in it",
+          asked.string());
+    if (mode == Mode::kForce && IsFile(output / kManifestFile) && Listed(output).empty())
+      Fail("{}: holds a {} that is not circlet's; choose another directory", asked.string(), kManifestFile);
+  }
+  if (fs::exists(fs::symlink_status(partial)) && !IsRun(partial))
+    Fail("{}: is in the way and no unfinished run of circlet; move it away, or choose another output",
+         partial.string());
+  const bool unfinished = HoldsState(partial);
+  const bool may_replace = mode == Mode::kForce || (mode == Mode::kResume && (!unfinished || IsMarked(partial)));
+  if (fs::exists(output) && !may_replace) PrepareOutputDirectory(asked);
+  if (unfinished && mode == Mode::kNew)
+    Fail("{}: holds an unfinished run; --resume goes on with it, --force starts again", partial.string());
+}
+
 }  // namespace
+
+void OutputDirectory::Check(const fs::path& asked, Mode mode) {
+  const fs::path output = Resolve(asked);
+  CheckPlace(asked, output, output.string() + ".partial", mode);
+}
 
 std::string FirstDamaged(const fs::path& directory, const fs::path& moved) {
   const std::map<std::string, std::string> listed = Listed(directory);
@@ -153,14 +180,18 @@ std::string FirstDamaged(const fs::path& directory, const fs::path& moved) {
 }
 
 OutputDirectory::OutputDirectory(fs::path asked, Mode mode, bool first)
-    : asked_(std::move(asked)), final_(Resolve(asked_)), partial_(final_.string() + ".partial"), mode_(mode), first_(first) {
+    : asked_(std::move(asked)),
+      final_(Resolve(asked_)),
+      partial_(final_.string() + ".partial"),
+      mode_(mode),
+      first_(first) {
   if (!first_) return;
   Within(asked_.string(), [&] {
     CreateDirectories(final_.parent_path());
     lock_.emplace(final_);
   });
   Settle();
-  Check();
+  CheckPlace(asked_, final_, partial_, mode_);
   goes_on_ = kept_ = mode_ == Mode::kResume && HoldsState(partial_);
 }
 
@@ -193,26 +224,6 @@ void OutputDirectory::Settle() {
     return RemoveRun(partial_);
   }
   TakeName();
-}
-
-void OutputDirectory::Check() const {
-  if (fs::exists(final_)) {
-    if (!IsFolder(final_))
-      Fail("{}: is a file, the output must be a directory; choose another name", asked_.string());
-    if (access(final_.c_str(), R_OK | W_OK | X_OK) != 0) FailErrno(asked_, "written");
-    if (IsMountPoint(final_))
-      Fail("{}: is where another file system begins, and a result cannot move there in one step; name a directory in it",
-           asked_.string());
-    if (mode_ == Mode::kForce && IsFile(final_ / kManifestFile) && Listed(final_).empty())
-      Fail("{}: holds a {} that is not circlet's; choose another directory", asked_.string(), kManifestFile);
-  }
-  if (fs::exists(fs::symlink_status(partial_)) && !IsRun(partial_))
-    Fail("{}: is in the way and no unfinished run of circlet; move it away, or choose another output", partial_.string());
-  const bool unfinished = HoldsState(partial_);
-  const bool may_replace = mode_ == Mode::kForce || (mode_ == Mode::kResume && (!unfinished || IsMarked(partial_)));
-  if (fs::exists(final_) && !may_replace) PrepareOutputDirectory(asked_);
-  if (unfinished && mode_ == Mode::kNew)
-    Fail("{}: holds an unfinished run; --resume goes on with it, --force starts again", partial_.string());
 }
 
 void OutputDirectory::Begin() {

@@ -37,6 +37,8 @@ class OutputDirectory {
   // output, and for what `mode` does not allow to be there. `first` is false in all processes of a run but one: these use
   // what that one prepares.
   OutputDirectory(std::filesystem::path asked, Mode mode, bool first);
+  // The errors that the constructor would throw for what is there, without making or moving anything.
+  static void Check(const std::filesystem::path& asked, Mode mode);
   // Removes what the run has written, unless it took its name or Keep() was called.
   ~OutputDirectory();
 
@@ -55,7 +57,6 @@ class OutputDirectory {
 
  private:
   void Settle();
-  void Check() const;
   void Retire();
   void MoveIn();
   void Mark();

@@ -64,31 +64,11 @@ std::string AskedBytes(int64_t bytes) {
   return HumanBytes(bytes);
 }
 
-// For activations of a run that writes nothing.
-std::filesystem::path TemporaryDirectory() {
-  std::error_code error;
-  std::filesystem::path path = std::filesystem::temp_directory_path(error);
-  if (error) {
-    const char* set = std::getenv("TMPDIR");
-    Fail("TMPDIR={}: cannot be used for activations: {}; set it to a directory with room",
-         set != nullptr ? set : "/tmp", error.message());
-  }
-  return path;
-}
-
 // Where a directory that does not exist yet would be made.
 std::filesystem::path NearestDirectory(std::filesystem::path path) {
   path = std::filesystem::absolute(path);
   while (!std::filesystem::exists(path)) path = path.parent_path();
   return path;
-}
-
-// What a run would refuse of its output directory, without making it.
-void RequireVacant(const QuantizeOptions& options) {
-  std::error_code none;
-  if (options.output.empty() || options.force || options.resume) return;
-  if (std::filesystem::exists(options.output, none) && !std::filesystem::is_empty(options.output, none))
-    PrepareOutputDirectory(options.output);
 }
 
 // What cannot be exported is said before anything is computed.
@@ -266,7 +246,7 @@ int64_t Run::NeededDisk() const {
 }
 
 std::string Run::DryRun() const {
-  RequireVacant(settings_.options);
+  if (settings_.Writes()) OutputDirectory::Check(settings_.options.output, ModeOf(settings_.options));
   const double rate = MeasuredFlops();
   TextTable table({"stage", "weights", "working memory", "GFLOP", "seconds"});
   double flops = 0;
@@ -424,7 +404,7 @@ void Run::RunPhases(RunState* state, RunParts* parts, OutputRun* output) {
     const QuantizeOptions& options = settings_.options;
     if (options.on_progress && !options.on_progress({phases_[done].name, done + 1, result_.phases, progress_->Done(),
                                                      progress_->SecondsLeft()}))
-      Fail("stopped by the caller behind {}, {} of {} stages", phases_[done].name, done + 1, result_.phases);
+      Fail("stopped by the caller after {}, {} of {} stages", phases_[done].name, done + 1, result_.phases);
   }
   progress_->End();
 }
@@ -505,7 +485,7 @@ void Run::TellStart(int64_t budget) const {
     fmt::print(progress, "{}: no saved state to go on from, the run starts at its beginning\n",
                settings_.options.output.string());
   if (result_.resumed_phases > 0)
-    fmt::print(progress, "going on behind {}: {} of {} stages are done\n", phases_[result_.resumed_phases - 1].name,
+    fmt::print(progress, "going on after {}: {} of {} stages are done\n", phases_[result_.resumed_phases - 1].name,
                result_.resumed_phases, result_.phases);
   if (const int64_t activations = ActivationBytes(); activations > budget)
     fmt::print(progress, "activations of {} pass the memory limit by {}, which goes to files\n",
@@ -586,6 +566,17 @@ QuantizeOptions WithSettings(QuantizeOptions options, Settings& settings) {
 }
 
 }  // namespace
+
+std::filesystem::path TemporaryDirectory() {
+  std::error_code error;
+  std::filesystem::path path = std::filesystem::temp_directory_path(error);
+  if (error) {
+    const char* set = std::getenv("TMPDIR");
+    Fail("TMPDIR={}: cannot be used for activations and pictures: {}; set it to a directory with room",
+         set != nullptr ? set : "/tmp", error.message());
+  }
+  return path;
+}
 
 RunSettings::RunSettings(const QuantizeOptions& asked)
     : file(Settings::Load(asked.recipe, asked.set)), options(WithSettings(asked, file)), world(World()) {

@@ -93,6 +93,9 @@ class ModelJob {
 // What the store of a run holds when.
 Schedule ScheduleOf(std::span<const PhaseSpec> phases, const RunSettings& settings, const Calibration& calibration);
 
+// For what a run puts into files that nobody is to find.
+std::filesystem::path TemporaryDirectory();
+
 // What the run left out, did not use or had to assume, a line each: part of ReportText and of a dry run.
 std::string NotesText(const QuantizeResult& result);
 

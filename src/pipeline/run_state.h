@@ -19,6 +19,7 @@
 
 namespace circlet {
 
+inline constexpr char kSamplesIdentity[] = "samples or the pictures that they name";
 // What must be the same for a run to go on: the program, what it reads, and everything that its outputs depend on.
 // `inputs` are files by content; samples are taken as they were read, so that what their files name counts too.
 nlohmann::json IdentityOf(const QuantizeOptions& options, const Recipe& recipe, int processes,

@@ -166,6 +166,8 @@ void RefuseOtherFormats(const DataFile& data) {
 }  // namespace
 
 DataFile ReadDataFile(const fs::path& path) {
+  if (path.string().find("://") != std::string::npos)
+    Fail("{}: circlet downloads nothing; fetch the file, and give its path", path.string());
   DataFile data = ReadBytes(path);
   if (IsGzip(data.text)) data.text = Unpack(data.text, data.place);
   RefuseOtherFormats(data);

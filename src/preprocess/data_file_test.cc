@@ -91,7 +91,7 @@ TEST_F(DataFileTest, SyntaxErrorsHaveOneLineNumberAndAColumn) {
   EXPECT_THAT(ErrorOf("a.json", "[{\"n\": 1}\n{\"n\": 2}]"),
               HasSubstr("a.json:2: expected a comma or ] in the JSON array, found {\"n\": 2}]"));
   EXPECT_THAT(ErrorOf("a.json", "[{\"n\": 1},\n"), HasSubstr("a.json:2: expected an object, as"));
-  EXPECT_THAT(ErrorOf("a.json", "[{\"n\": 1}]\n\n7"), HasSubstr("a.json:3: expected nothing behind the last ]"));
+  EXPECT_THAT(ErrorOf("a.json", "[{\"n\": 1}]\n\n7"), HasSubstr("a.json:3: expected nothing after the last ]"));
   EXPECT_THAT(ErrorOf("a.json", "[{\"n\": 1"), HasSubstr("a.json:1: column "));
   EXPECT_THAT(ErrorOf("a.json", "[]"), HasSubstr("a.json: has no samples; it needs a JSON object on each line"));
 }
@@ -110,6 +110,9 @@ TEST_F(DataFileTest, OtherFormatsAreNamedWithTheCommandsThatConvert) {
   const auto error = [&](std::string_view bytes) {
     return ErrorOf("data", std::string(bytes) + std::string(600, ' '));
   };
+  EXPECT_THAT(
+      error("{\n  \"type\": \"text\"\n}\n"),
+      AllOf(HasSubstr("data:1: expected a whole JSON object on each line"), HasSubstr("`jq -c . data > data.jsonl`")));
   EXPECT_THAT(error("PAR1"), AllOf(HasSubstr("data: is a parquet file"), HasSubstr("`pip install pandas pyarrow`"),
                                    HasSubstr("pandas.read_parquet('data').to_json('data.jsonl'")));
   EXPECT_THAT(error("ARROW1"), HasSubstr("is an Arrow file"));

@@ -71,6 +71,10 @@ int64_t ForEachTextLine(const DataFile& data, std::string_view text, std::string
            Shown(line.substr(first)), lines == 0 && example == kSampleLine ? Conversion(data) : "");
     }
     ++lines;
+    // An object over several lines, as editors and `jq .` lay it out.
+    if (lines == 1 && line.find_last_not_of(kBlank) == first)
+      Fail("{}: expected a whole JSON object on each line, as {}; `jq -c . {} > {}.jsonl` puts them there",
+           LineAt(data, number).place, example, data.name, data.name);
     Take(data, line, number, body);
   }
   return lines;
@@ -121,7 +125,7 @@ int64_t ForEachElement(const DataFile& data, std::string_view text, std::string_
     at = SkipBlank(text, at + 1);
   }
   at = SkipBlank(text, at + 1);
-  if (at < text.size()) expect(at, "nothing behind the last ]");
+  if (at < text.size()) expect(at, "nothing after the last ]");
   return elements;
 }
 

@@ -107,6 +107,7 @@ Sample ChatSample(std::string_view conversation, const Processor& processor, con
     soft_tokens.push_back(patches.soft_tokens);
   }
   sample.pixel_values = Concatenate(pixels);
+  if (options.hold_pixels && !pixels.empty()) sample.pixel_values = options.hold_pixels(std::move(sample.pixel_values));
   sample.image_position_ids = Concatenate(positions);
   sample.input_ids = processor.tokenizer.Encode(ExpandImages(prompt.text, soft_tokens), prompt.add_special_tokens);
   sample.token_types = TokenTypes(sample.input_ids, Resolve(processor.tokenizer, options.placeholders));
@@ -120,7 +121,10 @@ SampleSet LoadJsonl(const DataFile& data, const Processor& processor, const Samp
   LengthLimit limit(resolved);
   SampleSet set;
   ForEachLine(data, [&](const JsonObject& object, const DataLine& line) {
-    const std::string type = object.Required<std::string>("type");
+    const char* const usual = object.Has("messages") ? "chat" : object.Has("text") ? "text" : "";
+    const std::string type = object.Optional<std::string>("type", usual);
+    if (type.empty())
+      object.FailAt("type", fmt::format("is missing, and so are \"text\" and \"messages\"; write {}", kSampleLine));
     if (type == "text") {
       const std::string text = object.Required<std::string>("text");
       object.RejectUnknownKeys();

@@ -132,6 +132,7 @@ void AppendRows(const Batch& batch, const SampleOptions& options, LengthLimit& l
     const int64_t count = rows == 1 ? images.count : std::min(CountImages(sample.token_types), images.count - used);
     if (count > 0) {
       sample.pixel_values = Rows(images.pixels, used, count);
+      if (options.hold_pixels) sample.pixel_values = options.hold_pixels(std::move(sample.pixel_values));
       sample.image_position_ids = Rows(images.positions, used, count);
     }
     used += count;

@@ -75,6 +75,21 @@ TEST(JsonlTest, TheExampleCalibrationDataLoad) {
   EXPECT_EQ(images, 16);
 }
 
+TEST(JsonlTest, ALineSaysByItsKeysWhatItIs) {
+  const TempDirectory directory;
+  const auto ids = [&](const char* lines) {
+    WriteFile(directory.Path() / "data.jsonl", lines);
+    std::vector<std::vector<int64_t>> all;
+    for (const Sample& sample : LoadJsonl(directory.Path() / "data.jsonl", Tiny(), {}).samples)
+      all.push_back(sample.input_ids);
+    return all;
+  };
+  EXPECT_EQ(ids(R"({"text": "Emma saw"}
+{"messages": [{"role": "user", "content": "Hello"}]})"),
+            ids(R"({"type": "text", "text": "Emma saw"}
+{"type": "chat", "messages": [{"role": "user", "content": "Hello"}]})"));
+}
+
 TEST(JsonlTest, TextOnlyNamesWhatItLeavesOut) {
   const SampleSet set = LoadJsonl(kTiny / "eval/calib.jsonl", Tiny(), {.text_only = true});
   EXPECT_THAT(set.samples, SizeIs(16));
@@ -90,7 +105,9 @@ TEST(JsonlTest, ErrorsNameFileAndLine) {
   EXPECT_THAT(JsonlError(good + "\r\n{oops"), HasSubstr("data.jsonl:3: "));
   EXPECT_THAT(JsonlError(good + "[1]"), HasSubstr("data.jsonl:2"));
   EXPECT_THAT(JsonlError(good + R"({"type": "text"})"), HasSubstr("data.jsonl:2: text"));
-  EXPECT_THAT(JsonlError(good + R"({"text": "x"})"), HasSubstr("data.jsonl:2: type"));
+  EXPECT_THAT(
+      JsonlError(good + R"({"question": "x"})"),
+      HasSubstr("data.jsonl:2: type: is missing, and so are \"text\" and \"messages\"; write {\"type\": \"text\""));
   EXPECT_THAT(JsonlError(R"({"type": "poem", "text": "x"})"),
               HasSubstr("data.jsonl:1: type: expected \"text\" or \"chat\", found \"poem\""));
   EXPECT_THAT(JsonlError(R"({"type": "chat"})"), HasSubstr("data.jsonl:1: messages: expected a list of messages"));
@@ -145,7 +162,7 @@ TEST(JsonlTest, LongSamplesAreCutOrSplitWhenAsked) {
 TEST(JsonlTest, NoPictureIsCut) {
   const SampleOptions options{.max_length = 40, .longer = LongSamples::kTruncate};
   EXPECT_THAT(ErrorText([&] { LoadJsonl(kTiny / "eval/calib.jsonl", Tiny(), options); }),
-              ::testing::ContainsRegex("calib.jsonl:[0-9]+: its pictures end at token [0-9]+, behind the limit of 40"));
+              ::testing::ContainsRegex("calib.jsonl:[0-9]+: its pictures end at token [0-9]+, past the limit of 40"));
 }
 
 TEST(JsonlTest, ImageErrorsNameLineAndImage) {
@@ -179,7 +196,8 @@ TEST(JsonlTest, KeysOfALineReachTheTemplateAndUnknownOnesAreNamed) {
   std::erase(line, '\n');
   WriteFile(directory.Path() / "data.jsonl", line);
   Processor processor = Tiny();
-  processor.chat = ChatTemplate::Parse("{{ tools | tojson }} {{ enable_thinking }} {{ k }} {{ messages[0].role }}", "t");
+  processor.chat =
+      ChatTemplate::Parse("{{ tools | tojson }} {{ enable_thinking }} {{ k }} {{ messages[0].role }}", "t");
   const SampleSet set = LoadJsonl(directory.Path() / "data.jsonl", processor, {});
   ASSERT_THAT(set.samples, SizeIs(1));
   EXPECT_EQ(processor.tokenizer.Decode(set.samples[0].input_ids, false), R"([{"b": 1, "a": 2}] True v model)");

@@ -47,6 +47,7 @@ struct QuantizeOptions {
   LongSamples long_samples = LongSamples::kRefuse;  // what becomes of calibration samples longer than that
   bool save_stages = false;
 
+  std::filesystem::path eval_data;      // evaluation samples, JSON lines; not beside those of `samples`
   std::filesystem::path eval_text;      // perplexity
   std::optional<int64_t> eval_windows;  // only the first N windows
   std::filesystem::path eval_captions;  // caption exact match
@@ -129,6 +130,8 @@ struct UnitFile {
   std::string file;  // "decoder_layer_prefill_0.q.circle"
   int64_t bytes = 0;
   int64_t operators = 0;
+  int64_t parameters = 0;       // values of the checkpoint's parameters in it
+  int64_t parameter_bytes = 0;  // what those take there, without their scales
 };
 
 // Of a text in windows. Standard errors take the tokens of a window as one cluster.
@@ -234,9 +237,9 @@ QuantizeResult Quantize(const QuantizeOptions& options);
 // computes nothing and writes nothing. Throws what Quantize throws before its first stage.
 std::string DryRun(const QuantizeOptions& options);
 
-// The report as text: summary box, scatter plot, stage table (largest median error so far on top), agreement,
+// The report as text: summary box, scatter plot, stage table (largest median error alone on top), agreement,
 // perplexity, files.
-std::string ReportText(const QuantizeResult& result);
+std::string ReportText(const QuantizeResult& result, int columns = 0);
 // The same as JSON, "schema_version" 1 (docs/report.md).
 std::string ReportJson(const QuantizeResult& result);
 

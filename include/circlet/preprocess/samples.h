@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <nlohmann/json_fwd.hpp>
 #include <span>
 #include <string>
@@ -49,6 +50,7 @@ struct SampleOptions {
   int64_t patch_positions = 0;  // on a side of a picture that the model knows; 0 = any
   bool text_only = false;       // leave out samples with images
   Placeholders placeholders;  // of config.json; those that are -1 are taken from the tokenizer
+  std::function<Tensor(Tensor)> hold_pixels;  // gives the same pixels from where they may stay; empty: from memory
 };
 
 struct SampleSet {

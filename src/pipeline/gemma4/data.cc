@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <set>
 
 #include "circlet/base/communicator.h"
 #include "circlet/io/file.h"
 #include "circlet/io/safetensors.h"
+#include "io/mapped_file.h"
 #include "pipeline/gemma4/perplexity.h"
+#include "pipeline/quantize.h"
 
 namespace circlet::gemma4 {
 namespace {
@@ -131,6 +134,35 @@ void ReadSamples(const SampleFile& file, bool frozen, const SampleOptions& rules
   Append(std::move(set), data.calibration, data.skipped);
 }
 
+// Held-out samples as JSON lines. Those that were calibrated on are told.
+void ReadEvaluation(const QuantizeOptions& options, const SampleOptions& rules, LazyProcessor& processor,
+                    RunData& data) {
+  if (!data.evaluation.empty())
+    Fail("--eval-data: {} has evaluation samples (eval.N.*) already; leave one of them out", options.samples.string());
+  if (options.eval_data.extension() == ".safetensors")
+    Fail("--eval-data {}: takes JSON lines; tensors named eval.N.* are evaluation samples of --samples",
+         options.eval_data.string());
+  SampleSet set = LoadJsonl(ReadLines(options.eval_data, data), processor.Get(), rules);
+  if (!set.shortened.empty()) data.shortened += (data.shortened.empty() ? "" : "; ") + set.shortened;
+  const auto hash_of = [](const Sample& sample) {
+    DataHashes hashes;
+    AddPictures(sample, hashes);
+    std::string all = Sha256(std::as_bytes(std::span(sample.input_ids)));
+    for (const std::string& picture : hashes.pictures) all += picture;
+    return all;
+  };
+  std::set<std::string> calibrated;
+  for (const Sample& sample : data.calibration) calibrated.insert(hash_of(sample));
+  const auto again = [&](const Sample& sample) { return calibrated.contains(hash_of(sample)); };
+  if (const auto first = std::ranges::find_if(set.samples, again); first != set.samples.end())
+    data.overlaps.push_back(fmt::format("{}: {} of {} samples are calibration samples too, the first: {}",
+                                        options.eval_data.string(), std::ranges::count_if(set.samples, again),
+                                        set.samples.size(), first->source));
+  const bool none = set.samples.empty();
+  Append(std::move(set), data.evaluation, data.skipped);
+  if (none) Fail("--eval-data {}: no sample is left to measure", options.eval_data.string());
+}
+
 void ReadCaptions(const fs::path& path, const SampleOptions& rules, const Processor& processor, RunData& data) {
   data.captions = LoadCaptions(ReadLines(path, data), processor, rules);
   const int64_t turn_end = processor.tokenizer.RequireId("<turn|>");
@@ -193,6 +225,19 @@ void AddRandomSamples(const RandomShape& shape, int64_t images, const Gemma4Conf
 
 }  // namespace
 
+std::function<Tensor(Tensor)> PixelHolder(int64_t budget, const std::function<fs::path()>& directory) {
+  return [=, held = int64_t{0}](Tensor pixels) mutable {
+    held += pixels.Bytes();
+    if (held <= budget) return pixels;
+    const fs::path place = directory();
+    RequireFreeSpace(place, pixels.Bytes());
+    const auto file = MappedFile::Nameless(place, [&](const auto& append) {
+      append({pixels.Raw(), static_cast<size_t>(pixels.Bytes())});
+    });
+    return Tensor(pixels.Type(), const_cast<std::byte*>(file->Bytes().data()), file);
+  };
+}
+
 Sample PatternSample(const VisionProfile& profile, const Gemma4Config& config, std::vector<int64_t> ids,
                      std::string source) {
   Sample sample{.source = std::move(source)};
@@ -208,8 +253,23 @@ Sample PatternSample(const VisionProfile& profile, const Gemma4Config& config, s
   return sample;
 }
 
+// Without a calibration picture nothing is known of the vision tower's ranges.
+void RequireCalibrationPictures(const RunData& data) {
+  const auto pictured = [](const Sample& sample) { return !sample.pixel_values.Empty(); };
+  if (std::ranges::any_of(data.calibration, pictured)) return;
+  const auto refuse = [](const std::string& what) {
+    Fail("{} has a picture, and no calibration sample has one; calibrate on pictures too, or measure without them",
+         what);
+  };
+  if (const auto sample = std::ranges::find_if(data.evaluation, pictured); sample != data.evaluation.end())
+    refuse(sample->source);
+  if (!data.captions.empty()) refuse(data.captions[0].prompt.source);
+}
+
 RunData ReadData(const QuantizeOptions& options, const Settings& settings, const Gemma4Config& config) {
   const std::vector<SampleFile> files = SampleFiles(options, settings);
+  if (options.eval_data == options.data && options.data == "-")
+    Fail("--eval-data -: standard input is read by --data; write one of them to a file");
   if (options.long_samples != LongSamples::kRefuse && !options.max_seq_len)
     Fail("--truncate and --chunk: shorten samples to --max-seq-len; give that too");
   const SampleOptions rules{.vocab_size = config.text.vocab_size,
@@ -218,12 +278,14 @@ RunData ReadData(const QuantizeOptions& options, const Settings& settings, const
                             .bos = config.text.bos_token_id,
                             .patch_positions = config.vision ? config.vision->position_embedding_size : 0,
                             .text_only = options.text_only || !config.vision.has_value(),
-                            .placeholders = {config.image_token_id, config.video_token_id, config.audio_token_id}};
+                            .placeholders = {config.image_token_id, config.video_token_id, config.audio_token_id},
+                            .hold_pixels = PixelHolder(options.memory_limit / 20, TemporaryDirectory)};
   LazyProcessor processor(options.model);
   RunData data;
   for (const SampleFile& file : files) ReadSamples(file, !options.qparams.empty(), rules, processor, data);
   if (!options.random_samples.empty())
     AddRandomSamples(ParseRandom(options.random_samples), options.random_images, config, data);
+  if (!options.eval_data.empty()) ReadEvaluation(options, rules, processor, data);
   if (!options.eval_text.empty()) ReadWindows(options.eval_text, options.eval_windows, config, processor, data);
   if (!options.eval_captions.empty()) {
     if (!config.vision)
@@ -237,6 +299,7 @@ RunData ReadData(const QuantizeOptions& options, const Settings& settings, const
   for (const CaptionTask& task : data.captions)
     if (data.dated.empty()) data.dated = task.prompt.date_place;
   FindOverlaps(options, data);
+  if (options.qparams.empty()) RequireCalibrationPictures(data);
   if (!files.empty() && data.calibration.empty() && (options.qparams.empty() || data.evaluation.empty()))
     Fail("no calibration sample is left: {} have pictures, which this run leaves out", data.skipped.size());
   return data;

@@ -41,6 +41,10 @@ RunData ReadData(const QuantizeOptions& options, const Settings& settings, const
 // nothing to calibrate on.
 void MeasureOne(int64_t most, RunData& data);
 
+// Holds pixels (SampleOptions::hold_pixels): in memory up to `budget` bytes, from then on each sample's in a file without
+// a name in directory(), whose pages come and go.
+std::function<Tensor(Tensor)> PixelHolder(int64_t budget, const std::function<std::filesystem::path()>& directory);
+
 // A sample of a layout that none of the data has: a text sample's ids around the picture's slot, and a pattern for the
 // picture. It only tries the machinery.
 Sample PatternSample(const VisionProfile& profile, const Gemma4Config& config, std::vector<int64_t> ids,

@@ -21,10 +21,17 @@
 namespace circlet::gemma4 {
 namespace {
 
+// How a name of the Hugging Face hub becomes a directory.
+std::string HubHint(const std::string& model) {
+  const bool name = std::ranges::count(model, '/') == 1 && model.find_first_of("./\\") != 0 && !model.ends_with('/');
+  return name ? fmt::format("; circlet downloads nothing: `hf download {} --local-dir DIR` makes one", model) : "";
+}
+
 ModelWeights OpenWeights(const QuantizeOptions& options) {
   if (!std::filesystem::is_directory(options.model))
-    Fail("{}: {}; give a checkpoint directory with config.json and safetensors", options.model.string(),
-         std::filesystem::exists(options.model) ? "is no directory" : "does not exist");
+    Fail("{}: {}; give a checkpoint directory with config.json and safetensors{}", options.model.string(),
+         std::filesystem::exists(options.model) ? "is no directory" : "does not exist",
+         std::filesystem::exists(options.model) ? "" : HubHint(options.model.string()));
   return ModelWeights::Open(ReadConfig(options.model), options.model, options.text_only);
 }
 
@@ -77,7 +84,7 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
   MakeItems(data_, options.compute, options.max_seq_len, context_);
   CheckVisionOptions(data_, options.vision_profile, context_);
   if (options.save_stages && data_.evaluation.empty())
-    Fail("--save-stages: has no effect without evaluation samples (eval.N.* in --samples)");
+    Fail("--save-stages: has no effect without evaluation samples (--eval-data, or eval.N.* in --samples)");
   if (settings.Writes()) {
     AddVerification(data_, options.vision_profile, context_);
     samples_hash_ = HashOfSamples();

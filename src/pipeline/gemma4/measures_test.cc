@@ -1,15 +1,19 @@
-// Figures of the answers, token by token, against plain float64 sums over whole logits.
+// Figures of the answers, token by token, against plain float64 sums over whole logits; and where pixels are held.
 
 #include <gmock/gmock.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
 
 #include "circlet/base/threads.h"
+#include "io/mapped_file.h"
 #include "pipeline/gemma4/agreement.h"
+#include "pipeline/gemma4/data.h"
 #include "pipeline/gemma4/perplexity.h"
+#include "temp_directory.h"
 
 namespace circlet::gemma4 {
 namespace {
@@ -150,6 +154,20 @@ TEST(PerplexityTest, DifferencesArePairedByWindow) {
   // Residuals 20 - 34, 40 - 34, 25 - 17.
   EXPECT_DOUBLE_EQ(perplexity.float_error,
                    perplexity.float_value * std::sqrt(3.0 / 2 * (14 * 14 + 6 * 6 + 8 * 8)) / 25);
+}
+
+TEST(PixelHolderTest, PixelsPastTheBudgetAreReadFromAFile) {
+  const TempDirectory directory;
+  const auto hold = PixelHolder(10000, [&] { return directory.Path(); });
+  for (const bool in_memory : {true, true, false, false}) {
+    Tensor pixels({DType::kU8, {1, 50, 80}});
+    for (size_t i = 0; i < 4000; ++i) pixels.As<uint8_t>()[i] = static_cast<uint8_t>(i * 7);
+    const Tensor held = hold(pixels.Clone());
+    EXPECT_EQ(held.Type(), pixels.Type());
+    EXPECT_EQ(std::memcmp(held.Raw(), pixels.Raw(), 4000), 0);
+    EXPECT_EQ(PathOfMapping(held.Raw()) == nullptr, in_memory);
+  }
+  EXPECT_TRUE(std::filesystem::is_empty(directory.Path()));
 }
 
 }  // namespace
