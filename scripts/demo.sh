@@ -3,6 +3,7 @@
 # files that were written.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export LC_ALL=C.UTF-8  # the report as README shows it, whatever the locale
 . scripts/packages.sh
 install_missing "${packages[@]}"
 # A build directory that also makes the tests keeps doing so.

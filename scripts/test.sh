@@ -3,6 +3,7 @@
 # also under AddressSanitizer and UndefinedBehaviorSanitizer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export LC_ALL=C.UTF-8  # tests look at frames, which another locale has in ASCII
 . scripts/packages.sh
 install_missing "${packages[@]}" "${test_packages[@]}"
 jobs=$(nproc)

@@ -17,6 +17,7 @@ namespace {
 
 namespace fs = std::filesystem;
 using ::testing::AllOf;
+using ::testing::ContainsRegex;
 using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
@@ -85,12 +86,43 @@ class CliTest : public GoldenModelTest {
 
 // ---- From directory to files ----------------------------------------------------------------------------------------
 
+// Held-out lines, one of which was calibrated on.
+TEST_F(CliTest, ErrorsAreThoseOfEvaluationData) {
+  const std::string calibration = Lines(
+      "{\"type\": \"text\", \"text\": \"Emma saw a small brown dog near the old house by the river.\"}\n"
+      "{\"type\": \"text\", \"text\": \"The children played in the garden until it was dark.\"}\n");
+  const fs::path held = directory_.Path() / "held.jsonl", json = directory_.Path() / "report.json";
+  WriteFile(held,
+            "{\"type\": \"text\", \"text\": \"A boat came down the river, and the boy waved at it.\"}\n"
+            "{\"type\": \"text\", \"text\": \"The children played in the garden until it was dark.\"}\n");
+  std::vector<std::string> arguments{"evaluate", kTiny,    "--data", calibration, "--eval-data",
+                                     held,       "--json", json,     "--quiet"};
+  const ProgramResult result = RunProgram(arguments);
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.out, AllOf(HasSubstr("figures of logits on samples not calibrated on"),
+                                HasSubstr("held.jsonl: 1 of 2 samples are calibration samples too, the first: ")));
+  const nlohmann::json report = ReadJson(json);
+  EXPECT_EQ(report.at("calibration_samples"), 2);
+  EXPECT_EQ(report.at("evaluation_samples"), 2);
+  EXPECT_EQ(report.at("output").at("on_calibration_data"), false);
+  arguments.emplace_back("--strict");
+  ExpectRefused(arguments, AllOf(HasSubstr("1 of 2 samples are calibration samples too"), HasSubstr("--strict")));
+  ExpectRefused(Quantize({"--eval-data", held}), HasSubstr("has evaluation samples (eval.N.*) already"));
+  ExpectRefused({"evaluate", kTiny, "--data", "-", "--eval-data", "-"}, HasSubstr("standard input is read by --data"),
+                "echo | ");
+  ExpectRefused({"evaluate", kTiny, "--data", calibration, "--eval-data", kTiny + "/eval/calib.jsonl"},
+                HasSubstr("calib.jsonl:17 has a picture, and no calibration sample has one; calibrate on pictures too"));
+  ExpectRefused({"evaluate", kTiny, "--data", calibration, "--eval-data", "x.safetensors"},
+                HasSubstr("eval.N.* are evaluation samples of --samples"));
+}
+
 TEST_F(CliTest, QuantizeShowRunAndVerifyFollowEachOther) {
   const ProgramResult quantize = RunProgram(Quantize({"--save-stages"}));
   ASSERT_EQ(quantize.exit_code, 0) << quantize.err;
   EXPECT_THAT(quantize.err, IsEmpty());
   EXPECT_THAT(quantize.out, AllOf(HasSubstr("Quantization Error Summary"), HasSubstr("PEIR"), HasSubstr("logits"),
-                                  HasSubstr("Circle files"), EndsWith("next: circlet verify " + out_ + "\n")));
+                                  HasSubstr("weights bf16  quantized"), HasSubstr("Circle files"),
+                                  EndsWith("next: circlet verify " + out_ + "\n")));
   EXPECT_THAT(quantize.out, Not(HasSubstr("RANDOM")));
 
   const ProgramResult verify = RunProgram({"verify", out_});
@@ -161,9 +193,9 @@ TEST_F(CliTest, TheWrittenFilesHaveTheDocumentedKeys) {
               testing::IsSupersetOf({"schema_version", "model", "recipe", "dialect", "calibration_samples",
                                      "evaluation_samples", "random_data", "skipped", "points", "max_seq_len",
                                      "unused_tensors", "unknown_config_keys", "output", "stages", "units"}));
-  EXPECT_THAT(keys("manifest.json"),
-              testing::IsSupersetOf({"schema_version", "circlet_version", "instruction_set", "model", "recipe",
-                                     "dialect", "seed", "max_seq_len", "random_data", "inputs", "outputs"}));
+  EXPECT_THAT(keys("manifest.json"), testing::IsSupersetOf({"schema_version", "circlet_version", "instruction_set",
+                                                            "model", "recipe", "dialect", "seed", "max_seq_len",
+                                                            "random_data", "inputs", "outputs", "samples_sha256"}));
   EXPECT_THAT(keys("pipeline.json"), testing::IsSupersetOf({"schema_version", "units", "boundaries"}));
   EXPECT_THAT(keys("qparams.json"), testing::IsSupersetOf({"model", "recipe", "dialect", "points", "quant_points"}));
   EXPECT_THAT(keys("timings.json"), testing::Contains("seconds"));
@@ -187,6 +219,11 @@ TEST_F(CliTest, TheWrittenFilesHaveTheDocumentedKeys) {
   for (const auto& unit : report.at("units")) {
     EXPECT_TRUE(there.contains(unit.at("file")));
     EXPECT_EQ(unit.at("bytes"), fs::file_size(fs::path(out_) / unit.at("file").get<std::string>()));
+    // The head: a table of 256 rows of 64 as uint8, and a norm weight of 64 as int16.
+    if (unit.at("name") == "lm_head") {
+      EXPECT_EQ(unit.at("parameters"), 256 * 64 + 64);
+      EXPECT_EQ(unit.at("parameter_bytes"), 256 * 64 + 2 * 64);
+    }
   }
 }
 
@@ -293,6 +330,10 @@ TEST_F(CliTest, AModelThatIsNoDirectoryIsRefused) {
 TEST_F(CliTest, WhatTheUserGaveIsNamedAsItWasGiven) {
   ExpectRefused({"quantize", "/no/such", "--data", samples_, "--output", out_},
                 HasSubstr("/no/such: does not exist; give a checkpoint directory"));
+  ExpectRefused({"evaluate", "google/gemma-4-E2B-it", "--random-samples", "1x8"},
+                HasSubstr("circlet downloads nothing: `hf download google/gemma-4-E2B-it --local-dir DIR`"));
+  ExpectRefused({"evaluate", kTiny, "--data", "https://example.org/calib.jsonl"},
+                HasSubstr("circlet downloads nothing; fetch the file, and give its path"));
   ExpectRefused(Quantize({"--memory-limit", "1MB"}), HasSubstr("--memory-limit 1 MB: the largest stage alone"));
   ExpectRefused(QuantizeText({"--data", kTiny + "/eval/calib.jsonl", "--eval-text", "nosuch.txt"}),
                 StartsWith("circlet: nosuch.txt: cannot be opened"));
@@ -381,7 +422,8 @@ TEST_F(CliTest, TokenIdsPastTheVocabularyAreNamed) {
 
 TEST_F(CliTest, SamplesWithoutTheExpectedNamesAreRefused) {
   WriteSafetensors(samples_, {{"x", Tensor::Of<int64_t>({1, 1}, std::vector<int64_t>{2})}});
-  ExpectRefused(Quantize(), AllOf(HasSubstr(samples_), HasSubstr("tensor \"x\" is no sample's"), HasSubstr("calib.N.KEY and eval.N.KEY")));
+  ExpectRefused(Quantize(), AllOf(HasSubstr(samples_), HasSubstr("tensor \"x\" is no sample's"),
+                                  HasSubstr("calib.N.KEY and eval.N.KEY")));
 }
 
 TEST_F(CliTest, AnEmptyDataFileIsRefused) {
@@ -410,8 +452,8 @@ TEST_F(CliTest, DataOfPicturesOnlyIsRefusedInATextOnlyRun) {
 
 TEST_F(CliTest, SamplesLongerThanTheSequenceLengthAreCountedWithTheFlagsThatHelp) {
   ExpectRefused(Quantize({"--max-seq-len", "8"}),
-                AllOf(HasSubstr("samples are longer than the limit of 8 tokens"), HasSubstr("--max-seq-len 16 takes all"),
-                      HasSubstr("--truncate or --chunk shortens them")));
+                AllOf(HasSubstr("samples are longer than the limit of 8 tokens"),
+                      HasSubstr("--max-seq-len 16 takes all"), HasSubstr("--truncate or --chunk shortens them")));
   ExpectRefused(Quantize({"--truncate"}), HasSubstr("give that too"));
 }
 
@@ -765,6 +807,26 @@ TEST_F(InspectTest, TheSettingsThatComeWithTheProgramAreItsDefaults) {
   EXPECT_EQ(with.out, Inspect({"--case", kMlp}).out);
 }
 
+// LC_ALL=C shows no frames.
+TEST_F(InspectTest, WhatATerminalCannotShowIsLeftOut) {
+  const std::vector<std::string> arguments{"smoke", "--case", kMlp};
+  const auto is_ascii = [](const std::string& text) {
+    return std::ranges::all_of(text, [](char c) { return static_cast<unsigned char>(c) < 0x80; });
+  };
+  const std::string plain = RunProgram(arguments, "unset LC_ALL LC_CTYPE LANG; ").out;
+  EXPECT_FALSE(is_ascii(plain));
+  EXPECT_EQ(RunProgram(arguments, "export LC_ALL=en_US.UTF-8; ").out, plain);
+  const std::string ascii = RunProgram(arguments, "export LC_ALL=C; ").out;
+  EXPECT_TRUE(is_ascii(ascii));
+  EXPECT_THAT(ascii, AllOf(HasSubstr("+------------- Wrapper Smoke Summary -------------"),
+                           HasSubstr("| Case             : gemma4_text_mlp"), HasSubstr("*")));
+  EXPECT_TRUE(is_ascii(RunProgram(arguments, "unset LC_ALL LC_CTYPE; export LANG=POSIX; ").out));
+
+  const std::string narrow = RunProgram({"smoke", "--case", "all"}, "export COLUMNS=60; ").out;
+  EXPECT_THAT(narrow, HasSubstr("(no room for: "));
+  EXPECT_THAT(RunProgram({"smoke", "--case", "all"}, "unset COLUMNS; ").out, Not(HasSubstr("no room")));
+}
+
 TEST_F(InspectTest, CalibrationItersChangeWhatIsSeen) {
   const auto mean = [&](const char* iters) {
     EXPECT_EQ(Inspect({"--case", kMlp, "--calibration-iters", iters, "--report-json", "report.json"}).exit_code, 0);
@@ -777,7 +839,8 @@ TEST_F(InspectTest, CalibrationItersChangeWhatIsSeen) {
 TEST_F(InspectTest, RecipesStandSideBySide) {
   const ProgramResult result = Inspect({"--case", kMlp, "--compare", "w8a16,w4a16", "--export", "circle"});
   ASSERT_EQ(result.exit_code, 0) << result.out << result.err;
-  EXPECT_THAT(result.out, AllOf(HasSubstr("w8a16 mean"), HasSubstr("w4a16 PEIR"), HasSubstr("2 of 2 cases passed")));
+  EXPECT_THAT(result.out, AllOf(HasSubstr("w8a16 mean"), HasSubstr("w4a16 PEIR %"),
+                                ContainsRegex("gemma4_text_mlp +w8a16 +PASS"), HasSubstr("2 of 2 cases passed")));
   const auto size = [&](const std::string& recipe) {
     return fs::file_size(Work("out/wrapper_smoke/" + recipe + "/gemma4_text_mlp.q.circle"));
   };
@@ -793,6 +856,7 @@ TEST_F(InspectTest, MistakesOnTheCommandLineAreToldBeforeAnythingRuns) {
                        AllOf(HasSubstr("no/such.yaml"), HasSubstr("No such file")));
   ExpectInspectRefused({"--case", kMlp, "--recipe", Settings("pipeline: [")}, HasSubstr("settings.yaml"));
   ExpectInspectRefused({"--case", kMlp, "--compare", "w8a16,w4a61"}, HasSubstr("nearest: \"w4a16\""));
+  ExpectInspectRefused({"--case", kMlp, "--compare", "w8a16"}, HasSubstr("puts two recipes or more side by side"));
   ExpectInspectRefused({"--case", kMlp, "--compare", "w8a16,,w4a16"}, HasSubstr("a name is empty"));
   ExpectInspectRefused({"--case", kMlp, "--compare", "w8a16", "--recipe", "w4a16"}, HasSubstr("leave --recipe out"));
   ExpectInspectRefused({"--case", kMlp, "--config", "no/such.yaml"},
@@ -821,7 +885,8 @@ TEST_F(InspectTest, ATraceListsThePointsOfACase) {
   EXPECT_THAT(result.out, AllOf(HasSubstr("error out %"), HasSubstr("mlp.up_proj.act_out"),
                                 EndsWith("4 of 6 points; --rows 6 lists all\n")));
 
-  const ProgramResult written = RunProgram({"trace", "--case", kMlp, "--json", Work("trace.json")});
+  const ProgramResult written =
+      RunProgram({"trace", "--case", kMlp, "--json", Work("trace.json"), "--csv", Work("trace.csv")});
   ASSERT_EQ(written.exit_code, 0) << written.err;
   const nlohmann::json json = ReadJson(Work("trace.json"));
   EXPECT_EQ(json.at("schema_version"), 1);
@@ -831,6 +896,10 @@ TEST_F(InspectTest, ATraceListsThePointsOfACase) {
     EXPECT_GE(point.at("error_out_p99"), point.at("error_out"));
     EXPECT_THAT(written.out, HasSubstr(point.at("point").get<std::string>()));
   }
+  const std::string csv = ReadFile(Work("trace.csv"));
+  EXPECT_THAT(csv, StartsWith("index,point,own_error,error_in,error_out,error_out_p99,rows,dtype,"));
+  EXPECT_EQ(std::ranges::count(csv, '\n'), 7);
+  EXPECT_THAT(RunProgram({"trace", "--case", kMlp}, "export COLUMNS=90; ").out, HasSubstr("(no room for: "));
 }
 
 TEST_F(InspectTest, ATraceWarnsOfAnOverrideWithoutEffect) {
@@ -846,6 +915,34 @@ TEST_F(InspectTest, APointIsExplainedByItsHistogram) {
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_THAT(result.out, AllOf(StartsWith(point + ": 512 values in ["), HasSubstr("grid int16 ["),
                                 HasSubstr("grid low"), HasSubstr("grid high"), HasSubstr("█")));
+  EXPECT_EQ(
+      RunProgram({"trace", "--case", kMlp, "--explain", "layers.0.mlp.down_proj.act_out", "--recipe", "w8a16"}).out,
+      result.out);
+}
+
+TEST_F(InspectTest, AParameterIsExplainedByItsRows) {
+  const ProgramResult result =
+      RunProgram({"trace", "--case", kMlp, "--explain", "layers.0.mlp.up_proj.weight", "--recipe", "w4a16"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.out, AllOf(StartsWith("model.language_model.layers.0.mlp.up_proj.weight: "),
+                                HasSubstr("rows, uint4 with a scale a row"), HasSubstr("error %")));
+  // Ten rows, the largest error first; at 4 bits it is some percent.
+  std::istringstream text(result.out.substr(result.out.find("row  ")));
+  std::string line;
+  std::getline(text, line);
+  std::getline(text, line);
+  double before = 100;
+  int rows = 0;
+  for (double row = 0, error = 0; std::getline(text, line) && std::sscanf(line.c_str(), "%lf %lf", &row, &error) == 2;
+       ++rows) {
+    EXPECT_LE(error, before);
+    EXPECT_GT(error, 1);
+    EXPECT_LT(error, 20);
+    before = error;
+  }
+  EXPECT_EQ(rows, 10) << result.out;
+  ExpectInspectRefused({"--mode", "trace", "--case", kMlp, "--explain", "layers.0.mlp.up_proj.wieght"},
+                       HasSubstr("nearest: \"layers.0.mlp.up_proj.weight\""));
 }
 
 TEST_F(InspectTest, ACheckpointIsTracedOnItsSamples) {
@@ -878,8 +975,6 @@ TEST_F(InspectTest, MistakesInATraceAreTold) {
           HasSubstr("has no profile e2b_static_runtime; choose tiny or e2b_dims"));
   refused({"--case", kMlp, "--explain", "model.language_model.layers.0.mlp.up_proj.act_oot"},
           AllOf(HasSubstr("nearest: \"model.language_model.layers.0.mlp.up_proj.act_out\""), HasSubstr("lists all")));
-  refused({"--case", kMlp, "--explain", "model.language_model.layers.0.mlp.up_proj.weight"},
-          HasSubstr("is a parameter's grid"));
   refused({"--case", kMlp, "--rows", "0"}, HasSubstr("--rows"));
   refused({"--case", kMlp, "--recipe", "w8a61"}, HasSubstr("nearest: \"w8a16\""));
   for (const char* flag : {"--strict", "--no-plot"})
@@ -896,7 +991,8 @@ TEST_F(InspectTest, MistakesInATraceAreTold) {
   refused({"--model", kTiny, "--samples", "no.jsonl"}, AllOf(HasSubstr("no.jsonl"), HasSubstr("No such file")));
   refused({"--model", kTiny, "--samples", Lines("{\"type\": \"text\", \"text\": \"one\"}\n")},
           HasSubstr("1 sample; a trace calibrates on all but the last and needs at least 2"));
-  refused({"--model", kTiny, "--samples", kTiny + "/eval/calib.jsonl", "--memory-limit", "1MB"}, HasSubstr("--memory-limit 1 MB"));
+  refused({"--model", kTiny, "--samples", kTiny + "/eval/calib.jsonl", "--memory-limit", "1MB"},
+          HasSubstr("--memory-limit 1 MB"));
   refused({"--model", model_, "--samples", samples_, "--set", "pipeline.0.raw_overrides.layers.0.mlp.mull=uint8"},
           HasSubstr("no point \"layers.0.mlp.mull\""));
   refused({"--case", kMlp, "--widen", "auto"}, HasSubstr("--widen: needs MODEL_DIR"));

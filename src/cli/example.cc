@@ -6,6 +6,7 @@
 
 #include "circlet/smoke/smoke.h"
 #include "cli/commands.h"
+#include "cli/print.h"
 #include "cli/flags.h"
 
 namespace circlet {
@@ -27,7 +28,7 @@ void AddExample(CLI::App& app, std::function<int()>& command) {
       ->capture_default_str();
   example->callback([options, &command] {
     command = [options] {
-      fmt::print("{}", RunExample(options->name, options->output_dir, options->seed));
+      Print(RunExample(options->name, options->output_dir, options->seed));
       return 0;
     };
   });

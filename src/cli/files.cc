@@ -8,6 +8,7 @@
 #include "circlet/io/safetensors.h"
 #include "circlet/pipeline/verify.h"
 #include "cli/commands.h"
+#include "cli/print.h"
 
 namespace circlet {
 
@@ -30,7 +31,7 @@ void AddVerify(CLI::App& app, std::function<int()>& command) {
       options->verify.progress = options->quiet ? nullptr : stderr;
       const VerifyResult result = Verify(options->verify);
       if (!options->json.empty()) WriteFile(options->json, VerifyJson(result));
-      fmt::print("{}", VerifyText(result));
+      Print(VerifyText(result, Columns()));
       if (result.within_bounds) return 0;
       return result.verdict == VerifyResult::Verdict::kDifferent ? 1 : 2;
     };
@@ -53,7 +54,7 @@ void AddShow(CLI::App& app, std::function<int()>& command) {
       const bool all = std::filesystem::is_directory(options->path);
       const auto text = all ? (options->json ? circle::DirectoryJson : circle::DirectoryText)
                             : (options->json ? circle::ListingJson : circle::ListingText);
-      fmt::print("{}", text(options->path));
+      Print(text(options->path));
       return 0;
     };
   });

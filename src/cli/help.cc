@@ -2,16 +2,13 @@
 
 #include <fmt/core.h>
 #include <fmt/ranges.h>
-#include <sys/ioctl.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <charconv>
-#include <cstdlib>
 #include <string_view>
 #include <vector>
 
 #include "cli/commands.h"
+#include "cli/print.h"
 
 namespace circlet {
 namespace {
@@ -69,15 +66,11 @@ std::string UsageOf(const CLI::App& app) {
   return usage + " [OPTIONS]";
 }
 
-// COLUMNS, or the terminal's; what is no terminal may be read anywhere.
-int Columns() {
+// What is no terminal may be read anywhere.
+int HelpColumns() {
   constexpr int kLeast = 40, kMost = 100;
-  int columns = 0;
-  if (const char* const set = std::getenv("COLUMNS"); set != nullptr)
-    std::from_chars(set, set + std::string_view(set).size(), columns);
-  winsize size{};
-  if (columns <= 0 && ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0) columns = size.ws_col;
-  return columns <= 0 ? kMost : std::clamp(columns, kLeast, kMost);
+  const int columns = Columns();
+  return columns == 0 ? kMost : std::clamp(columns, kLeast, kMost);
 }
 
 // Breaks between words; lines behind the first begin with `indent` blanks.
@@ -134,7 +127,7 @@ std::string ManPage(const CLI::App& app) {
                         Escaped(UsageOf(*command)), Escaped(command->get_description()), RoffSections(*command),
                         Escaped(command->get_footer()));
   return text +
-         ".SH EXIT STATUS\n0 done; 1 a result below the wanted bound; 2 an error that the user can mend; 3 a bug.\n";
+         ".SH EXIT STATUS\n0 done; 1 a result below the wanted bound; 2 an error that you can put right; 3 a bug.\n";
 }
 
 // A script that bash sources; it completes commands, options and words of a choice, else file names.
@@ -176,7 +169,7 @@ complete -o default -F _circlet circlet
 }  // namespace
 
 std::string HelpFormatter::make_help(const CLI::App* app, std::string, CLI::AppFormatMode) const {
-  const int columns = Columns(), indent = columns < 70 ? 8 : 28;
+  const int columns = HelpColumns(), indent = columns < 70 ? 8 : 28;
   std::string text = Wrapped(app->get_description(), 0, 0, columns) + "\n\nUsage: " + UsageOf(*app) + "\n";
   for (const Section& section : SectionsOf(*app)) {
     text += "\n" + section.title + ":\n";

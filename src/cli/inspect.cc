@@ -13,6 +13,7 @@
 #include "circlet/smoke/trace.h"
 #include "cli/commands.h"
 #include "cli/flags.h"
+#include "cli/print.h"
 #include "cli/stop.h"
 
 namespace circlet {
@@ -23,7 +24,7 @@ constexpr char kSmokeMode[] = "wrapper-smoke", kTraceMode[] = "trace";
 
 struct InspectOptions {
   std::string mode = kSmokeMode, config, case_name, profile, export_kind, output_dir, report_json, recipe, compare,
-              model, samples, explain, json, widen;
+              model, samples, explain, json, csv, widen;
   std::vector<std::string> set;
   std::optional<int> calibration_iters;
   std::optional<int64_t> memory_limit;
@@ -92,6 +93,8 @@ std::vector<std::string> RecipesOf(const InspectOptions& options, const SmokeRun
     if (name.empty()) Fail("--compare {}: a name is empty; write w8a16,w4a16", options.compare);
     recipes.push_back(name);
   }
+  if (recipes.size() < 2)
+    Fail("--compare {}: puts two recipes or more side by side; one runs with --recipe", options.compare);
   return recipes;
 }
 
@@ -117,10 +120,10 @@ int RunCases(const InspectOptions& options) {
       results.push_back(RunSmoke(test_case, run));
     }
   if (single) {
-    fmt::print("{}", SmokeText(results.front()));
+    Print(SmokeText(results.front()));
   } else {
-    if (!options.compare.empty()) fmt::print("{}\n", SmokeComparison(results));
-    fmt::print("{}", SmokeTable(results));
+    if (!options.compare.empty()) Print(SmokeComparison(results, Columns()) + "\n");
+    Print(SmokeTable(results, Columns()));
   }
   if (!options.report_json.empty()) {
     WriteSmokeReport(options.report_json, results);
@@ -171,14 +174,17 @@ int RunTrace(const InspectOptions& options) {
   const std::vector<TracePoint>& points = traced.points;
   for (const std::string& text : traced.warnings) fmt::print(stderr, "circlet: warning: {}\n", text);
   if (!options.json.empty()) WriteJson(options.json, TraceJson(points));
+  if (!options.csv.empty()) WriteFile(options.csv, TraceCsv(points));
   if (options.explain.empty()) {
-    fmt::print("{}", TraceText(points, options.rows));
+    Print(TraceText(points, options.rows, Columns()));
     return 0;
   }
-  const auto explained = std::ranges::find(points, options.explain, &TracePoint::name);
+  const auto explained = std::ranges::find_if(
+      points, [](const TracePoint& point) { return !point.values.empty() || !point.parameter.empty(); });
   if (explained == points.end())
-    Fail("{} is a parameter's grid; `--explain` shows points that values pass", options.explain);
-  fmt::print("{}", ExplainText(*explained));
+    Fail("{}: is a table, of which the sample looks up some rows, or has no grid; qparams.json of a run has all scales",
+         options.explain);
+  Print(ExplainText(*explained));
   return 0;
 }
 
@@ -219,8 +225,10 @@ void AddTraceOptions(CLI::App& verb, const std::string& model, InspectOptions& o
   verb.add_option(model, options.model, "Checkpoint directory, instead of a case");
   verb.add_option("--samples,--data", options.samples, "Its samples, JSON lines or safetensors; the last is measured")
       ->type_name("FILE");
-  verb.add_option("--explain", options.explain, "Histogram of one point")->type_name("POINT");
+  verb.add_option("--explain", options.explain, "Histogram of one point, or a parameter's rows; names as in recipes")
+      ->type_name("POINT");
   verb.add_option("--json", options.json, "Also write all points as JSON")->type_name("FILE");
+  verb.add_option("--csv", options.csv, "Also write all points as a table")->type_name("FILE");
   verb.add_option("--widen", options.widen,
                   "Channels for copies of a checkpoint's outliers: auto, off, or how many; default: the recipe's")
       ->type_name("N|auto|off");

@@ -52,6 +52,8 @@ int Refuse(const CLI::App& app, const CLI::ParseError& error) {
   const CLI::App& command = chosen.empty() ? app : *chosen.front();
   if (const std::vector<std::string> unknown = app.remaining(/*recurse=*/true); !unknown.empty())
     return Tell(UnknownText(app, command, unknown.front()));
+  if (chosen.empty() && error.get_name() == "RequiredError")
+    return Tell("give a command, such as `circlet quantize MODEL_DIR --data FILE --output DIR`; `circlet help` lists all");
   return Tell(
       fmt::format("{}; `circlet {}--help` tells more", error.what(), chosen.empty() ? "" : command.get_name() + " "));
 }

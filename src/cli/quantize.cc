@@ -14,6 +14,7 @@
 #include "circlet/runtime/measure.h"
 #include "cli/commands.h"
 #include "cli/flags.h"
+#include "cli/print.h"
 #include "cli/stop.h"
 
 namespace circlet {
@@ -48,8 +49,9 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
       ->type_name("{default,tico}");
   command.add_option("--qparams", options.qparams, "Frozen grids instead of calibration")->type_name("FILE");
   command
-      .add_option("--widen", options.widen,
-                  "Channels for copies of the residual stream's outliers: auto, off, or how many; default: the recipe's")
+      .add_option(
+          "--widen", options.widen,
+          "Channels for copies of the residual stream's outliers: auto, off, or how many; default: the recipe's")
       ->type_name("N|auto|off");
   command.option_defaults()->group("Packed checkpoints");
   command.add_flag("--requantize", options.requantize,
@@ -69,6 +71,10 @@ void AddCommon(CLI::App& command, QuantizeOptions& options) {
       ->excludes(truncate);
   command.add_flag("--text-only", options.text_only, "Leave samples with pictures out");
   command.option_defaults()->group("Measuring");
+  command
+      .add_option("--eval-data", options.eval_data,
+                  "Held-out samples, of the form of --data: the errors are theirs, not the calibration samples'")
+      ->type_name("FILE");
   command.add_option("--eval-text", options.eval_text, "Text for perplexity, float against quantized")
       ->type_name("FILE");
   command.add_option("--eval-windows", options.eval_windows, "Only the first N windows of it")
@@ -130,13 +136,13 @@ int EvaluateFiles(const std::string& files, const std::string& chats, const Quan
                                                        .strict = options.strict,
                                                        .progress = options.progress});
   if (!json.empty()) WriteFile(json, runtime::MeasuredJson(measured, "files"));
-  fmt::print("{}", runtime::MeasuredText(measured, "files"));
+  Print(runtime::MeasuredText(measured, "files"));
   return 0;
 }
 
 // Of several processes the first one tells.
 int PrintFirst(const std::string& text) {
-  if (World().Rank() == 0) fmt::print("{}", text);
+  if (World().Rank() == 0) Print(text);
   return 0;
 }
 
@@ -189,7 +195,7 @@ void AddQuantize(CLI::App& app, std::function<int()>& command) {
       if (result.done_already)
         return PrintFirst(fmt::format("{}: is complete already; next: circlet verify {}\n", result.output_directory,
                                       result.output_directory));
-      return PrintFirst(fmt::format("{}\nwritten to {}; next: circlet verify {}\n", ReportText(result),
+      return PrintFirst(fmt::format("{}\nwritten to {}; next: circlet verify {}\n", ReportText(result, Columns()),
                                     result.output_directory, result.output_directory));
     };
   });
@@ -238,7 +244,7 @@ void AddEvaluate(CLI::App& app, std::function<int()>& command) {
       TellWhenStopped(World().Rank() == 0 ? "stopped; evaluate saves nothing" : "");
       const QuantizeResult result = Quantize(options->quantize);
       if (!options->json.empty() && World().Rank() == 0) WriteFile(options->json, ReportJson(result));
-      return PrintFirst(ReportText(result));
+      return PrintFirst(ReportText(result, Columns()));
     };
   });
 }

@@ -78,10 +78,10 @@ std::string PerplexityText(const Perplexity& perplexity) {
 }
 
 // Bytes by part: units whose names differ by the number at the end are one.
-std::string SizesText(const QuantizeResult& result) {
+std::string SizesText(const QuantizeResult& result, int columns) {
   struct Part {
     std::string name;
-    int64_t files = 0, bytes = 0;
+    int64_t files = 0, bytes = 0, parameters = 0, parameter_bytes = 0;
   };
   std::vector<Part> parts;
   int64_t bytes = 0, operators = 0;
@@ -92,13 +92,28 @@ std::string SizesText(const QuantizeResult& result) {
     if (part == parts.end()) part = parts.insert(parts.end(), {name});
     ++part->files;
     part->bytes += unit.bytes;
+    part->parameters += unit.parameters;
+    part->parameter_bytes += unit.parameter_bytes;
     bytes += unit.bytes;
     operators += unit.operators;
   }
-  TextTable table({"part", "files", "bytes"});
-  for (const Part& part : parts) table.Row({part.name, fmt::format("{}", part.files), HumanBytes(part.bytes)});
-  return fmt::format("{}{} Circle files, {} operators, {}; the checkpoint's weights are {}\n", table.ToString(),
-                     result.units.size(), operators, HumanBytes(bytes), HumanBytes(result.weight_bytes));
+  TextTable table({"part", "files", "weights bf16", "quantized", "file bytes"});
+  constexpr int64_t kBFloat16Bytes = 2;
+  for (const Part& part : parts)
+    table.Row({part.name, fmt::format("{}", part.files), HumanBytes(part.parameters * kBFloat16Bytes),
+               HumanBytes(part.parameter_bytes), HumanBytes(part.bytes)});
+  const auto any = [&](const char* name) {
+    return std::ranges::any_of(result.units, [&](const UnitFile& unit) { return unit.name.starts_with(name); });
+  };
+  std::string text =
+      fmt::format("{}{} Circle files, {} operators, {}; the checkpoint's weights are {}\n", table.ToString(columns),
+                  result.units.size(), operators, HumanBytes(bytes), HumanBytes(result.weight_bytes));
+  if (any("decoder_layer_decode") || any("gemma4_model"))
+    text += fmt::format("weights stand in several files: {}{}{}\n",
+                        any("decoder_layer_decode") ? "each layer as prefill and as decode" : "",
+                        any("decoder_layer_decode") && any("gemma4_model") ? ", " : "",
+                        any("gemma4_model") ? "all of them again in whole graphs" : "");
+  return text;
 }
 
 // What rounding methods did, in a few words.
@@ -189,7 +204,7 @@ std::string NotesText(const QuantizeResult& result) {
   return text;
 }
 
-std::string ReportText(const QuantizeResult& result) {
+std::string ReportText(const QuantizeResult& result, int columns) {
   const Shape shape(result.output_shape);
   std::string text = ErrorSummary("Quantization Error Summary", shape, shape, result.output, /*with_max=*/true);
   text += fmt::format("{} on {}, {} dialect; figures of {} on {}\n", result.recipe, result.model, result.dialect,
@@ -207,22 +222,24 @@ std::string ReportText(const QuantizeResult& result) {
     reference.push_back(f);
     quantized.push_back(q);
   }
-  if (!reference.empty()) text += "\n" + ScatterPlot(reference, quantized) + "\n";
+  if (!reference.empty()) text += "\n" + ScatterPlot(reference, quantized, result.output_name) + "\n";
 
   std::vector<StageError> stages = result.stages;
   std::ranges::stable_sort(
       stages, [](double a, double b) { return a > b || (std::isnan(b) && !std::isnan(a)); },
-      [](const StageError& stage) { return stage.accumulated_by_position.median; });
+      [](const StageError& stage) { return stage.alone_by_position.median; });
   TextTable table({"stage", "error % alone", "error % so far", "99th %", "PEIR %", "mean |diff|", "max |diff|"});
   const auto percent = [](double ratio) { return fmt::format("{:.4f}", 100 * ratio); };
   for (const StageError& stage : stages)
     table.Row({stage.stage, percent(stage.alone_by_position.median), percent(stage.accumulated_by_position.median),
                percent(stage.accumulated_by_position.percentile_99), percent(stage.accumulated.Peir()),
                fmt::format("{:.6f}", stage.accumulated.MeanAbs()), fmt::format("{:.6f}", stage.accumulated.MaxAbs())});
-  text += table.ToString();
+  text += table.ToString(columns);
   text +=
       "error: norm of a position's differences over that of its float values; median and 99th percentile of "
-      "positions\n";
+      "positions\n"
+      "alone: the stage on exact inputs, on up to 8 samples; all other columns: with the stages before it quantized, "
+      "too\n";
   if (!result.linears.empty()) text += "\n" + LinearsText(result.linears);
   text += PackedText(result);
   if (result.agreement) text += fmt::format("\n{}\n", AgreementText(*result.agreement, "float", "quantized"));
@@ -231,7 +248,7 @@ std::string ReportText(const QuantizeResult& result) {
     text += fmt::format("captions: float {} of {}, quantized {}; {}\n", captions->float_exact, captions->pictures,
                         captions->quantized_exact, AgreementText(captions->agreement, "float", "quantized"));
   if (!result.vision_profile.empty()) text += fmt::format("vision units: {}\n", result.vision_profile);
-  if (!result.units.empty()) text += "\n" + SizesText(result);
+  if (!result.units.empty()) text += "\n" + SizesText(result, columns);
   if (result.compute_change) {
     const ComputeChange& change = *result.compute_change;
     text += fmt::format("products in bf16; {} in float32 beside it: ", change.sample);
@@ -328,7 +345,12 @@ std::string ReportJson(const QuantizeResult& result) {
   json["vision_profile"] = result.vision_profile;
   json["units"] = nlohmann::json::array();
   for (const UnitFile& unit : result.units)
-    json["units"].push_back({{"name", unit.name}, {"file", unit.file}, {"bytes", unit.bytes}, {"operators", unit.operators}});
+    json["units"].push_back({{"name", unit.name},
+                             {"file", unit.file},
+                             {"bytes", unit.bytes},
+                             {"operators", unit.operators},
+                             {"parameters", unit.parameters},
+                             {"parameter_bytes", unit.parameter_bytes}});
   return DumpJson(json);
 }
 

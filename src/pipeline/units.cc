@@ -84,6 +84,14 @@ void UnitWriter::Write(const UnitSpec& spec, const RoundedWeights& weights) {
   Unit unit{.file = {.name = spec.name, .file = spec.name + kUnitSuffix}, .whole_graph = spec.whole_graph};
   unit.file.operators = static_cast<int64_t>(model.operators.size());
   unit.file.bytes = circle::Write(model, directory_ / unit.file.file);
+  for (const Value& value : graph.Values()) {
+    // Position embeddings are made for a file's patches, of a table that no file holds.
+    if (value.kind != ValueKind::kWeight || (spec.own && !spec.own(value.name).Empty())) continue;
+    const QParams* const grid = value.weight_point.name.empty() ? nullptr : grids.Find(value.weight_point);
+    const int64_t bits = BitWidth(grid == nullptr ? DType::kF32 : grid->dtype);
+    unit.file.parameters += value.type.shape.Elements();
+    unit.file.parameter_bytes += (value.type.shape.Elements() * bits + 7) / 8;
+  }
   Written(unit.file.file);
 
   const std::vector<std::string> names = circle::WrittenNames(model.tensors);
@@ -194,6 +202,8 @@ nlohmann::json UnitWriter::Save() const {
     nlohmann::json json{{"name", unit.file.name},
                         {"bytes", unit.file.bytes},
                         {"operators", unit.file.operators},
+                        {"parameters", unit.file.parameters},
+                        {"parameter_bytes", unit.file.parameter_bytes},
                         {"whole_graph", unit.whole_graph}};
     for (const auto& [side, ends] : {std::pair{"inputs", &unit.inputs}, std::pair{"outputs", &unit.outputs}}) {
       json[side] = nlohmann::json::array();
@@ -219,7 +229,9 @@ void UnitWriter::Restore(const nlohmann::json& state) {
     Unit unit{.file = {.name = name,
                        .file = name + kUnitSuffix,
                        .bytes = json.at("bytes"),
-                       .operators = json.at("operators")},
+                       .operators = json.at("operators"),
+                       .parameters = json.at("parameters"),
+                       .parameter_bytes = json.at("parameter_bytes")},
               .whole_graph = json.at("whole_graph")};
     if (!hashes_.contains(unit.file.file)) Fail("unit {} has no file; start again with --force", name);
     for (const nlohmann::json& end : json.at("inputs")) unit.inputs.push_back(RestoreEnd(end));

@@ -476,7 +476,7 @@ VerifyResult Verify(const VerifyOptions& options) {
   return result;
 }
 
-std::string VerifyText(const VerifyResult& result) {
+std::string VerifyText(const VerifyResult& result, int columns) {
   TextTable table({"unit", "operators", "codes", "different", "largest step"});
   std::string notes;
   std::vector<std::string> uncompared, unjudged;
@@ -507,7 +507,7 @@ std::string VerifyText(const VerifyResult& result) {
     notes += fmt::format("not judged, whole graphs of the {} dialect: {}\n", result.dialect, fmt::join(unjudged, ", "));
   if (!uncompared.empty()) notes += fmt::format("not compared, {}: {}\n", kNoInputs, fmt::join(uncompared, ", "));
   const auto files = static_cast<int64_t>(result.units.size());
-  return table.ToString() + notes +
+  return table.ToString(columns) + notes +
          fmt::format("{} files{}: {}\n", files, compared == files ? "" : fmt::format(", {} compared", compared),
                      Sentence(result.verdict, compared == files, DialectFromName(result.dialect).exact_files));
 }

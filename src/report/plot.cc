@@ -1,5 +1,6 @@
 // The scatter plot (quantization.md 10.3), with the geometry of the plot of the reference.
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -42,10 +43,11 @@ int ValueCell(double value, const Interval& axis, int cells) {
   return static_cast<int>(std::floor(0.5 + (cells - 1) * (value - axis.low) / (axis.high - axis.low)));
 }
 
-// One digit more than it takes to tell neighbouring ticks apart; powers of ten where that gets long.
-std::vector<std::string> TickLabels(const Interval& axis, int ticks) {
+// One digit more than it takes to tell neighbouring ticks apart, `fewer` digits left out; powers of ten where that gets
+// long.
+std::vector<std::string> TickLabels(const Interval& axis, int ticks, int fewer = 0) {
   const double step = (axis.high - axis.low) / (ticks - 1);
-  const int decimals = 1 + std::max(0, static_cast<int>(std::ceil(-std::log10(2 * step))));
+  const int decimals = std::max(0, 1 + std::max(0, static_cast<int>(std::ceil(-std::log10(2 * step)))) - fewer);
   const bool powers = decimals > 6 || std::max(std::abs(axis.low), std::abs(axis.high)) >= 1e6;
   std::vector<std::string> labels;
   for (int k = 0; k < ticks; ++k) {
@@ -55,24 +57,42 @@ std::vector<std::string> TickLabels(const Interval& axis, int ticks) {
   return labels;
 }
 
-// Labels centred under their ticks, kept between first and last cell; one that would touch its neighbour is left out.
-std::string LabelLine(const std::vector<std::string>& labels, int cells) {
+// Labels centred under their ticks, kept between first and last cell; one that would touch its neighbour is left out
+// and counted.
+std::string LabelLine(const std::vector<std::string>& labels, int cells, int& left_out) {
   std::string line(static_cast<size_t>(cells), ' ');
   int free_from = 0;
+  left_out = 0;
   for (int k = 0; k < static_cast<int>(labels.size()); ++k) {
     const int width = static_cast<int>(labels[k].size());
     const int centred = TickCell(k, static_cast<int>(labels.size()), cells) - (width - 1) / 2;
     const int start = std::max(0, std::min(centred, cells - width));
-    if (start < free_from || start + width > cells) continue;
+    if (start < free_from || start + width > cells) {
+      ++left_out;
+      continue;
+    }
     line.replace(static_cast<size_t>(start), labels[k].size(), labels[k]);
     free_from = start + width + 1;
   }
   return line;
 }
 
+// With as many digits as leave room for all labels, or with the usual ones where none do.
+std::string XLabels(const Interval& axis, int cells) {
+  int left_out = 0;
+  const std::string usual = LabelLine(TickLabels(axis, kXTicks), cells, left_out);
+  for (int fewer = 1; left_out > 0 && fewer <= 2; ++fewer) {
+    const std::vector<std::string> labels = TickLabels(axis, kXTicks, fewer);
+    if (std::ranges::adjacent_find(labels) != labels.end()) break;
+    if (const std::string line = LabelLine(labels, cells, left_out); left_out == 0) return line;
+  }
+  return usual;
+}
+
 }  // namespace
 
-std::string ScatterPlot(std::span<const float> reference, std::span<const float> quantized, PlotSize size) {
+std::string ScatterPlot(std::span<const float> reference, std::span<const float> quantized, std::string_view title,
+                        PlotSize size) {
   CIRCLET_CHECK(reference.size() == quantized.size(), "{} reference values, {} quantized", reference.size(),
                 quantized.size());
   CIRCLET_CHECK(size.columns >= 24 && size.rows >= 8, "{} x {} is too small for frame and labels", size.columns,
@@ -104,7 +124,8 @@ std::string ScatterPlot(std::span<const float> reference, std::span<const float>
   text += margin + "└";
   for (const bool tick : ticks) text += tick ? "┬" : "─";
   text += "┘\n";
-  return text + margin + " " + LabelLine(TickLabels(axis, kXTicks), columns) + " \n";
+  text += margin + " " + XLabels(axis, columns) + " \n";
+  return title.empty() ? text : fmt::format("{} {}: x float, y quantized\n{}", margin, title, text);
 }
 
 }  // namespace circlet

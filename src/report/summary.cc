@@ -49,6 +49,9 @@ std::string SmokeSummaryText(const SmokeSummary& summary) {
   const auto figure = [&](double (ErrorMetrics::*read)() const) {
     return summary.metrics ? SixDecimals((*summary.metrics.*read)()) : std::string("n/a");
   };
+  const auto percent = [&](double (ErrorMetrics::*read)() const) {
+    return summary.metrics ? SixDecimals(100 * (*summary.metrics.*read)()) + " %" : std::string("n/a");
+  };
   const auto truth = [](std::optional<bool> value) { return std::string(!value ? "n/a" : *value ? "True" : "False"); };
   const std::string status =
       summary.failures.empty() ? "PASS" : fmt::format("FAIL ({})", Joined(summary.failures, ", "));
@@ -56,7 +59,7 @@ std::string SmokeSummaryText(const SmokeSummary& summary) {
                                                        {"Status", status},
                                                        {"Mean |diff|", figure(&ErrorMetrics::MeanAbs)},
                                                        {"Max  |diff|", figure(&ErrorMetrics::MaxAbs)},
-                                                       {"PEIR", figure(&ErrorMetrics::Peir)},
+                                                       {"PEIR", percent(&ErrorMetrics::Peir)},
                                                        {"Shape match", truth(summary.shape_match)},
                                                        {"Quant finite", truth(summary.quant_finite)}};
   std::string text = Box("Wrapper Smoke Summary", lines, kLabelWidth);

@@ -49,8 +49,8 @@ void TextTable::Row(std::vector<std::string> cells) {
   rows_.push_back(std::move(cells));
 }
 
-std::string TextTable::ToString() const {
-  const size_t columns = rows_[0].size();
+std::string TextTable::ToString(int width) const {
+  size_t columns = rows_[0].size();
   std::vector<int> widths(columns);
   std::vector<Align> aligns(columns, Align::kRight);
   const auto is_number = [](const std::string& cell) {
@@ -63,6 +63,10 @@ std::string TextTable::ToString() const {
       if (column == 0 || (row > 0 && !is_number(rows_[row][column]))) aligns[column] = Align::kLeft;
     }
   }
+  constexpr int kBetween = 2;
+  int total = -kBetween;
+  for (const int each : widths) total += each + kBetween;
+  for (; width > 0 && total > width && columns > 1; --columns) total -= widths[columns - 1] + kBetween;
   std::string text;
   for (size_t row = 0; row < rows_.size(); ++row) {
     std::string line;
@@ -77,7 +81,10 @@ std::string TextTable::ToString() const {
     }
     text += "\n";
   }
-  return text;
+  if (columns == rows_[0].size()) return text;
+  std::string names;
+  for (size_t column = columns; column < rows_[0].size(); ++column) names += (names.empty() ? "" : ", ") + rows_[0][column];
+  return text + "(no room for: " + names + ")\n";
 }
 
 std::string HistogramBars(std::span<const std::pair<std::string, int64_t>> bins, int width) {

@@ -71,7 +71,7 @@ TEST(SmokeSummaryTest, IsTheRecordedBox) {
             "│ Status           : PASS\n"
             "│ Mean |diff|      : 0.000733\n"
             "│ Max  |diff|      : 0.013960\n"
-            "│ PEIR             : 0.002436\n"
+            "│ PEIR             : 0.243600 %\n"
             "│ Shape match      : True\n"
             "│ Quant finite     : True\n"
             "└─────────────────────────────────────────────────\n"
@@ -105,7 +105,7 @@ TEST(ScatterPlotTest, FrameTicksAndLabelsAreThoseOfTheRecordedPlot) {
   // The recorded axes, -3.4 to 2.9, without their 5% margins; the recorded plot had 22 rows for lack of terminal.
   const float low = -3.4f + 6.3f / 22, high = 2.9f - 6.3f / 22;
   const std::vector<float> values = Ramp(low + 0.004f, high, 2000);
-  const std::vector<std::string> lines = Lines(ScatterPlot(values, values, {50, 22}));
+  const std::vector<std::string> lines = Lines(ScatterPlot(values, values, "", {50, 22}));
   ASSERT_EQ(lines.size(), 22);
   EXPECT_EQ(lines[0], "    ┌────────────────────────────────────────────┐");
   EXPECT_EQ(lines[1], " 2.9┤                                            │");
@@ -128,7 +128,7 @@ TEST(ScatterPlotTest, IsFiftyByTwentyFive) {
 TEST(ScatterPlotTest, XIsTheReferenceAndYTheQuantizedValue) {
   // One dot at high x and low y: lower right.
   const std::vector<float> reference = {10, 0}, quantized = {0, 0};
-  const std::vector<std::string> lines = Lines(ScatterPlot(reference, quantized, {50, 25}));
+  const std::vector<std::string> lines = Lines(ScatterPlot(reference, quantized, "", {50, 25}));
   for (int row = 1; row < 20; ++row) EXPECT_THAT(lines[row], Not(HasSubstr("•"))) << row;
   int rows_with_dots = 0;
   for (int row = 1; row <= 22; ++row) {
@@ -138,6 +138,23 @@ TEST(ScatterPlotTest, XIsTheReferenceAndYTheQuantizedValue) {
     EXPECT_EQ(DisplayWidth(lines[row].substr(0, lines[row].rfind("•"))), 46);
   }
   EXPECT_EQ(rows_with_dots, 1);
+}
+
+TEST(ScatterPlotTest, ATitleSaysWhatTheAxesAre) {
+  const std::vector<float> values = Ramp(0, 1, 10);
+  const std::vector<std::string> lines = Lines(ScatterPlot(values, values, "logits"));
+  ASSERT_EQ(lines.size(), 26);
+  EXPECT_THAT(lines[0], testing::EndsWith(" logits: x float, y quantized"));
+}
+
+// Wide labels have a digit fewer rather than a gap.
+TEST(ScatterPlotTest, EveryTickHasALabel) {
+  const std::vector<float> values = Ramp(-17.8f, 8.7f, 100);
+  const std::vector<std::string> lines = Lines(ScatterPlot(values, values));
+  std::istringstream labels(lines.back());
+  int count = 0;
+  for (std::string label; labels >> label;) ++count;
+  EXPECT_EQ(count, 7) << lines.back();
 }
 
 TEST(ScatterPlotTest, EqualOrNoFiniteValuesStillMakeAPlot) {
@@ -170,6 +187,22 @@ TEST(TextTableTest, AlignsWordsLeftNumbersRightAndKnowsWideLetters) {
             "embed     0.5  int16\n"
             "層      12.25  uint8\n"
             "vision    n/a\n");
+}
+
+TEST(TextTableTest, ColumnsThatDoNotFitAreLeftOutAndNamed) {
+  TextTable table({"stage", "PEIR", "dtype"});
+  table.Row({"embed", "0.5", "int16"});
+  EXPECT_EQ(table.ToString(18), table.ToString());
+  EXPECT_EQ(table.ToString(17),
+            "stage  PEIR\n"
+            "─────  ────\n"
+            "embed   0.5\n"
+            "(no room for: dtype)\n");
+  EXPECT_EQ(table.ToString(1),
+            "stage\n"
+            "─────\n"
+            "embed\n"
+            "(no room for: PEIR, dtype)\n");
 }
 
 TEST(TextTableTest, ARowOfAnotherLengthIsABug) {

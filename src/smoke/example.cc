@@ -78,7 +78,7 @@ std::string RunExample(std::string_view name, const std::filesystem::path& outpu
     text += fmt::format("\n{}", ErrorSummary(title, reference.GetShape(), rounded.GetShape(), metrics));
     text += fmt::format("on a sample that was not calibrated on; on one that was: mean |diff| {:.6f}, PEIR {:.6f} %\n",
                         seen.MeanAbs(), 100 * seen.Peir());
-    if (part.name != "image") text += ScatterPlot(reference.F32(), rounded.F32()) + "\n";
+    if (part.name != "image") text += ScatterPlot(reference.F32(), rounded.F32(), part.name) + "\n";
   }
 
   const SmokePart& part = session.Parts().back();

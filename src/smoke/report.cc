@@ -13,10 +13,11 @@ namespace circlet {
 namespace {
 
 constexpr int kSchemaVersion = 1;
+constexpr double kPercent = 100;
 
-std::string Figure(const SmokeResult& result, double (ErrorMetrics::*read)() const) {
+std::string Figure(const SmokeResult& result, double (ErrorMetrics::*read)() const, double factor = 1) {
   if (!result.metrics) return "n/a";
-  const double value = (*result.metrics.*read)();
+  const double value = factor * (*result.metrics.*read)();
   return std::isnan(value) ? "nan" : fmt::format("{:.6f}", value);
 }
 
@@ -58,23 +59,35 @@ std::string SmokeText(const SmokeResult& result) {
   return text;
 }
 
-std::string SmokeTable(std::span<const SmokeResult> results) {
-  TextTable table({"case", "status", "mean |diff|", "max |diff|", "PEIR", "points", "ops", "bytes", "seconds"});
+std::string SmokeTable(std::span<const SmokeResult> results, int columns) {
+  const bool compared = std::ranges::any_of(
+      results, [&](const SmokeResult& result) { return result.name == results[0].name && result.recipe != results[0].recipe; });
+  std::vector<std::string> header{"case", "status",   "mean |diff|", "max |diff|", "PEIR %", "points",
+                                  "ops",  "bytes", "seconds"};
+  if (compared) header.insert(header.begin() + 1, "recipe");
+  TextTable table(header);
   for (const SmokeResult& result : results) {
     const bool file = result.artifacts.contains("circle");
-    table.Row({result.name, Status(result), Figure(result, &ErrorMetrics::MeanAbs), Figure(result, &ErrorMetrics::MaxAbs),
-               Figure(result, &ErrorMetrics::Peir), std::to_string(result.points),
-               file ? std::to_string(result.operators) : "-", file ? std::to_string(result.bytes) : "-",
-               fmt::format("{:.2f}", result.seconds)});
+    std::vector<std::string> cells{result.name,
+                                   Status(result),
+                                   Figure(result, &ErrorMetrics::MeanAbs),
+                                   Figure(result, &ErrorMetrics::MaxAbs),
+                                   Figure(result, &ErrorMetrics::Peir, kPercent),
+                                   std::to_string(result.points),
+                                   file ? std::to_string(result.operators) : "-",
+                                   file ? std::to_string(result.bytes) : "-",
+                                   fmt::format("{:.2f}", result.seconds)};
+    if (compared) cells.insert(cells.begin() + 1, result.recipe);
+    table.Row(std::move(cells));
   }
-  std::string text = table.ToString();
+  std::string text = table.ToString(columns);
   for (const SmokeResult& result : results)
     for (const std::string& message : result.messages) text += fmt::format("{}: {}\n", result.name, message);
   const int64_t passed = std::ranges::count_if(results, &SmokeResult::Passed);
   return text + fmt::format("{} of {} cases passed\n", passed, results.size());
 }
 
-std::string SmokeComparison(std::span<const SmokeResult> results) {
+std::string SmokeComparison(std::span<const SmokeResult> results, int columns) {
   std::vector<std::string> header{"case"}, names;
   std::vector<std::string> recipes;
   for (const SmokeResult& result : results) {
@@ -82,7 +95,7 @@ std::string SmokeComparison(std::span<const SmokeResult> results) {
     if (std::ranges::find(names, result.name) == names.end()) names.push_back(result.name);
   }
   for (const std::string& recipe : recipes)
-    for (const char* figure : {"mean", "PEIR", "bytes"}) header.push_back(fmt::format("{} {}", recipe, figure));
+    for (const char* figure : {"mean", "PEIR %", "bytes"}) header.push_back(fmt::format("{} {}", recipe, figure));
   TextTable table(header);
   for (const std::string& name : names) {
     std::vector<std::string> cells{name};
@@ -91,12 +104,12 @@ std::string SmokeComparison(std::span<const SmokeResult> results) {
           results, [&](const SmokeResult& candidate) { return candidate.name == name && candidate.recipe == recipe; });
       const bool found = result != results.end();
       cells.push_back(found ? Figure(*result, &ErrorMetrics::MeanAbs) : "-");
-      cells.push_back(found ? Figure(*result, &ErrorMetrics::Peir) : "-");
+      cells.push_back(found ? Figure(*result, &ErrorMetrics::Peir, kPercent) : "-");
       cells.push_back(found && result->bytes > 0 ? std::to_string(result->bytes) : "-");
     }
     table.Row(std::move(cells));
   }
-  return table.ToString();
+  return table.ToString(columns);
 }
 
 nlohmann::json SmokeJson(const SmokeResult& result) {

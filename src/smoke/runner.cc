@@ -116,7 +116,7 @@ class Runner {
       return;
     }
     CheckBounds(metrics);
-    if (run_.plot) result_.plot = ScatterPlot(float_values, quant_values);
+    if (run_.plot) result_.plot = ScatterPlot(float_values, quant_values, result_.name);
   }
 
   void CheckBounds(const ErrorMetrics& metrics) {
@@ -136,7 +136,7 @@ class Runner {
     if (mean > bounds.max_mean)
       Failed("ACCURACY", fmt::format("mean |diff| is {:.6f}, at most {:.6f} is allowed", mean, bounds.max_mean));
     if (peir > bounds.max_peir)
-      Failed("ACCURACY", fmt::format("PEIR is {:.6f}, at most {:.6f} is allowed", peir, bounds.max_peir));
+      Failed("ACCURACY", fmt::format("PEIR is {:.6f} %, at most {:.6f} % is allowed", 100 * peir, 100 * bounds.max_peir));
     if (mean < bounds.min_mean)
       Failed("ACCURACY", fmt::format("mean |diff| is {:.6f}, less than the {:.6f} that rounding costs at least: some "
                                      "points are not quantized",
@@ -145,8 +145,8 @@ class Runner {
       Warn(fmt::format("the bound of mean |diff|, {:.6f}, is more than {} times the measured {:.6f}", bounds.max_mean,
                        kWidestBound, mean));
     if (bounds.max_peir > kWidestBound * peir)
-      Warn(fmt::format("the bound of PEIR, {:.6f}, is more than {} times the measured {:.6f}", bounds.max_peir,
-                       kWidestBound, peir));
+      Warn(fmt::format("the bound of PEIR, {:.6f} %, is more than {} times the measured {:.6f} %", 100 * bounds.max_peir,
+                       kWidestBound, 100 * peir));
   }
 
   // The last part alone becomes a file: its graph takes every input of the case.

@@ -60,7 +60,7 @@ struct VerifyResult {
 // output of Quantize, when manifest.json, pipeline.json or the codes cannot be trusted, and for keys that belong to no
 // unit.
 VerifyResult Verify(const VerifyOptions& options);
-std::string VerifyText(const VerifyResult& result);
+std::string VerifyText(const VerifyResult& result, int columns = 0);
 // The same as JSON, "schema_version" 1 (docs/verification.md).
 std::string VerifyJson(const VerifyResult& result);
 

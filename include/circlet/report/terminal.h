@@ -49,19 +49,22 @@ std::string SmokeSummaryText(const SmokeSummary& summary);
 
 // Scatter plot of pairs (quantization.md 10.3): x = reference, y = quantized, both axes [min-5%, max+5%] of the joint
 // range (an empty range counts as 1). `columns` and `rows` take in frame and labels. Perfect agreement is the diagonal;
-// pairs with a non-finite member are left out.
+// pairs with a non-finite member are left out. A title stands in a line above, with what the axes are.
 struct PlotSize {
   int columns = 50;
   int rows = 25;
 };
-std::string ScatterPlot(std::span<const float> reference, std::span<const float> quantized, PlotSize size = {});
+std::string ScatterPlot(std::span<const float> reference, std::span<const float> quantized, std::string_view title = {},
+                        PlotSize size = {});
 
 // Columns aligned over all rows: the first to the left, numbers to the right.
 class TextTable {
  public:
   explicit TextTable(std::vector<std::string> header);
   void Row(std::vector<std::string> cells);  // as many as the header
-  std::string ToString() const;
+  // At most `width` columns of a terminal wide (0: as it comes): what does not fit is left out from the right, and a line
+  // below names it.
+  std::string ToString(int width = 0) const;
 
  private:
   std::vector<std::vector<std::string>> rows_;  // [0] is the header

@@ -108,9 +108,9 @@ SmokeResult RunSmoke(const SmokeCase& test_case, const SmokeRun& run);
 // The box, artifacts, messages and plot of one case.
 std::string SmokeText(const SmokeResult& result);
 // One line a case, and how many passed.
-std::string SmokeTable(std::span<const SmokeResult> results);
+std::string SmokeTable(std::span<const SmokeResult> results, int columns = 0);
 // One row a case: mean |diff| and PEIR by recipe.
-std::string SmokeComparison(std::span<const SmokeResult> results);
+std::string SmokeComparison(std::span<const SmokeResult> results, int columns = 0);
 // docs/smoke.md. Figures that are not finite are null.
 nlohmann::json SmokeJson(const SmokeResult& result);
 nlohmann::json SmokeSuiteJson(std::span<const SmokeResult> results);
