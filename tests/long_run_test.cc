@@ -219,11 +219,17 @@ TEST_F(RoundedByMoments, KilledGoesOnToTheSameBytes) {
   EXPECT_EQ(Hashes(Out()), expected);
 }
 
+// With everything that a moment and a target may hold.
+const std::vector<std::string> kAllOfRounding{"--set", "pipeline.gptq.token_weights=stream", "--set",
+                                              "pipeline.gptq.residual_target=0.5"};
+
 TEST_F(RoundedByMoments, AnyThreadsAndMemoryGiveTheSameBytes) {
-  const std::map<std::string, std::string> expected = Hashes(Reference());
+  const std::map<std::string, std::string> expected = Hashes(Reference(kAllOfRounding));
   for (const std::vector<std::string>& more :
        {std::vector<std::string>{"--threads", "1"}, {"--threads", "3"}, {"--memory-limit", "30MiB"}}) {
-    const ProgramResult result = RunProgram(Arguments(Out(), more));
+    std::vector<std::string> arguments = Arguments(Out(), more);
+    arguments.insert(arguments.end(), kAllOfRounding.begin(), kAllOfRounding.end());
+    const ProgramResult result = RunProgram(arguments);
     ASSERT_EQ(result.exit_code, 0) << result.err;
     EXPECT_EQ(Hashes(Out()), expected) << more[0] << " " << more[1];
     fs::remove_all(Out());
@@ -992,9 +998,11 @@ TEST_F(ManyProcesses, MeasureTheStreamTogether) {
 
 TEST_F(ManyProcesses, MergeMomentsExactly) {
   recipe_ = "w4a16-gptq";
-  const std::map<std::string, std::string> expected = Hashes(Reference());
+  const std::map<std::string, std::string> expected = Hashes(Reference(kAllOfRounding));
+  std::vector<std::string> arguments = Arguments(Out(), {"--force"});
+  arguments.insert(arguments.end(), kAllOfRounding.begin(), kAllOfRounding.end());
   for (const int processes : {2, 3}) {
-    const ProgramResult result = RunCirclet(processes, Arguments(Out(), {"--force"}));
+    const ProgramResult result = RunCirclet(processes, arguments);
     ASSERT_EQ(result.exit_code, 0) << result.err;
     EXPECT_EQ(Hashes(Out()), expected) << processes << " processes";
   }

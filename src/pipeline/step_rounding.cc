@@ -9,7 +9,6 @@
 #include <tuple>
 
 #include "circlet/base/threads.h"
-#include "circlet/quant/weight_rounding.h"
 #include "ops/gemm.h"
 #include "ops/simd.h"
 #include "pipeline/estimate.h"
@@ -22,7 +21,13 @@ namespace {
 
 std::string CutKey(size_t group, size_t place) { return fmt::format("rounding.cut.{}.{}", group, place); }
 std::string FloatKey(const Step& step, size_t group) { return fmt::format("rounding.float.{}.{}", step.name, group); }
+std::string WeightKey(const Step& step, size_t group) { return FloatKey(step, group) + ".weights"; }
+std::string ResidualKey(const Step& step, size_t group) { return FloatKey(step, group) + ".residual"; }
+std::string ScaleKey(const Step& step, size_t group) { return FloatKey(step, group) + ".scale"; }
 std::string InputName(size_t group) { return fmt::format("linear.{}", group); }
+std::string NormedName(size_t group, size_t i) { return fmt::format("normed.{}.{}", group, i); }
+std::string SumName(size_t group) { return fmt::format("sum.{}", group); }
+std::string ResidualName(size_t group) { return fmt::format("residual.{}", group); }
 
 // The positions that are no padding, [rows, width]; all of a tensor without positions.
 Tensor RealRows(const Item& item, const Tensor& tensor) {
@@ -37,6 +42,13 @@ Tensor RealRows(const Item& item, const Tensor& tensor) {
   for (const auto& [begin, end] : item.real)
     to = std::copy(tensor.F32().data() + begin * width, tensor.F32().data() + end * width, to);
   return real;
+}
+
+// The same with all values of a position in its row, those of several heads too.
+Tensor PositionRows(const Item& item, const Tensor& tensor) {
+  const Shape& shape = tensor.GetShape();
+  if (shape.Rank() < 3 || shape[1] != item.length) return RealRows(item, tensor);
+  return RealRows(item, tensor.Reshaped({1, item.length, tensor.Elements() / item.length}));
 }
 
 Tensor Difference(const Tensor& a, const Tensor& b) {
@@ -54,6 +66,15 @@ Tensor Product(const Tensor& x, const Tensor& weight) {
   const Tensor product = Tensor::Uninitialized({DType::kF32, {count, rows}});
   gemm::Linear(x.F32().data(), weight.F32().data(), nullptr, count, rows, columns, product.F32().data());
   return product;
+}
+
+// Adds the squares of each row to what stands there, and returns how many values a row has.
+int64_t AddSquares(const Tensor& rows, std::vector<double>& sums) {
+  const int64_t width = rows.GetShape()[1];
+  sums.resize(static_cast<size_t>(rows.GetShape()[0]));
+  for (size_t row = 0; row < sums.size(); ++row)
+    for (const float value : rows.F32().subspan(row * width, width)) sums[row] += double{value} * value;
+  return width;
 }
 
 // The largest sum of magnitudes of a row: how much larger than its inputs a product can be.
@@ -93,6 +114,16 @@ weights::RoundingOptions OptionsOf(const PointSpec& spec, const WeightRounding& 
   return options;
 }
 
+// What the group's linears give.
+std::vector<ValueId> OutputsOf(const Graph& graph, const LinearGroup& group) {
+  std::vector<ValueId> outputs;
+  for (const Node& node : graph.Nodes())
+    if (const int at = node.op.WeightInput();
+        at >= 0 && std::ranges::find(group.weights, graph.At(node.in[at]).name) != group.weights.end())
+      outputs.push_back(node.out[0]);
+  return outputs;
+}
+
 }  // namespace
 
 std::vector<LinearGroup> LinearGroupsOf(const Graph& graph, const Calibration& calibration) {
@@ -117,7 +148,12 @@ std::vector<LinearGroup> LinearGroupsOf(const Graph& graph, const Calibration& c
     if (group != groups.end())
       group->weights.push_back(weight.name);
     else
-      groups.push_back({input, {weight.name}});
+      groups.push_back({.input = input, .weights = {weight.name}});
+  }
+  for (LinearGroup& group : groups) {
+    group.behind = FindNormsBehind(graph, OutputsOf(graph, group));
+    const ValueId residual = group.behind.residual;
+    if (residual < 0 || graph.At(residual).kind != ValueKind::kNode) group.behind.gain.clear();
   }
   return groups;
 }
@@ -187,6 +223,7 @@ void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& ca
       for (const ValueId id : CutBehind(graph, groups, g)) bytes += bytes_of(id);
       between = std::max(between, bytes);
       if (method.correct_inputs) waits += bytes_of(groups[g].input);
+      if (method.residual_target > 0 && !groups[g].behind.gain.empty()) waits += bytes_of(groups[g].behind.residual);
     }
     estimate.waiting_bytes =
         std::max(estimate.waiting_bytes,
@@ -204,8 +241,11 @@ void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& ca
       const bool square = n <= 2 * rows;  // as Gather chooses
       estimate.flops += positions * n * n + targets * n * n * n / 3 + 2 * (solves + targets - 1) * rows * n * n;
       if (method.correct_inputs) estimate.flops += positions * (square ? 2 * n * n : 4 * n * rows);
+      const bool makes_up = method.residual_target > 0 && !group.behind.gain.empty();
+      if (makes_up && square) estimate.flops += 2 * positions * n * rows;
       // The moment (half of it, in int64) and what is made of it (rounding.h); weights, targets, changes and codes.
       double bytes = (n <= 4096 ? 20 : 8) * n * n + 16 * rows * n;
+      if (makes_up && square) bytes += 8 * rows * n;
       if (method.correct_inputs) bytes += (square ? 4 * n * n : 8 * rows * n) + 8 * rows * n;
       estimate.working_bytes = std::max(estimate.working_bytes, static_cast<int64_t>(bytes));
     }
@@ -217,6 +257,7 @@ struct StepRounding::Moments {
   std::optional<weights::Moment> inputs;               // sum x x^T; none: no calibration item reaches the step
   std::optional<weights::Moment> differences;          // sum x (x_f - x)^T, where that is the cheaper form
   std::map<std::string, weights::Moment> corrections;  // else by weight: sum W (x_f - x) x^T
+  std::optional<weights::Moment> residuals;  // beside `differences`: sum r x^T, r what the target makes up for
 };
 
 StepRounding::StepRounding(const StageContext& context, const Step& step, std::vector<std::string> outputs)
@@ -225,27 +266,83 @@ StepRounding::StepRounding(const StageContext& context, const Step& step, std::v
   for (const Item& item : c_.items) {
     if (!c_.PassageOf(item).observed) continue;
     if (c_.IsMine(item)) items_.push_back(&item);
-    if (groups.empty()) groups = LinearGroupsOf(step.build(item), c_.calibration);
+    if (!groups.empty()) continue;
+    const Graph graph = WithOutputs(step.build(item), outputs_);
+    groups = LinearGroupsOf(graph, c_.calibration);
+    for (size_t g = 0; g < groups.size(); ++g) {
+      weights_.push_back(groups[g].weights);
+      const NormsBehind& behind = groups[g].behind;
+      const std::vector<ValueId> cut = CutBehind(graph, groups, g);
+      const auto residual = std::ranges::find(cut, behind.residual);
+      behind_.push_back({.norms = behind.reads.size(),
+                         .eps = behind.eps,
+                         .gain = MakesUp() && residual != cut.end() ? behind.gain : "",
+                         .place = static_cast<size_t>(residual - cut.begin())});
+    }
   }
-  for (LinearGroup& group : groups) weights_.push_back(std::move(group.weights));
 }
 
 int64_t StepRounding::Work() const { return static_cast<int64_t>(items_.size() * weights_.size()); }
 
 bool StepRounding::Corrects() const { return c_.calibration.GetRecipe().rounding->correct_inputs; }
 
+bool StepRounding::MakesUp() const { return c_.calibration.GetRecipe().rounding->residual_target > 0; }
+
+WeightRounding::TokenWeights StepRounding::TokenWeights() const {
+  return c_.calibration.GetRecipe().rounding->token_weights;
+}
+
 Graph StepRounding::WithInputs(Graph graph, const Item& item) const {
-  if (weights_.empty() || !Corrects() || !c_.PassageOf(item).observed) return graph;
+  using Weights = WeightRounding::TokenWeights;
+  if (weights_.empty() || !c_.PassageOf(item).observed) return graph;
   const std::vector<LinearGroup> groups = LinearGroupsOf(graph, c_.calibration);
-  for (size_t g = 0; g < groups.size(); ++g) graph.AddOutput(InputName(g), groups[g].input);
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const LinearGroup& group = groups[g];
+    if (Corrects()) graph.AddOutput(InputName(g), group.input);
+    if (TokenWeights() != Weights::kNone || !behind_[g].gain.empty())
+      for (size_t i = 0; i < group.behind.reads.size(); ++i) graph.AddOutput(NormedName(g, i), group.behind.reads[i]);
+    if (TokenWeights() == Weights::kStream && group.behind.sum >= 0) graph.AddOutput(SumName(g), group.behind.sum);
+    if (!behind_[g].gain.empty()) graph.AddOutput(ResidualName(g), group.behind.residual);
+  }
   return graph;
 }
 
 void StepRounding::KeepInputs(const Item& item, const std::map<std::string, Tensor>& results) {
-  if (weights_.empty() || !Corrects() || !c_.PassageOf(item).observed) return;
-  for (size_t g = 0; g < weights_.size(); ++g)
-    c_.store.Put(item.id, Chain::kFloat, FloatKey(step_, g), RealRows(item, results.at(InputName(g))).Clone(),
-                 ActivationStore::Read::kLate);
+  if (weights_.empty() || !c_.PassageOf(item).observed) return;
+  const auto put = [&](const std::string& key, const Tensor& tensor) {
+    c_.store.Put(item.id, Chain::kFloat, key, tensor, ActivationStore::Read::kLate);
+  };
+  const auto rows_of = [&](const std::string& output) {
+    const auto it = results.find(output);
+    return it == results.end() ? Tensor() : PositionRows(item, it->second);
+  };
+  for (size_t g = 0; g < weights_.size(); ++g) {
+    if (Corrects()) put(FloatKey(step_, g), RealRows(item, results.at(InputName(g))).Clone());
+    // What the norms divide by, squared.
+    std::vector<double> squares;
+    int64_t values = 0;
+    for (size_t i = 0; i < behind_[g].norms; ++i)
+      if (const Tensor rows = rows_of(NormedName(g, i)); !rows.Empty()) values += AddSquares(rows, squares);
+    if (values == 0) continue;
+    for (double& square : squares) square = square / static_cast<double>(values) + behind_[g].eps;
+    const auto count = static_cast<int64_t>(squares.size());
+    if (!behind_[g].gain.empty()) {
+      const Tensor scale = Tensor::Uninitialized({DType::kF32, {count}});
+      std::ranges::transform(squares, scale.F32().begin(), [](double square) { return std::sqrt(square); });
+      put(ScaleKey(step_, g), scale);
+      put(ResidualKey(step_, g), rows_of(ResidualName(g)).Clone());
+    }
+    if (TokenWeights() == WeightRounding::TokenWeights::kNone) continue;
+    const Tensor weights = Tensor::Uninitialized({DType::kF32, {count}});
+    std::vector<double> of_sum;
+    const Tensor sum = rows_of(SumName(g));
+    const int64_t width = sum.Empty() ? 1 : AddSquares(sum, of_sum);
+    for (size_t row = 0; row < squares.size(); ++row) {
+      const double stream = sum.Empty() ? 1 : of_sum[row] / static_cast<double>(width) + behind_[g].eps;
+      weights.F32()[row] = static_cast<float>(1 / (squares[row] * stream));
+    }
+    put(WeightKey(step_, g), weights);
+  }
 }
 
 Graph StepRounding::Segment(const Item& item, size_t group) const {
@@ -300,10 +397,40 @@ Tensor StepRounding::FloatRows(const Item& item, size_t group) const {
   return c_.store.Get(item.id, Chain::kFloat, FloatKey(step_, group));
 }
 
+// What the group's target makes up for beside its inputs: a part of what the other operand of the sum has lost, as the
+// norm in front of the sum would have to get it. [rows, width].
+Tensor StepRounding::ResidualRows(const Item& item, size_t group) const {
+  const float part = c_.calibration.GetRecipe().rounding->residual_target;
+  const Tensor lost =
+      Difference(c_.store.Get(item.id, Chain::kFloat, ResidualKey(step_, group)),
+                 RealRows(item, c_.store.Get(item.id, Chain::kQuant, CutKey(group, behind_[group].place))));
+  const Tensor scale = c_.store.Get(item.id, Chain::kFloat, ScaleKey(step_, group));
+  const Tensor gain = ToF32(c_.stored(behind_[group].gain));
+  const int64_t width = lost.GetShape()[1];
+  double mean = 0;
+  for (const float value : gain.F32()) mean += std::abs(value) / static_cast<double>(width);
+  // Outputs that the norm all but removes would have to be huge to make up for anything.
+  constexpr double kLeastGain = 0.05;
+  for (int64_t row = 0; row < lost.GetShape()[0]; ++row)
+    for (int64_t i = 0; i < width; ++i) {
+      float& value = lost.F32()[row * width + i];
+      value = std::abs(gain.F32()[i]) < kLeastGain * mean ? 0 : part * value * scale.F32()[row] / gain.F32()[i];
+    }
+  return lost;
+}
+
 StepRounding::Moments StepRounding::Gather(size_t group) const {
   struct Bounds {
-    float input = 0, difference = 0;
+    float input = 0, difference = 0, residual = 0, weight = 0;
     int64_t positions = 0;
+  };
+  const bool makes_up = !behind_[group].gain.empty();
+  const auto weights_of = [&](const Item& item, float largest) {
+    std::vector<float> weights;
+    if (!c_.store.Has(item.id, Chain::kFloat, WeightKey(step_, group))) return weights;
+    const Tensor stored = c_.store.Get(item.id, Chain::kFloat, WeightKey(step_, group));
+    for (const float weight : stored.F32()) weights.push_back(weight / largest);
+    return weights;
   };
   const auto rows_of = [&](const Item& item) {
     return RealRows(item, c_.store.Get(item.id, Chain::kQuant, CutKey(group, 0)));
@@ -315,12 +442,16 @@ StepRounding::Moments StepRounding::Gather(size_t group) const {
     if (Corrects())
       mine.difference =
           std::max(mine.difference, weights::MagnitudeOf(Difference(FloatRows(*item, group), rows)).largest);
+    if (makes_up) mine.residual = std::max(mine.residual, weights::MagnitudeOf(ResidualRows(*item, group)).largest);
+    for (const float weight : weights_of(*item, 1)) mine.weight = std::max(mine.weight, weight);
     mine.positions += rows.GetShape()[0];
   }
   Bounds all;
   for (const auto& rank : AllGather<Bounds>(c_.world, std::span(&mine, 1))) {
     all.input = std::max(all.input, rank[0].input);
     all.difference = std::max(all.difference, rank[0].difference);
+    all.residual = std::max(all.residual, rank[0].residual);
+    all.weight = std::max(all.weight, rank[0].weight);
     all.positions += rank[0].positions;
   }
   Moments moments;
@@ -338,10 +469,13 @@ StepRounding::Moments StepRounding::Gather(size_t group) const {
   if (Corrects() && columns <= 2 * rows) {
     moments.differences =
         weights::Moment::Cross(columns, columns, bound(std::max(all.input, all.difference)), all.positions);
+    if (makes_up)
+      moments.residuals =
+          weights::Moment::Cross(rows, columns, bound(std::max(all.input, all.residual)), all.positions);
   } else if (Corrects()) {
     for (const std::string& name : names) {
       const Tensor weight = ToF32(c_.stored(name));
-      const double largest = bound(LargestRowSum(weight)) * bound(all.difference);
+      const double largest = bound(LargestRowSum(weight)) * bound(all.difference) + all.residual;
       moments.corrections.emplace(name, weights::Moment::Cross(weight.GetShape()[0], columns,
                                                                std::max(largest, bound(all.input)), all.positions));
       weights[name] = weight;
@@ -349,14 +483,23 @@ StepRounding::Moments StepRounding::Gather(size_t group) const {
   }
   for (const Item* item : items_) {
     const Tensor x = rows_of(*item);
-    Within(item->label, [&] { moments.inputs->Add(x); });
+    const std::vector<float> counts = weights_of(*item, all.weight);
+    Within(item->label, [&] { moments.inputs->Add(x, counts); });
     if (!Corrects()) continue;
     const Tensor difference = Difference(FloatRows(*item, group), x);
-    if (moments.differences) moments.differences->Add(x, difference);
-    for (auto& [name, correction] : moments.corrections) correction.Add(Product(difference, weights[name]), x);
+    if (moments.differences) moments.differences->Add(x, difference, counts);
+    if (moments.residuals) moments.residuals->Add(ResidualRows(*item, group), x, counts);
+    for (auto& [name, correction] : moments.corrections) {
+      const Tensor change = Product(difference, weights[name]);
+      if (makes_up)
+        std::ranges::transform(change.F32(), ResidualRows(*item, group).F32(), change.F32().begin(),
+                               std::plus<float>());
+      correction.Add(change, x, counts);
+    }
   }
   Share(*moments.inputs, c_.world);
   if (moments.differences) Share(*moments.differences, c_.world);
+  if (moments.residuals) Share(*moments.residuals, c_.world);
   for (auto& [name, correction] : moments.corrections) Share(correction, c_.world);
   return moments;
 }
@@ -382,6 +525,8 @@ void StepRounding::Solve(size_t group, Moments moments) {
       } else {
         const Tensor product = Product(ToF32(c_.stored(name)), differences);
         change.assign(product.F32().begin(), product.F32().end());
+        if (moments.residuals)
+          std::ranges::transform(change, moments.residuals->Values(), change.begin(), std::plus<float>());
       }
       targets[name] = correction.Target(c_.stored(name), change);
     }
@@ -421,7 +566,9 @@ void StepRounding::Run() {
   for (size_t group = 0; group < weights_.size(); ++group) {
     Advance(group);
     Solve(group, Gather(group));
-    c_.store.Drop(FloatKey(step_, group));
+    for (const std::string& key :
+         {FloatKey(step_, group), WeightKey(step_, group), ResidualKey(step_, group), ScaleKey(step_, group)})
+      c_.store.Drop(key);
   }
 }
 

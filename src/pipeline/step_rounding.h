@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "circlet/graph/graph.h"
+#include "circlet/quant/weight_rounding.h"
+#include "graph/norms_behind.h"
 #include "pipeline/stage.h"
 
 namespace circlet {
@@ -21,6 +23,8 @@ namespace circlet {
 struct LinearGroup {
   ValueId input;
   std::vector<std::string> weights;
+  // Of their outputs. Without a gain where the sum's other operand is the step's input itself.
+  NormsBehind behind;
 };
 
 // What is to be rounded with moments, in order of computation; none where the recipe does not ask for it.
@@ -56,18 +60,29 @@ class StepRounding {
   struct Moments;
 
   bool Corrects() const;
+  bool MakesUp() const;
+  WeightRounding::TokenWeights TokenWeights() const;
   Graph Segment(const Item& item, size_t group) const;  // up to a group's cut; group = their number: up to the outputs
   std::map<std::string, Tensor> Given(const Item& item, size_t group) const;
   void Advance(size_t group);
   Moments Gather(size_t group) const;
   void Solve(size_t group, Moments moments);
   Tensor FloatRows(const Item& item, size_t group) const;
+  Tensor ResidualRows(const Item& item, size_t group) const;
 
   const StageContext& c_;
   const Step& step_;
   std::vector<std::string> outputs_;
   std::vector<const Item*> items_;                 // of this process, that grids are taken from
   std::vector<std::vector<std::string>> weights_;  // by group; none: nothing is to be done
+  // Of LinearGroup, what token weights and targets need.
+  struct BehindGroup {
+    size_t norms = 0;
+    double eps = 0;
+    std::string gain;  // empty: the target makes up for inputs alone
+    size_t place = 0;  // of the sum's other operand on the cut
+  };
+  std::vector<BehindGroup> behind_;  // by group
   size_t waiting_ = 0;                             // values of the last cut
 };
 

@@ -76,7 +76,7 @@ class StepRoundingTest : public testing::Test {
     recipe_.rounding = method;
     for (const char* name : {"y", "mul", "gate"}) store_.Drop(name);
     calibration_.emplace(recipe_, DialectFromName("default"));
-    const WeightSource stored = [this](const std::string& name) { return weights_.at(name); };
+    const WeightSource stored = [this](const std::string& name) { return name == "gain" ? gain_ : weights_.at(name); };
     const RoundedWeights rounded(*calibration_, stored);
     Outcome outcome;
     const StageContext context{.calibration = *calibration_,
@@ -120,7 +120,44 @@ class StepRoundingTest : public testing::Test {
     return Tensor::Of<float>({static_cast<int64_t>(all.size()) / width, width}, all);
   }
 
+  // A linear into a norm, and that into a sum, instead of the block.
+  void UseSublayer(int64_t rows) {
+    std::mt19937 random(6);
+    std::normal_distribution<float> normal;
+    const auto fill = [&](Shape shape, float scale) {
+      const Tensor tensor({DType::kF32, std::move(shape)});
+      for (float& value : tensor.F32()) value = scale * normal(random);
+      return tensor;
+    };
+    weights_.clear();
+    store_.Drop("h");
+    weights_["o_proj.weight"] = fill({rows, kIn}, 0.3f);
+    gain_ = fill({rows}, 1);
+    gain_.F32()[1] = 1e-3f;  // the target leaves it alone
+    for (const Item& item : items_) {
+      const Tensor h = fill({1, item.length, rows}, 2), lost = h.Clone();
+      for (float& value : lost.F32()) value += 0.3f * normal(random);
+      store_.Put(item.id, Chain::kFloat, "h", h);
+      store_.Put(item.id, Chain::kQuant, "h", lost);
+    }
+    step_.build = [rows](const Item& item) {
+      Graph graph;
+      const Builder b(graph);
+      const ValueId h = b.Point("h", b.Input("h", {1, item.length, rows}));
+      const ValueId first = b.Add(Slice{{0, 0, 0}, {1, static_cast<int32_t>(item.length), 1}}, {h});
+      const ValueId x = b.Point("x", b.Add(Mul{}, {b.Input("x", {1, item.length, kIn}), first}));
+      const ValueId o =
+          b.Point("o", b.Add(FullyConnected{}, {x, b.Weight("o_proj.weight", {rows, kIn}, WeightKind::kLinear)}));
+      const ValueId normed = b.Point("normed", b.Add(RmsNorm{kEps}, {o, b.Weight("gain", {rows}, WeightKind::kNorm)}));
+      b.Output("y", b.Point("sum", b.Add(Add{}, {h, normed})));
+      return graph;
+    };
+    step_.inputs.push_back({.name = "h", .reads = {{.key = "h"}}});
+  }
+  static constexpr float kEps = 1e-6f;
+
   std::map<std::string, Tensor> weights_;
+  Tensor gain_;
   ActivationStore store_;
   ItemSet items_;
   Step step_;
@@ -193,6 +230,74 @@ TEST_F(StepRoundingTest, CorrectedWeightsComeNearerToTheFloatOutputs) {
   };
   const double plain = error(false), corrected = error(true);
   EXPECT_LT(corrected, 0.8 * plain);
+}
+
+double MeanSquare(std::span<const float> values) {
+  double sum = 0;
+  for (const float value : values) sum += double{value} * value;
+  return sum / static_cast<double>(values.size());
+}
+
+// By what a norm divides an error in the float model; and the target takes up a part of what the sum's other operand
+// has lost, as an output that the norm brings to that. Matrices with few rows sum the target's change in another form.
+TEST_F(StepRoundingTest, PositionsCountByTheNormsBehindAndTargetsTakeUpWhatTheSumHasLost) {
+  using Weights = WeightRounding::TokenWeights;
+  for (const int64_t rows : {kOut, kOut - 2})
+    for (const Weights weights : {Weights::kOutputs, Weights::kStream})
+      for (const double part : {0.0, 0.5}) {
+        SCOPED_TRACE(fmt::format("{} rows, weights {}, part {}", rows, static_cast<int>(weights), part));
+        step_.inputs.resize(1);
+        UseSublayer(rows);
+        const WeightRounding method{.token_weights = weights, .residual_target = part};
+        const Outcome outcome = Run(method);
+        const Tensor w = weights_.at("o_proj.weight");
+        const auto float_rows = [&](const char* key) {
+          return Rows([&](const Item& item) { return store_.Get(item.id, Chain::kFloat, key); });
+        };
+        const auto rounded_rows = [&](const char* key) {
+          return Rows(
+              [&](const Item& item) { return Rounded(*calibration_, key, store_.Get(item.id, Chain::kQuant, key)); });
+        };
+        const Tensor hf = float_rows("h"), h = rounded_rows("h"), sum = float_rows("y");
+        const auto product = [&](Chain chain, const Tensor& stream) {
+          const Tensor x = Rows([&](const Item& item) { return store_.Get(item.id, chain, "x"); }).Clone();
+          for (int64_t i = 0; i < x.Elements(); ++i) x.F32()[i] *= stream.F32()[i / kIn * rows];
+          return x;
+        };
+        const Tensor xf = product(Chain::kFloat, hf), x = Rounded(*calibration_, "x", product(Chain::kQuant, h));
+        const int64_t count = x.GetShape()[0];
+        std::vector<float> counts;
+        Tensor change({DType::kF32, {count, rows}});
+        double mean_gain = 0;
+        for (const float g : gain_.F32()) mean_gain += std::abs(g) / static_cast<double>(rows);
+        for (int64_t t = 0; t < count; ++t) {
+          std::vector<float> y(static_cast<size_t>(rows)), lost(y);
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t j = 0; j < kIn; ++j) {
+              y[r] += w.F32()[r * kIn + j] * xf.F32()[t * kIn + j];
+              lost[r] += w.F32()[r * kIn + j] * (xf.F32()[t * kIn + j] - x.F32()[t * kIn + j]);
+            }
+          const double square = MeanSquare(y) + kEps;
+          const double stream = MeanSquare(sum.F32().subspan(t * rows, rows)) + kEps;
+          counts.push_back(static_cast<float>(1 / (square * (weights == Weights::kStream ? stream : 1))));
+          for (int64_t r = 0; r < rows; ++r) {
+            const float g = gain_.F32()[r], residual = hf.F32()[t * rows + r] - h.F32()[t * rows + r];
+            const bool taken = std::abs(g) >= 0.05 * mean_gain;
+            change.F32()[t * rows + r] =
+                lost[r] + static_cast<float>(taken ? part * residual * std::sqrt(square) / g : 0);
+          }
+        }
+        const float largest = *std::ranges::max_element(counts);
+        for (float& each : counts) each /= largest;
+        weights::Moment moment = weights::Moment::Symmetric(kIn, 1e3, count);
+        moment.Add(x, counts);
+        weights::Moment cross = weights::Moment::Cross(rows, kIn, 1e3, count);
+        cross.Add(change, x, counts);
+        const weights::Metric metric(moment, method);
+        const Tensor target = weights::InputCorrection(moment, method.correction_damping).Target(w, cross.Values());
+        ExpectCodes(outcome.codes.at("o_proj.weight"),
+                    weights::RoundCorrected(w, target, cross.Values(), metric, {.method = method}).weight.codes, "o");
+      }
 }
 
 // The chain goes on from the last cut; an output that lies before it waits there.

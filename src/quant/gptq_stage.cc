@@ -67,6 +67,16 @@ WeightRounding ReadGptqStage(const JsonObject& stage) {
   Read(stage, "scale_refits", method.scale_refits, 0, 1000);
   method.correct_inputs = stage.Optional<bool>("correct_inputs", method.correct_inputs);
   Read(stage, "correction_damping", method.correction_damping, 0.0, 100.0);
+  using Weights = WeightRounding::TokenWeights;
+  if (stage.Has("token_weights"))
+    method.token_weights =
+        Choice<Weights>(stage, "token_weights",
+                        {{"none", Weights::kNone}, {"outputs", Weights::kOutputs}, {"stream", Weights::kStream}});
+  double residual_target = 0;
+  Read(stage, "residual_target", residual_target, 0.0, 1.0);
+  method.residual_target = static_cast<float>(residual_target);
+  if (method.residual_target > 0 && !method.correct_inputs)
+    stage.FailAt("residual_target", "is a part of the corrected target; set correct_inputs to true");
 
   Only<std::string>(stage, "variant", "default", "every linear of the model is rounded");
   Only(stage, "perchannel", true, "a row of a weight has a grid of its own; the grids of tensors are the ptq stage's");

@@ -131,6 +131,11 @@ TEST(RecipeTest, AGptqStageSaysHowWeightsAreRounded) {
   EXPECT_EQ(method(", mse: smse").range, Range::kMoments);
   EXPECT_EQ(method(", mse: mse_for_gptq"), (WeightRounding{.range = Range::kMse, .solved_ranges = 10}));
   EXPECT_EQ(method(", mse: smse_for_gptq").solved_ranges, 10);
+  using Weights = WeightRounding::TokenWeights;
+  EXPECT_EQ(method("").token_weights, Weights::kNone);
+  EXPECT_EQ(method(", token_weights: outputs").token_weights, Weights::kOutputs);
+  EXPECT_EQ(method(", token_weights: stream, residual_target: 0.5"),
+            (WeightRounding{.token_weights = Weights::kStream, .residual_target = 0.5f}));
   EXPECT_EQ(method(", weight_bits: 4").bits, 0);
   EXPECT_EQ(method(", weight_bits: 8", "uint8").bits, 0);
   const auto error = [&](const std::string& keys, const std::string& bits = "uint4") {
@@ -140,6 +145,10 @@ TEST(RecipeTest, AGptqStageSaysHowWeightsAreRounded) {
                                                    "stage has 4 bits; make them the same, or take 2 or 3"));
   EXPECT_THAT(error(", percdamp: 1.5"), HasSubstr("percdamp: is 1.5, must be 0 to 1"));
   EXPECT_THAT(error(", mse: min"), HasSubstr("mse: unknown \"min\""));
+  EXPECT_THAT(error(", token_weights: fisher"), HasSubstr("token_weights: unknown \"fisher\""));
+  EXPECT_THAT(error(", residual_target: 1.5"), HasSubstr("residual_target: is 1.5, must be 0 to 1"));
+  EXPECT_THAT(error(", residual_target: 0.5, correct_inputs: false"),
+              HasSubstr("residual_target: is a part of the corrected target; set correct_inputs to true"));
   EXPECT_THAT(error(", groupsize: 128"),
               HasSubstr("groupsize: only -1 is possible: a Circle tensor has one scale a row"));
   EXPECT_THAT(error(", perc_damp: 1"), HasSubstr("nearest: \"percdamp\""));

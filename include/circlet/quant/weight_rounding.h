@@ -15,6 +15,13 @@ struct WeightRounding {
     kMoments,  // a column counts the second moment of its input
   };
   Range range = Range::kMoments;
+  // How much a position counts in the moments. Errors of outputs that a norm reads are divided by what it divides by.
+  enum class TokenWeights : uint8_t {
+    kNone,     // all alike
+    kOutputs,  // 1 / ms(y), y what the next norm behind the linear reads in the float model, ms the mean of squares
+    kStream,   // 1 / (ms(y) ms(h)), h the sum that the norm's output goes into
+  };
+  TokenWeights token_weights = TokenWeights::kNone;
   int range_factors = 25;  // from lowest_factor to 1, both ends of the range alike
   double lowest_factor = 0.4;
   bool compensate = true;  // GPTQ: each column makes up for the errors of those before it
@@ -28,6 +35,9 @@ struct WeightRounding {
   bool correct_inputs = true;
   double correction_damping = 0.3;  // less extrapolates from few positions
   int bits = 0;                     // of a 4-bit type's codes that are used: 2 or 3; 0: all
+  // Linears whose outputs go through a norm into a sum also make up for this part of what the sum's other operand has
+  // lost; 0: none. Takes correct_inputs.
+  float residual_target = 0;
   bool operator==(const WeightRounding&) const = default;
 };
 
