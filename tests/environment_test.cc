@@ -176,6 +176,28 @@ TEST_F(EnvironmentTest, FilesMadeOnAnotherInstructionSetAreVerifiedWithinBounds)
   }
 }
 
+// Linears of 8-bit weights are sums of integers, the same on every processor: nothing is excused.
+TEST_F(EnvironmentTest, SumsOfIntegersAreTheSameOnAnotherInstructionSet) {
+  ASSERT_EQ(RunProgram(Quantize({"--recipe", "w8a16", "--units", "deployment"})).exit_code, 0);
+  for (const char* set : {kOlder, "export ONEDNN_MAX_CPU_ISA=SSE41; ", "export ONEDNN_MAX_CPU_ISA=AVX512_CORE; "}) {
+    const ProgramResult other = RunProgram({"verify", out_}, set);
+    EXPECT_EQ(other.exit_code, 0) << set << other.out;
+    EXPECT_THAT(other.out, HasSubstr("to the last code")) << set;
+  }
+  std::map<std::string, Tensor> codes;
+  {
+    const SafetensorsFile stored = SafetensorsFile::Open(out_ + "/verify.safetensors");
+    for (const char* end : {"lm_head.in.0", "lm_head.out.0"}) {
+      const auto same = stored.Metadata().find(end);
+      codes[end] = stored.Get(same == stored.Metadata().end() ? end : same->second).Clone();
+    }
+  }
+  codes.at("lm_head.out.0").As<int16_t>()[7] += 1;
+  const std::string changed = directory_.Path() / "changed.safetensors";
+  WriteSafetensors(changed, codes);
+  EXPECT_EQ(RunProgram({"verify", out_, "--samples", changed}, kOlder).exit_code, 1) << "one code, one step";
+}
+
 // A fault is no rounding: codes that are off by more than the bound fail on any instruction set.
 TEST_F(EnvironmentTest, AnotherInstructionSetExcusesNoLargeStep) {
   if (RunProgram({"--version"}).out == RunProgram({"--version"}, kOlder).out) GTEST_SKIP() << "there is no other set";

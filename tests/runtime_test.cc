@@ -7,14 +7,18 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "circlet/circle/model.h"
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
+#include "circlet/ops/matmul.h"
 #include "circlet/runtime/generate.h"
 #include "circlet/runtime/measure.h"
 #include "circlet/runtime/prompts.h"
 #include "error_text.h"
 #include "golden_run.h"
 #include "ops/codes.h"
+#include "ops/simd.h"
+#include "ops/test_values.h"
 #include "program.h"
 
 namespace circlet::runtime {
@@ -674,6 +678,43 @@ TEST_F(RuntimeTest, ATicoExportWithPicturesAnswersAsTheCheckpointDoes) {
   for (const Sample& prompt : {tasks[0].prompt, TextPrompt("Emma saw", processor, session->Facts(), "")})
     EXPECT_EQ(Generate(*session, processor.tokenizer, prompt, Greedy(4)).ids,
               Generate(*checkpoint, processor.tokenizer, prompt, Greedy(4)).ids);
+}
+
+// 8-bit linears and attention are sums of integers; what is float between them rounds alike with fused multiply-adds.
+TEST_F(RuntimeTest, CodesAreTheSameOnEveryProcessorWithFusedMultiplyAdds) {
+  std::vector<int64_t> expected;
+  OnEveryTarget([&] {
+    if (!std::string(simd::InstructionSet()).starts_with("AVX")) return;
+    const auto session = OpenSession(Text());
+    session->Prefill({.input_ids = {2, 17, 40, 99, 5, 61}});
+    std::vector<int64_t> codes = Codes(session->Logits());
+    for (const int64_t id : {30, 11}) {
+      session->Decode(id);
+      const std::vector<int64_t> more = Codes(session->Logits());
+      codes.insert(codes.end(), more.begin(), more.end());
+    }
+    if (expected.empty()) expected = codes;
+    EXPECT_EQ(codes, expected);
+  });
+}
+
+TEST_F(RuntimeTest, AStepReadsTheLinearsOfItsUnitsAndTheHead) {
+  int64_t bytes = 0;
+  for (const auto& entry : fs::directory_iterator(Text())) {
+    const std::string name = entry.path().filename();
+    if (!name.ends_with(".circle") || (name.find("decode") == std::string::npos && !name.starts_with("lm_head")))
+      continue;
+    const circle::Model model = circle::Read(entry.path());
+    for (const circle::Operator& op : model.operators)
+      if (op.code == FullyConnected::kCircleCode) bytes += model.tensors[op.inputs[1]].data.Bytes();
+  }
+  const Session::WeightRead read = OpenSession(Text())->ReadWeights();
+  EXPECT_EQ(read.bytes, bytes);
+  EXPECT_GT(read.seconds, 0);
+  const ProgramResult told =
+      RunProgram({"generate", Text(), "--prompt", "Emma", "--max-new-tokens", "5", "--temperature", "0", "--timings"});
+  EXPECT_THAT(told.err, AllOf(HasSubstr("a second); the fastest in"), HasSubstr("of the bandwidth"),
+                              HasSubstr(fmt::format("its {:.1f} MB of weights", 1e-6 * static_cast<double>(bytes)))));
 }
 
 // ---- The command ----------------------------------------------------------------------------------------------------

@@ -62,6 +62,18 @@ bool IsFloat(DType type) {
   return type == DType::kF32 || type == DType::kBF16 || type == DType::kF16 || type == DType::kF64;
 }
 
+Tensor Dequantized(const Tensor& codes) {
+  const Tensor values = Tensor::Uninitialized({DType::kF32, codes.GetShape()});
+  Dequantize(codes, *codes.Grid(), 0, values.F32());
+  return values;
+}
+
+// Whether these are the values of a float32 input as codes.
+bool IsCodesOf(const Tensor& given, const TensorType& type) {
+  return type.dtype == DType::kF32 && IsInteger(given.GetDType()) && given.Grid() != nullptr &&
+         given.GetShape() == type.shape;
+}
+
 // Scratch memory of the calling thread, shared by all its executors: nothing in it outlives the thread's next run. It
 // grows to the largest plan, in place where the system can move pages: a fresh one would be faulted in anew.
 std::byte* Scratch(int64_t bytes) {
@@ -151,13 +163,18 @@ struct Executor::Plan {
     });
   }
 
+  // Whether a point takes the value, which makes it float32 in the plan's own memory.
+  bool ReadAtPointsOnly(ValueId id) const {
+    return std::ranges::all_of(
+        readers[id], [](const Reader& reader) { return reader.node != nullptr && reader.node->op.IsPoint(); });
+  }
+
   // A parameter in the form that its readers compute with.
   Tensor Bound(ValueId id, const Tensor& given) const {
     Tensor tensor = given;
     if (IsInteger(given.GetDType()) && given.Grid() != nullptr) {
       if (ReadAsCodes(id, given)) return given;
-      tensor = Tensor::Uninitialized({DType::kF32, given.GetShape()});
-      Dequantize(given, *given.Grid(), 0, tensor.F32());
+      tensor = Dequantized(given);
     }
     if (compute == Compute::kFloat32 || !IsFloat(tensor.GetDType())) return tensor;
     return LinearOnly(id) ? ToBF16(tensor) : ToF32(tensor);
@@ -175,6 +192,10 @@ struct Executor::Plan {
       const Value& value = graph.At(id);
       const auto it = inputs.find(value.name);
       if (it == inputs.end()) Fail("input \"{}\" ({}) is missing", value.name, value.type.ToString());
+      if (IsCodesOf(it->second, value.type)) {
+        tensors[id] = ReadAtPointsOnly(id) ? it->second : Dequantized(it->second);
+        continue;
+      }
       if (it->second.Type() != value.type)
         Fail("input \"{}\" is {}, expected {}", value.name, it->second.Type().ToString(), value.type.ToString());
       tensors[id] = it->second;
@@ -283,7 +304,13 @@ std::map<std::string, Tensor> Executor::RunInPlace(const std::map<std::string, T
     const Node& node = plan.graph.Nodes()[i];
     const Plan::Operands& operands = plan.operands[i];
     try {
-      if (node.op.IsPoint()) {
+      if (node.op.IsPoint() && IsInteger(operands.in[0].GetDType())) {
+        const QParams& grid = *operands.in[0].Grid();
+        Dequantize(operands.in[0], grid, 0, operands.out[0].F32());
+        const QParams* const own = plan.point_grids[i][0];
+        const bool stay = plan.points_write && own != nullptr && *own == grid;
+        if (plan.visitors[i][0] != nullptr && !stay) VisitAll(*plan.visitors[i][0], operands.out[0]);
+      } else if (node.op.IsPoint()) {
         if (operands.out[0].Raw() != operands.in[0].Raw())
           std::memcpy(operands.out[0].Raw(), operands.in[0].Raw(), static_cast<size_t>(operands.in[0].Bytes()));
         if (plan.visitors[i][0] != nullptr) VisitAll(*plan.visitors[i][0], operands.out[0]);

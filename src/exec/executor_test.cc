@@ -11,6 +11,7 @@
 
 #include "circlet/graph/builder.h"
 #include "exec/memory_plan.h"
+#include "ops/codes.h"
 #include "ops/integer_product.h"
 
 namespace circlet {
@@ -220,6 +221,40 @@ std::vector<float> ProductOf(PointReading* reading, const std::function<ValueId(
   const QParams grid{.dtype = DType::kI8, .scale = {0.003f}, .zero_point = {5}};
   const WeightSource weights = [&](const std::string&) { return codes.WithGrid(&grid); };
   return List(Executor(graph, reading).Run({{"x", values}}, weights).at("y"));
+}
+
+// Rounds to halves at its points.
+class Halves final : public PointReading, public PointVisitor {
+ public:
+  PointVisitor* At(const Point&, const TensorType&) override { return this; }
+  bool Writes() const override { return true; }
+  const QParams* GridAt(const Point&) override { return &grid; }
+  void Visit(std::span<float> values, int64_t) override {
+    for (float& value : values) value = std::round(value * 2) / 2;
+  }
+  const QParams grid{.dtype = DType::kI16, .scale = {0.5f}, .zero_point = {0}};
+};
+
+// Behind an input stands a point, as in a file; other readers get the values all the same.
+TEST(ExecutorTest, InputsMayBeCodesWithTheirGrid) {
+  Halves halves;
+  const QParams other{.dtype = DType::kU8, .scale = {0.3f}, .zero_point = {9}};
+  for (const bool point : {true, false})
+    for (const QParams* grid : {&halves.grid, &other}) {
+      Graph graph;
+      const Builder b(graph);
+      const ValueId x = b.Input("x", {4, 300});
+      b.Output("y", b.Add(Neg{}, {point ? b.Point("a", x) : x}));
+      std::mt19937 random(3);
+      const Tensor codes(TensorType{grid->dtype, {4, 300}}), values(TensorType{DType::kF32, {4, 300}});
+      for (int64_t i = 0; i < codes.Bytes(); ++i) codes.Raw()[i] = static_cast<std::byte>(random());
+      Dequantize(codes, *grid, 0, values.F32());
+      Executor executor(graph, &halves);
+      const std::vector<float> expected = List(executor.Run({{"x", values}}, NoWeights()).at("y"));
+      EXPECT_EQ(List(executor.Run({{"x", codes.WithGrid(grid)}}, NoWeights()).at("y")), expected);
+      EXPECT_EQ(List(executor.Run({{"x", values}}, NoWeights()).at("y")), expected) << "the other way again";
+      EXPECT_THROW(executor.Run({{"x", codes}}, NoWeights()), Error) << "codes of no grid";
+    }
 }
 
 TEST(ExecutorTest, ProductsAreSummedInIntegersWhereBothSidesLieOnGrids) {

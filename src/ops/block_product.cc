@@ -178,6 +178,84 @@ void MultiplyQuadsImpl(const float* a, int64_t a_stride, int64_t m, const Panels
     MultiplyWith<ByteHalves>(a, a_stride, m, b, part, c, c_stride);
 }
 
+// ---- One row --------------------------------------------------------------------------------------------------------
+
+HWY_INLINE float MulAddOne(float a, float b, float sum) {
+  const hn::CappedTag<float, 1> d;
+  return hn::GetLane(hn::MulAdd(hn::Set(d, a), hn::Set(d, b), hn::Set(d, sum)));
+}
+
+// kVectors vectors of columns of a b.
+template <int kVectors>
+HWY_INLINE void RowOfColumns(const float* a, const float* b, int64_t k, int64_t n, float* c) {
+  V sum[kVectors];
+  for (V& s : sum) s = hn::Zero(kD);
+  for (int64_t i = 0; i < k; ++i) {
+    if (a[i] == 0) continue;
+    const V factor = hn::Set(kD, a[i]);
+    for (int v = 0; v < kVectors; ++v) sum[v] = hn::MulAdd(factor, hn::LoadU(kD, b + i * n + v * kLanes), sum[v]);
+  }
+  for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[v], kD, c + v * kLanes);
+}
+
+#if HWY_TARGET != HWY_SCALAR
+// Four neighbours along k of the rows r, r + 4, r + 8 .. of b, a block each.
+template <class D>
+HWY_INLINE hn::Vec<D> Blocks(D d, const float* row, int64_t stride) {
+  if constexpr (hn::MaxLanes(d) == 4) {
+    return hn::LoadU(d, row);
+  } else {
+    const hn::Half<D> half;
+    constexpr int64_t kHalf = static_cast<int64_t>(hn::MaxLanes(half));
+    return hn::Combine(d, Blocks(half, row + kHalf * stride, stride), Blocks(half, row, stride));
+  }
+}
+#endif
+
+// c[0, kLanes) = a b^T for as many rows of b [.,k]: four steps of k at a time, turned so that a vector has one of all
+// rows.
+HWY_INLINE void RowOfRows(const float* a, const float* b, int64_t k, float* c) {
+  V sum = hn::Zero(kD);
+  int64_t i = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::Repartition<double, Floats> d64;
+  for (; i + 4 <= k; i += 4) {
+    const V v0 = Blocks(kD, b + i, k), v1 = Blocks(kD, b + k + i, k), v2 = Blocks(kD, b + 2 * k + i, k),
+            v3 = Blocks(kD, b + 3 * k + i, k);
+    const auto low01 = hn::BitCast(d64, hn::InterleaveLower(kD, v0, v1));
+    const auto low23 = hn::BitCast(d64, hn::InterleaveLower(kD, v2, v3));
+    const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(kD, v0, v1));
+    const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(kD, v2, v3));
+    sum = hn::MulAdd(hn::Set(kD, a[i]), hn::BitCast(kD, hn::InterleaveLower(d64, low01, low23)), sum);
+    sum = hn::MulAdd(hn::Set(kD, a[i + 1]), hn::BitCast(kD, hn::InterleaveUpper(d64, low01, low23)), sum);
+    sum = hn::MulAdd(hn::Set(kD, a[i + 2]), hn::BitCast(kD, hn::InterleaveLower(d64, high01, high23)), sum);
+    sum = hn::MulAdd(hn::Set(kD, a[i + 3]), hn::BitCast(kD, hn::InterleaveUpper(d64, high01, high23)), sum);
+  }
+#endif
+  HWY_ALIGN float sums[kLanes];
+  hn::Store(sum, kD, sums);
+  for (; i < k; ++i)
+    for (int64_t row = 0; row < kLanes; ++row) sums[row] = MulAddOne(a[i], b[row * k + i], sums[row]);
+  std::memcpy(c, sums, sizeof(sums));
+}
+
+void MultiplyRowImpl(const float* a, const float* b, int64_t k, int64_t n, bool transposed, int64_t first, int64_t last,
+                     float* c) {
+  int64_t j = first;
+  if (transposed) {
+    for (; j + kLanes <= last; j += kLanes) RowOfRows(a, b + j * k, k, c + j);
+  } else {
+    for (; j + 8 * kLanes <= last; j += 8 * kLanes) RowOfColumns<8>(a, b + j, k, n, c + j);
+    for (; j + kLanes <= last; j += kLanes) RowOfColumns<1>(a, b + j, k, n, c + j);
+  }
+  for (; j < last; ++j) {
+    float sum = 0;
+    for (int64_t i = 0; i < k; ++i)
+      if (transposed || a[i] != 0) sum = MulAddOne(a[i], transposed ? b[j * k + i] : b[i * n + j], sum);
+    c[j] = sum;
+  }
+}
+
 // One panel from rows of the transposed operand. They go through a small tile: rows whose distance is a multiple of
 // 4096 bytes share their cache sets, so each line must be read in one go.
 void PackTransposed(const float* rows, int64_t stride, int64_t columns, int64_t k, float* to) {
@@ -218,6 +296,7 @@ HWY_EXPORT(PanelColumnsImpl);
 HWY_EXPORT(MultiplyImpl);
 HWY_EXPORT(MultiplyPairsImpl);
 HWY_EXPORT(MultiplyQuadsImpl);
+HWY_EXPORT(MultiplyRowImpl);
 HWY_EXPORT(PackImpl);
 
 int64_t PanelColumns() { return HWY_DYNAMIC_DISPATCH(PanelColumnsImpl)(); }
@@ -230,6 +309,10 @@ void Pack(const float* b, int64_t stride, bool transposed, const Panels& panels,
 void Multiply(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
               int64_t c_stride) {
   HWY_DYNAMIC_DISPATCH(MultiplyImpl)(a, a_stride, m, b, part, c, c_stride);
+}
+void MultiplyRow(const float* a, const float* b, int64_t k, int64_t n, bool transposed, int64_t first, int64_t last,
+                 float* c) {
+  HWY_DYNAMIC_DISPATCH(MultiplyRowImpl)(a, b, k, n, transposed, first, last, c);
 }
 void MultiplyPairs(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
                    int64_t c_stride) {

@@ -140,16 +140,29 @@ Tensor RowsOfCodes(const Tensor& codes, int64_t begin, int64_t end) {
 void SignedCodes(const Tensor& codes, int64_t first, std::span<int8_t> out) {
   CIRCLET_CHECK(IsInteger(codes.GetDType()) && BitWidth(codes.GetDType()) <= 8, "codes of type {} in bytes",
                 Name(codes.GetDType()));
-  const int shift = codes.GetDType() == DType::kU8 ? 128 : 0;
+  const auto* const from = reinterpret_cast<const uint8_t*>(codes.Raw());
+  const bool nibbles = BitWidth(codes.GetDType()) == 4;
+  const uint8_t sign = codes.GetDType() == DType::kI4 ? 8 : 0, flip = codes.GetDType() == DType::kU8 ? 0x80 : 0;
   ParallelFor(static_cast<int64_t>(out.size()), kElementGrain, [&](int64_t begin, int64_t end) {
-    std::array<int16_t, 1024> wide;
-    for (int64_t at = begin; at < end; at += wide.size()) {
-      const int64_t part = std::min<int64_t>(wide.size(), end - at);
-      Widen(codes, first + at, part, wide.data());
-      int8_t* const bytes = out.data() + at;
+    int8_t* const bytes = out.data();
+    if (!nibbles) {
 #pragma omp simd
-      for (int64_t i = 0; i < part; ++i) bytes[i] = static_cast<int8_t>(wide[i] - shift);
+      for (int64_t i = begin; i < end; ++i) bytes[i] = static_cast<int8_t>(from[first + i] ^ flip);
+      return;
     }
+    const auto code = [sign](uint8_t nibble) {
+      return static_cast<int8_t>(static_cast<uint8_t>((nibble ^ sign) - sign));
+    };
+    if ((first + begin) % 2 != 0 && begin < end) bytes[begin++] = code(from[(first + begin) / 2] >> 4);
+    const uint8_t* const packed = from + (first + begin) / 2;
+    int8_t* const to = bytes + begin;
+    const int64_t pairs = (end - begin) / 2;
+#pragma omp simd
+    for (int64_t p = 0; p < pairs; ++p) {
+      to[2 * p] = code(packed[p] & 15);
+      to[2 * p + 1] = code(packed[p] >> 4);
+    }
+    if ((end - begin) % 2 != 0) to[2 * pairs] = code(packed[pairs] & 15);
   });
 }
 

@@ -230,7 +230,8 @@ TEST(Bf16Test, ThreadsChangeNoBit) {
 // Operands of one product, and its whole result.
 struct Product {
   int64_t m, n, k;
-  std::vector<float> a, b;  // [m,k], [k,n]
+  bool transposed;
+  std::vector<float> a, b, given;  // [m,k], [k,n], and b as it is packed
   hwy::AlignedFreeUniquePtr<float[]> packed;
   Panels panels;
 
@@ -238,17 +239,26 @@ struct Product {
       : m(m),
         n(n),
         k(k),
+        transposed(transposed),
         a(Normal(static_cast<size_t>(m * k), 6)),
         b(Normal(static_cast<size_t>(n * k), 7)),
         packed(hwy::AllocateAligned<float>(static_cast<size_t>(PackedFloats(k, n)))),
         panels{packed.get(), k, n} {
-    std::vector<float> given = b;
+    given = b;
     if (transposed)
       for (int64_t i = 0; i < k; ++i)
         for (int64_t j = 0; j < n; ++j) given[static_cast<size_t>(j * k + i)] = b[static_cast<size_t>(i * n + j)];
     // Stale bytes must not reach a result.
     std::fill_n(packed.get(), PackedFloats(k, n), std::nanf(""));
     Pack(given.data(), transposed ? k : n, transposed, panels, 0, PanelCount(n));
+  }
+  // By MultiplyRow, in two parts.
+  std::vector<float> RowByRow() const {
+    std::vector<float> c(static_cast<size_t>(m * n), std::nanf(""));
+    for (int64_t row = 0; row < m; ++row)
+      for (const auto& [first, last] : {std::pair<int64_t, int64_t>{0, n / 3}, {n / 3, n}})
+        MultiplyRow(a.data() + row * k, given.data(), k, n, transposed, first, last, c.data() + row * n);
+    return c;
   }
   std::vector<float> Whole() const {
     std::vector<float> c(static_cast<size_t>(m * n), std::nanf(""));
@@ -276,6 +286,7 @@ TEST(BlockProductTest, EachElementIsOneChainInTheOrderOfK) {
             expected[static_cast<size_t>(i * n + j)] = sum;
           }
         EXPECT_TRUE(SameBits(p.Whole(), expected)) << m << "x" << n << "x" << k;
+        EXPECT_TRUE(SameBits(p.RowByRow(), expected)) << m << "x" << n << "x" << k << " a row at a time";
       }
   });
 }

@@ -299,7 +299,15 @@ std::string InstructionSets() {
             : isa == dnnl::cpu_isa::avx                                      ? " oneDNN AVX"
             : isa == dnnl::cpu_isa::avx2 || isa == dnnl::cpu_isa::avx2_vnni ? " oneDNN AVX2"
                                                                              : "";
-  return sets + (gemm::MultipliesBytes() ? " VNNI" : "");
+  return sets;
+}
+
+bool SameOwnSums(const std::string& a, const std::string& b) {
+  const auto own = [](const std::string& sets) {
+    const std::string set = sets.substr(0, sets.find(' '));
+    return set == "AVX2" ? "AVX3" : set;
+  };
+  return own(a) == own(b);
 }
 
 }  // namespace circlet

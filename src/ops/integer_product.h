@@ -35,8 +35,11 @@ void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const 
 // where they are no signed bytes. bias [n] or null. A NaN in a row of x makes its row of y NaN.
 void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y);
 
-// What results depend on beside their inputs, for manifests: simd::InstructionSet(), oneDNN's where that is lower, and
-// " VNNI" where products are summed in integers.
+// What results depend on beside their inputs, for manifests: simd::InstructionSet(), and oneDNN's where that is lower.
+// Products that are summed in integers depend on neither.
 std::string InstructionSets();
+// Whether circlet's own kernels round alike with both: those with fused multiply-adds do, AVX2 and AVX3. What then
+// differs are float32 products in oneDNN, of weights of 16 bits.
+bool SameOwnSums(const std::string& a, const std::string& b);
 
 }  // namespace circlet

@@ -216,6 +216,19 @@ void BatchMatMul::Eval(const EvalContext& context) const {
                     y + static_cast<int64_t>(i) * m * n);
     return;
   }
+  if (m == 1 && context.compute == Compute::kFloat32) {
+    const int64_t depth = a_shape[-1];
+    gemm::Count({1, n, depth, transpose_b}, static_cast<int64_t>(a_index.size()));
+    constexpr int64_t kColumns = 128;  // whole vectors of every processor
+    for (size_t i = 0; i < a_index.size(); ++i)
+      ParallelFor((n + kColumns - 1) / kColumns, std::max<int64_t>(1, RowGrain(depth) / kColumns),
+                  [&](int64_t begin, int64_t end) {
+                    gemm::MultiplyRow(a_tensor.F32().data() + a_index[i] * depth,
+                                      b_tensor.F32().data() + b_index[i] * depth * n, depth, n, transpose_b,
+                                      begin * kColumns, std::min(n, end * kColumns), y + static_cast<int64_t>(i) * n);
+                  });
+    return;
+  }
   const Operands operands(context, transpose_b);
   const int64_t k = operands.k;
   const auto buffer = Aligned<float>(gemm::PackedFloats(k, n));

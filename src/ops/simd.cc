@@ -403,16 +403,25 @@ void GeluImpl(const float* x, int64_t count, float* y) {
 
 // ---- Rows ---------------------------------------------------------------------------------------------------------
 
+// In 16 chains, each half of which is added to the other: the same tree whatever the width of a vector. Squares of
+// float32 are exact.
 HWY_INLINE double SumOfSquares(const float* x, int64_t count) {
-  auto sum0 = hn::Zero(kD64), sum1 = hn::Zero(kD64);
+  constexpr int64_t kChains = 16, kVectors = kChains / kDoubles;
+  hn::Vec<Doubles> sums[kVectors];
+  for (auto& sum : sums) sum = hn::Zero(kD64);
   int64_t i = 0;
-  for (; i + 2 * kDoubles <= count; i += 2 * kDoubles) {
-    const auto a = hn::PromoteTo(kD64, hn::LoadU(kHalf, x + i));
-    const auto b = hn::PromoteTo(kD64, hn::LoadU(kHalf, x + i + kDoubles));
-    sum0 = hn::MulAdd(a, a, sum0);
-    sum1 = hn::MulAdd(b, b, sum1);
-  }
-  double sum = hn::GetLane(hn::SumOfLanes(kD64, hn::Add(sum0, sum1)));
+  for (; i + kChains <= count; i += kChains)
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const auto value = hn::PromoteTo(kD64, hn::LoadU(kHalf, x + i + v * kDoubles));
+      sums[v] = hn::MulAdd(value, value, sums[v]);
+    }
+  for (int64_t n = kVectors / 2; n > 0; n /= 2)
+    for (int64_t v = 0; v < n; ++v) sums[v] = hn::Add(sums[v], sums[v + n]);
+  HWY_ALIGN double lanes[kDoubles];
+  hn::Store(sums[0], kD64, lanes);
+  for (int64_t n = kDoubles / 2; n > 0; n /= 2)
+    for (int64_t lane = 0; lane < n; ++lane) lanes[lane] += lanes[lane + n];
+  double sum = lanes[0];
   for (; i < count; ++i) sum += static_cast<double>(x[i]) * x[i];
   return sum;
 }

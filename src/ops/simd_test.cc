@@ -420,5 +420,27 @@ TEST(IntegersTest, SumsOfManyCodesStayWhole) {
   });
 }
 
+// What has fused multiply-adds rounds alike, and squares of float32 are exact everywhere.
+TEST(SimdTest, BitsDoNotDependOnTheWidthOfVectors) {
+  const std::vector<float> x = Normal(1003, 21, 3.0f), gamma = Normal(1003, 22);
+  std::vector<float> norms, others;
+  OnEveryTarget([&] {
+    std::vector<float> y(x.size());
+    RmsNormRows(x.data(), gamma.data(), 1, std::ssize(x), 1e-6f, y.data());
+    if (norms.empty()) norms = y;
+    EXPECT_TRUE(SameBits(y, norms));
+    if (InstructionSet()[0] != 'A') return;
+    Gelu(x.data(), std::ssize(x), y.data());
+    std::vector<float> all = y;
+    Tanh(x.data(), std::ssize(x), y.data());
+    all.insert(all.end(), y.begin(), y.end());
+    y = x;
+    SoftmaxRow(y.data(), std::ssize(y));
+    all.insert(all.end(), y.begin(), y.end());
+    if (others.empty()) others = all;
+    EXPECT_TRUE(SameBits(all, others));
+  });
+}
+
 }  // namespace
 }  // namespace circlet::simd

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <utility>
 
 #include "circlet/base/error.h"
@@ -7,6 +8,7 @@
 #include "circlet/io/file.h"
 #include "circlet/io/json.h"
 #include "circlet/io/safetensors.h"
+#include "circlet/ops/matmul.h"
 #include "circlet/preprocess/image.h"
 #include "circlet/quant/affine.h"
 #include "pipeline/output_directory.h"
@@ -84,8 +86,7 @@ class FileUnit final : public RunnableUnit {
       const circle::Model& model = Model();
       Plan& plan = PlanFor(LengthOf(model, given));
       Values bound;
-      for (size_t k = 0; k < inputs.size(); ++k)
-        bound[model.tensors[model.inputs[k]].name] = Widened(given.at(inputs[k].name));
+      for (size_t k = 0; k < inputs.size(); ++k) bound[model.tensors[model.inputs[k]].name] = given.at(inputs[k].name);
       Values computed = plan.executor.RunInPlace(bound, [&](const std::string& weight) {
         const circle::Tensor& tensor = model.tensors[plan.constants.at(weight)];
         return tensor.data.WithGrid(&*tensor.qparams);
@@ -101,6 +102,16 @@ class FileUnit final : public RunnableUnit {
       }
       return results;
     });
+  }
+
+  std::vector<Tensor> LinearWeights() override {
+    std::set<int32_t> found;
+    for (const circle::Operator& op : Model().operators)
+      if (op.code == FullyConnected::kCircleCode) found.insert(op.inputs.at(1));
+    std::vector<Tensor> weights;
+    for (const int32_t index : found)
+      if (index >= 0 && !model_->tensors[index].data.Empty()) weights.push_back(model_->tensors[index].data);
+    return weights;
   }
 
   const circle::Model& Model() {

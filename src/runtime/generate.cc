@@ -70,7 +70,7 @@ Generation Generate(Session& session, const Tokenizer& tokenizer, const Sample& 
   Saying saying(tokenizer, options);
   Generation made;
   std::vector<int64_t> sequence = prompt.input_ids;
-  auto begin = std::chrono::steady_clock::now();
+  auto begin = std::chrono::steady_clock::now(), step = begin;
   session.Prefill(prompt);
   while (static_cast<int64_t>(made.ids.size()) < options.max_new_tokens) {
     const int64_t id = sampler.Next(ValuesOf(session.Logits()), sequence);
@@ -79,6 +79,9 @@ Generation Generate(Session& session, const Tokenizer& tokenizer, const Sample& 
     if (made.ids.size() == 1) {
       made.prefill_seconds = SecondsSince(begin);
       begin = std::chrono::steady_clock::now();
+    } else {
+      const double seconds = SecondsSince(step);
+      made.fastest_step = made.ids.size() == 2 ? seconds : std::min(made.fastest_step, seconds);
     }
     if (std::ranges::find(options.stop_ids, id) != options.stop_ids.end()) {
       made.reason = StopReason::kStopId;
@@ -97,6 +100,7 @@ Generation Generate(Session& session, const Tokenizer& tokenizer, const Sample& 
       made.reason = StopReason::kContextFull;
       break;
     }
+    step = std::chrono::steady_clock::now();
     session.Decode(id);
   }
   if (!made.ids.empty()) made.decode_seconds = SecondsSince(begin);

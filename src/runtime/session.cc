@@ -1,12 +1,16 @@
 #include "circlet/runtime/session.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
 
 #include "circlet/base/error.h"
+#include "circlet/base/threads.h"
 #include "circlet/io/json.h"
 #include "circlet/model/gemma4/tables.h"
 #include "ops/codes.h"
+#include "ops/simd.h"
 #include "pipeline/output_directory.h"
 #include "runtime/units.h"
 
@@ -107,6 +111,23 @@ class UnitSession final : public Session {
     RunnableUnit& head = source_->Head();
     const Tensor row = Gridded(hidden_.Slice(at, at + 1, 1), hidden_);
     return head.Run({{head.inputs.at(0).name, row}}).at(head.outputs.at(0).name);
+  }
+
+  WeightRead ReadWeights() override {
+    std::vector<Tensor> weights = source_->Head().LinearWeights();
+    for (RunnableUnit* unit : source_->Decode())
+      for (Tensor& weight : unit->LinearWeights()) weights.push_back(std::move(weight));
+    WeightRead read;
+    std::atomic<int64_t> sum = 0;  // so that the bytes are looked at
+    const auto begin = std::chrono::steady_clock::now();
+    for (const Tensor& weight : weights) {
+      read.bytes += weight.Bytes();
+      ParallelFor(weight.Bytes(), int64_t{1} << 18, [&](int64_t first, int64_t last) {
+        sum += simd::SumOfCodes(reinterpret_cast<const int8_t*>(weight.Raw()) + first, last - first);
+      });
+    }
+    read.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    return read;
   }
 
  private:

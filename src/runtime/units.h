@@ -31,6 +31,8 @@ class RunnableUnit {
   // By the names of the ends. Integers on a grid go in and come out as codes with their grid; values of a graph that
   // has no grids are float32.
   virtual Values Run(const Values& inputs) = 0;
+  // As they are stored: what a run of one position reads once. Empty where that is not known.
+  virtual std::vector<Tensor> LinearWeights() { return {}; }
 
   std::string name;
   std::vector<End> inputs, outputs;

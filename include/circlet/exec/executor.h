@@ -60,8 +60,9 @@ class Executor {
   ~Executor();
   Executor(Executor&&) noexcept;
 
-  // `inputs` by input name; throws Error naming a missing input or one of another type. Weights are fetched once, at the
-  // first run. Results are copies, by output name. An Error inside a node names the node's operator and nearest point.
+  // `inputs` by input name; those of float32 may be codes with their grid. Throws Error naming a missing input or one
+  // of another type. Weights are fetched once, at the first run. Results are copies, by output name. An Error inside a
+  // node names the node's operator and nearest point.
   std::map<std::string, Tensor> Run(const std::map<std::string, Tensor>& inputs, const WeightSource& weights);
 
   // The same without copies: results are valid until the calling thread runs an executor again, and no longer than the

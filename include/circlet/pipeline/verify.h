@@ -26,6 +26,7 @@ struct UnitVerdict {
   int64_t largest_step = 0;          // largest difference in codes
   int64_t largest_code = 0;          // largest distance of a code from its zero point
   int64_t least = 0, greatest = 0;   // of the compared codes, less their zero points
+  bool float_products = false;       // a linear that is no sum of integers: last bits depend on the processor
   bool judged = true;                // false: the dialect promises nothing of this unit
   std::string first_difference;      // "out.0[1,3,17]: code 120, expected 121 (tensor "...attn_residual_out")"
   std::vector<std::string> outside;  // "in.0: 3 of 1024 values are out of the grid"

@@ -28,6 +28,7 @@ struct Generation {
   std::string text;          // without special tokens
   StopReason reason = StopReason::kMaxNewTokens;
   double prefill_seconds = 0, decode_seconds = 0;  // to the first token; of all others
+  double fastest_step = 0;                         // seconds of the fastest of these; 0 without
 };
 
 // Prefill, then token by token.

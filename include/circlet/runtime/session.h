@@ -47,6 +47,13 @@ class Session {
   // their grid (Tensor::Grid), a checkpoint float32, a simulation the float32 values of the codes.
   virtual Tensor Logits(int64_t position) = 0;
   Tensor Logits() { return Logits(Length() - 1); }
+  // Reads the weights of one decode step as plainly as all threads can, which bounds its speed: bytes 0 where a session
+  // has no such weights.
+  struct WeightRead {
+    int64_t bytes = 0;
+    double seconds = 0;
+  };
+  virtual WeightRead ReadWeights() { return {}; }
 };
 
 // Logits as float32, whatever they are.
