@@ -70,11 +70,10 @@ using Lanes = hn::Vec<Words>;
 using Sums = hn::Vec<decltype(kD32)>;
 
 HWY_INLINE int64_t Total(Sums sums) {
-  HWY_ALIGN int32_t lanes[hn::MaxLanes(kD32)];
-  hn::Store(sums, kD32, lanes);
-  int64_t total = 0;
-  for (const int32_t lane : lanes) total += lane;
-  return total;
+  const hn::Half<decltype(kD32)> half;
+  const hn::RepartitionToWide<decltype(kD32)> d64;
+  const auto low = hn::PromoteTo(d64, hn::LowerHalf(half, sums)), high = hn::PromoteTo(d64, hn::UpperHalf(half, sums));
+  return hn::GetLane(hn::SumOfLanes(d64, hn::Add(low, high)));
 }
 
 // The fields of 16-bit lanes, the lowest first; the second and the fourth nibble 16 times too large, which saves a
@@ -114,20 +113,16 @@ HWY_INLINE void SumsOfRow(const int16_t* HWY_RESTRICT x, int64_t row_stride, int
   constexpr int64_t kBytes = 2 * kLanes;
   const auto flips = hn::Set(kDU16, flip);
   int64_t sums[kRows] = {}, high_sums[kRows] = {};
-  const int64_t steps = (bytes + kBytes - 1) / kBytes;
+  const int64_t whole = bytes / kBytes, rest_bytes = bytes - whole * kBytes;
+  HWY_ALIGN uint16_t rest[kLanes] = {};
+  std::memcpy(rest, w + whole * kBytes, static_cast<size_t>(rest_bytes));
+  const int64_t steps = whole + (rest_bytes > 0);
   for (int64_t begin = 0; begin < steps; begin += kSteps) {
     // `high`: of fields that count 256 times (16-bit codes) or a 16th (nibbles).
     Sums sum[kRows], high[kRows];
     Sums other = hn::Zero(kD32), other_high = hn::Zero(kD32);
     for (int r = 0; r < kRows; ++r) sum[r] = high[r] = hn::Zero(kD32);
-    const int64_t end = std::min(steps, begin + kSteps);
-    for (int64_t step = begin; step < end; ++step) {
-      const auto* from = reinterpret_cast<const uint16_t*>(w + step * kBytes);
-      HWY_ALIGN uint16_t rest[kLanes] = {};
-      if (HWY_UNLIKELY((step + 1) * kBytes > bytes)) {
-        std::memcpy(rest, from, static_cast<size_t>(bytes - step * kBytes));
-        from = rest;
-      }
+    const auto take = [&](const uint16_t* from, int64_t step) HWY_ATTR {
       Lanes fields[4];
       FieldsOf<kFields>(hn::Xor(hn::LoadU(kDU16, from), flips), fields);
       for (int r = 0; r < kRows; ++r) {
@@ -140,17 +135,21 @@ HWY_INLINE void SumsOfRow(const int16_t* HWY_RESTRICT x, int64_t row_stride, int
             sum[r] = AddProducts<kVnni>(fields[p], value, sum[r], other);
         }
       }
-    }
+    };
+    const int64_t end = std::min(whole, begin + kSteps);
+    for (int64_t step = begin; step < end; ++step) take(reinterpret_cast<const uint16_t*>(w + step * kBytes), step);
+    if (end == whole && whole < std::min(steps, begin + kSteps)) take(rest, whole);
     static_assert(kRows == 1 || HWY_ARCH_X86, "`other` would hold the sums of several rows");
     for (int r = 0; r < kRows; ++r) {
-      sums[r] += Total(hn::Add(sum[r], other));
-      if constexpr (kFields != 2) high_sums[r] += Total(hn::Add(high[r], other_high));
+      sum[r] = hn::Add(sum[r], other);
+      high[r] = hn::Add(high[r], other_high);
+      // Sums of nibbles are far from the ends of 32 bits, and the high ones whole multiples of 16.
+      if constexpr (kFields == 4) sum[r] = hn::Add(sum[r], hn::ShiftRight<4>(high[r]));
+      sums[r] += Total(sum[r]);
+      if constexpr (kFields == 1) high_sums[r] += Total(high[r]);
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t high = kFields == 4 ? high_sums[r] / 16 : kFields == 1 ? 256 * high_sums[r] : 0;
-    totals[r * kChunk] = static_cast<double>(high + sums[r]);
-  }
+  for (int r = 0; r < kRows; ++r) totals[r * kChunk] = static_cast<double>(256 * high_sums[r] + sums[r]);
 }
 
 #endif
