@@ -168,8 +168,9 @@ TEST_F(EnvironmentTest, FilesMadeOnAnotherInstructionSetAreVerifiedWithinBounds)
   if (here == there) GTEST_SKIP() << "this processor has no other set than " << here;
   for (const bool made_there : {false, true}) {
     fs::remove_all(out_);
-    const std::vector<std::string> wide{"quantize", kTiny, "--random-samples", "4x60", "--text-only", "--recipe",
-                                        "default",  "--units", "deployment",   "--output", out_,  "--quiet"};
+    const std::vector<std::string> wide{"quantize", kTiny,      "--random-samples", "4x60",    "--random-images",
+                                        "1",        "--recipe", "default",          "--units", "deployment",
+                                        "--output", out_,       "--quiet"};
     ASSERT_EQ(RunProgram(wide, made_there ? kOlder : "").exit_code, 0);
     const ProgramResult same = RunProgram({"verify", out_}, made_there ? kOlder : "");
     EXPECT_EQ(same.exit_code, 0) << same.out;
