@@ -59,6 +59,9 @@ void WriteCheckpoint(const fs::path& directory, const nlohmann::json& config, co
     Tensor tensor = FnvTensor(parameter);
     if (parameter.name.ends_with("post_feedforward_layernorm.weight") && !IsVisionTensor(parameter.name))
       for (const int64_t channel : large) tensor.F32()[channel] *= factor;
+    // Channels that differ, for folds.
+    if (parameter.name.ends_with("layers.1.input_layernorm.weight") && !IsVisionTensor(parameter.name))
+      for (int64_t channel = 0; channel < tensor.Elements(); channel += 3) tensor.F32()[channel] *= 9;
     tensors.emplace(parameter.name, tensor);
   }
   WriteSafetensors(directory / "model.safetensors", tensors);
@@ -114,6 +117,39 @@ TEST_P(Widened, StreamComputesTheSameModelAndItsFilesAreExact) {
       EXPECT_EQ(unit.at("inputs").at(0).at("shape"), (std::vector<int64_t>{1, 1, wide.widening->Width()}));
 }
 INSTANTIATE_TEST_SUITE_P(Configurations, Widened, testing::Range(0, 30));
+
+// Factors are powers of two, so that no product and no sum of the float model changes.
+class Folded : public testing::TestWithParam<int> {};
+
+TEST_P(Folded, ParametersComputeTheSameModelToTheBitAndItsFilesAreExact) {
+  std::mt19937 random(static_cast<unsigned>(100 + GetParam()));
+  const nlohmann::json config = RandomConfig(random);
+  SCOPED_TRACE(config.dump());
+  const TempDirectory directory;
+  WriteCheckpoint(directory.Path(), config, {1}, 20);
+  QuantizeOptions options = OptionsOf(directory.Path(), config.contains("vision_config"));
+  options.output = directory.Path() / "plain";
+  options.units = QuantizeOptions::Units::kDeployment;
+  const QuantizeResult plain = Quantize(options);
+  options.set = {fmt::format("pipeline.ptq.fold={}", GetParam() % 2 == 0 ? 0.5 : 1.0)};
+  options.output = directory.Path() / "out";
+  const QuantizeResult folded = Quantize(options);
+  ASSERT_GT(plain.scatter.size(), 500u);
+  ASSERT_EQ(folded.scatter.size(), plain.scatter.size());
+  bool rounds_alike = true;
+  for (size_t i = 0; i < plain.scatter.size(); ++i) {
+    EXPECT_EQ(folded.scatter[i].first, plain.scatter[i].first) << i;
+    rounds_alike = rounds_alike && folded.scatter[i].second == plain.scatter[i].second;
+  }
+  EXPECT_FALSE(rounds_alike) << "nothing was moved";
+  EXPECT_TRUE(Verify({.directory = options.output}).exact);
+
+  // Grids of one are not those of the other.
+  options = OptionsOf(directory.Path(), config.contains("vision_config"));
+  options.qparams = directory.Path() / "out/qparams.json";
+  EXPECT_THAT(ErrorText([&] { Quantize(options); }), HasSubstr("its grids are of parameters with fold"));
+}
+INSTANTIATE_TEST_SUITE_P(Configurations, Folded, testing::Range(0, 30));
 
 TEST(WidenedRunTest, AutoTakesNothingWhereThereAreNoOutliers) {
   const std::string tiny = SourcePath("examples/tiny-gemma4");

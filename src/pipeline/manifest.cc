@@ -96,6 +96,7 @@ void OutputRun::Finish(const Settings& settings, const Calibration& calibration,
   if (result.grids) grids["grids"] = ToJson(*result.grids);
   const bool widened = result.widening && !result.widening->Empty();
   if (widened) pipeline["widening"] = grids["widening"] = ToJson(*result.widening);
+  if (const float fold = calibration.GetRecipe().fold; fold > 0) grids["fold"] = fold;
   WriteJson(Directory() / kPipelineFile, pipeline);
   calibration.Params().Save(Directory() / "qparams.json", grids);
   WriteFile(Directory() / "report.json", ReportJson(result));

@@ -48,6 +48,7 @@ class StageReader {
       ReadOverrides(*tree_.Find("raw_overrides"), "");
     });
     stage_.Try([&] { ReadWidening(); });
+    stage_.Try([&] { ReadFold(); });
     if (stage_.Has("packed_weights"))
       recipe_.packed_weights =
           Choice(stage_, "packed_weights", "uint4", {"uint4", "int4"}, {}) == "int4" ? DType::kI4 : DType::kU4;
@@ -68,6 +69,13 @@ class StageReader {
       if (stage_.Has(key)) spec = QuantSpecFromJson(stage_.Raw(key), stage_.Where(key));
     });
     return spec;
+  }
+
+  void ReadFold() {
+    if (!stage_.Has("fold") || stage_.Raw("fold") == false) return;
+    const auto fold = stage_.Required<double>("fold");
+    if (!(fold >= 0 && fold <= 1)) stage_.FailAt("fold", fmt::format("is {}, must be 0 (off) to 1", fold));
+    recipe_.fold = static_cast<float>(fold);
   }
 
   void ReadWidening() {

@@ -113,6 +113,17 @@ TEST(RecipeTest, OtherSectionsOfAFileAreLeftToTheSettings) {
   EXPECT_EQ(recipe.specs.activation, QuantSpec::Affine(DType::kU8));
 }
 
+TEST(RecipeTest, FoldsAreOffUnlessAskedFor) {
+  const auto fold = [](const std::string& value) {
+    return Recipe::Parse("pipeline: [{name: ptq, fold: " + value + "}]", "quant.yaml").fold;
+  };
+  EXPECT_EQ(fold("null"), 0);
+  EXPECT_EQ(fold("false"), 0);
+  EXPECT_EQ(fold("0.5"), 0.5f);
+  for (const std::string& name : Recipe::BuiltinNames()) EXPECT_EQ(Recipe::Load(name).fold, 0) << name;
+  EXPECT_THAT(ErrorText([&] { fold("1.5"); }), HasSubstr("fold: is 1.5, must be 0 (off) to 1"));
+}
+
 TEST(RecipeTest, AGptqStageSaysHowWeightsAreRounded) {
   const auto method = [](const std::string& keys, const std::string& bits = "uint4") {
     return *Recipe::Parse("pipeline:\n  - {name: gptq" + keys +

@@ -83,6 +83,9 @@ class Recipe {
   std::optional<DType> packed_weights;
   std::vector<OverridePolicy> policies;  // weakest first
   std::vector<Override> overrides;       // raw_overrides
+  // How much of the difference between channels is moved from norms and from up's rows into the columns of the matrices
+  // behind them; 0: nothing.
+  float fold = 0;
 
   // The specification of a point: builder default, then policies, then overrides (quantization.md 4.4, 4.5, 4.8).
   PointSpec SpecFor(const Point& point, const Dialect& dialect) const;

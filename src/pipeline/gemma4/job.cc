@@ -44,6 +44,12 @@ bool WritesWholeModel(const QuantizeOptions& options, const ModelWeights& weight
   return bytes <= kSmallModelBytes;
 }
 
+// The recipe's `fold` that a file of grids was made with.
+float FoldOf(const std::filesystem::path& qparams) {
+  const nlohmann::json json = ReadJson(qparams);
+  return static_cast<float>(JsonObject(json, qparams.string()).Optional<double>("fold", 0.0));
+}
+
 // Adds the seconds that `body` takes.
 template <typename Body>
 auto Timed(double& seconds, const Body& body) {
@@ -71,8 +77,15 @@ Gemma4Job::Gemma4Job(const RunSettings& settings)
       text_tables_(context_),
       text_stages_(context_, text_tables_) {
   const QuantizeOptions& options = settings.options;
+  const float fold = settings.recipe.fold;
+  if (fold > 0) Fold(fold);
   if (!options.qparams.empty()) {
     ParameterStore frozen = ParameterStore::Load(options.qparams);
+    if (const float of_grids = FoldOf(options.qparams); of_grids != fold)
+      Fail(
+          "{}: its grids are of parameters with fold {}, recipe {} has {}; give --set pipeline.ptq.fold={}, or "
+          "calibrate anew",
+          options.qparams.string(), of_grids, settings.recipe.Name(), fold, of_grids);
     SettleWidening(&frozen);
     calibration_.UseFrozen(std::move(frozen));
     context_.texts.SetFrozen();
@@ -269,9 +282,18 @@ nlohmann::json Gemma4Job::Contract(const std::vector<std::string>& units) const 
   return contract;
 }
 
+void Gemma4Job::Fold(float strength) {
+  if (const auto& packed = weights_.GetInventory().packed; !packed.empty())
+    Fail("fold: factors cannot be moved between packed parameters such as {}; leave it out", packed.begin()->first);
+  folded_ = std::make_unique<FoldedParameters>(strength);
+}
+
 WeightSource Gemma4Job::Stored() const {
-  if (picture_tables_) return picture_tables_->Parameters();
-  return [this](const std::string& name) { return weights_.Stored(name); };
+  const WeightSource stored = picture_tables_
+                                  ? picture_tables_->Parameters()
+                                  : WeightSource([this](const std::string& name) { return weights_.Stored(name); });
+  if (folded_ == nullptr) return stored;
+  return [this, stored](const std::string& name) { return (*folded_)(name, stored(name), stored); };
 }
 
 std::vector<PhaseSpec> Gemma4Job::Phases() {

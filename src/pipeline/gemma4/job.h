@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "circlet/model/gemma4/folding.h"
 #include "model/gemma4/vision_profile.h"
 #include "pipeline/gemma4/context.h"
 #include "pipeline/gemma4/data.h"
@@ -44,6 +45,7 @@ class Gemma4Job final : public ModelJob {
 
  private:
   void SettleWidening(const ParameterStore* frozen);
+  void Fold(float strength);
   Dialect RunDialect();
   bool KeepsCodes() const;
   void Give();
@@ -61,6 +63,7 @@ class Gemma4Job final : public ModelJob {
   // Of the stream; none: it is still to be measured, and config_ has as many channels as it may get.
   std::optional<Widening> widening_;
   bool prepared_ = false;
+  std::unique_ptr<FoldedParameters> folded_;  // null: factors stay where they are
   RunData data_;
   GivenGrids given_;  // nothing but of checkpoints whose codes are kept
   Calibration calibration_;
