@@ -145,8 +145,8 @@ TEST_F(EnvironmentTest, AQuotaOfProcessorTimeBoundsTheThreads) {
   std::error_code error;
   if (!fs::create_directory(group, error) || !std::ofstream(group / "cpu.cfs_quota_us").is_open()) {
     fs::remove(group, error);
-    GTEST_SKIP() << "a group with a quota takes root and the cpu controller of version 1 mounted at " << group.parent_path()
-                 << "; what is read of any group is held by ProcessorsTest";
+    GTEST_SKIP() << "a group with a quota takes root and the cpu controller of version 1 mounted at "
+                 << group.parent_path() << "; what is read of any group is held by ProcessorsTest";
   }
   std::ofstream(group / "cpu.cfs_quota_us") << 100000;
   const ProgramResult result = RunProgram(
@@ -433,7 +433,7 @@ TEST_F(EnvironmentTest, FlagsAreRefusedInTheProgramsOwnWords) {
   for (const auto& [flags, text] : refused) ExpectRefused(RunProgram(Quantize(flags)), HasSubstr(text), text);
   ExpectRefused(RunProgram({"inspect", "--mode", "x"}), HasSubstr("--mode: \"x\" is none of wrapper-smoke, trace"));
   ExpectRefused(RunProgram({"example", "model", "--seed", "x"}), HasSubstr("--seed: \"x\" is no whole number"));
-  ExpectRefused(RunProgram({}), HasSubstr("subcommand"));
+  ExpectRefused(RunProgram({}), HasSubstr("give a command"));
   ExpectRefused(RunProgram({"show"}), HasSubstr("FILE is required; `circlet show --help`"));
 }
 
