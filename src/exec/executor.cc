@@ -125,8 +125,7 @@ struct Executor::Plan {
     if (home.place == MemoryPlan::Place::kArena) return Tensor(graph.TypeOf(id), arena + home.offset, nullptr);
     const Tensor& root = tensors[home.root];
     const Tensor tensor({root.GetDType(), graph.TypeOf(id).shape}, root.Raw(), nullptr);
-    const bool weight = home.place == MemoryPlan::Place::kWeight && home.root == id;
-    return IsInteger(root.GetDType()) || weight ? tensor.WithGrid(root.Grid()) : tensor;
+    return IsInteger(root.GetDType()) ? tensor.WithGrid(root.Grid()) : tensor;
   }
 
   void FindReaders() {
@@ -156,10 +155,8 @@ struct Executor::Plan {
     return std::ranges::all_of(readers[id], [&](const Reader& reader) {
       if (reader.Table()) return true;
       if (!reader.LinearWeight()) return false;
-      const ValueId x = reader.node->in[0];
-      const int64_t k = codes.GetShape()[-1];
-      const auto exactly = graph.TypeOf(x).shape.Elements() == k ? RowSummedInIntegers : SummedInIntegers;
-      return codes.Elements() > kLargeElements || exactly(grids[x], codes.Grid(), k);
+      return codes.Elements() > kLargeElements ||
+             SummedInIntegers(grids[reader.node->in[0]], codes.Grid(), codes.GetShape()[-1]);
     });
   }
 

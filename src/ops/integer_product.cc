@@ -83,7 +83,7 @@ struct CodedColumns {
     }
     double* const numbers = ThreadScratch<double, struct ColumnNumbers>(4 * count);
     double *const offset = numbers, *const zero_point = offset + count, *const scale = zero_point + count,
-                 *const biases = scale + count;
+                  *const biases = scale + count;
     ParallelFor(count, RowGrain(k), [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         const auto channel = static_cast<size_t>(grid.PerChannel() ? first + j : 0);
@@ -98,8 +98,8 @@ struct CodedColumns {
   }
 };
 
-// A computed right operand as signed bytes, and what every row of y needs of it. A NaN in it reaches its column of y, or
-// all of y when it is not transposed.
+// A computed right operand as signed bytes, and what every row of y needs of it. A NaN in it reaches its column of y,
+// or all of y when it is not transposed.
 struct CodedMatrix {
   const int8_t* codes;
   simd::IntegerColumns finish;
@@ -109,7 +109,7 @@ struct CodedMatrix {
     int8_t* const bytes = ThreadScratch<int8_t, struct MatrixCodes>(rows * width);
     double* const numbers = ThreadScratch<double, struct MatrixNumbers>(4 * n + rows);
     double *const offset = numbers, *const zero_points = offset + n, *const scales = zero_points + n,
-                 *const biases = scales + n, *const row_sums = biases + n;
+                  *const biases = scales + n, *const row_sums = biases + n;
     const int32_t zero_point = UnsignedZeroPoint(grid) - 128;
     ParallelFor(rows, RowGrain(width), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
@@ -238,10 +238,6 @@ bool SummedInIntegers(const QParams* x, const QParams* w, int64_t k) {
   return x != nullptr && w != nullptr && IsBytes(*w) && FitIntegers(*x, *w, k);
 }
 
-bool RowSummedInIntegers(const QParams* x, const QParams* w, int64_t k) {
-  return x != nullptr && w != nullptr && (IsBytes(*w) || w->dtype == DType::kI16) && FitIntegers(*x, *w, k);
-}
-
 bool BytesSummedInIntegers(const QParams* a, const QParams* b, int64_t k) {
   return SummedInIntegers(a, b, k) && IsBytes(*a) && !b->PerChannel();
 }
@@ -266,14 +262,13 @@ void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const 
   });
 }
 
-// Rows of x in blocks whose codes and sums are a few MiB, and so many columns that 64 rows of sums are; fewer where W has
-// to be unpacked.
+// Rows of x in blocks whose codes and sums are a few MiB, and so many columns that 64 rows of sums are; fewer where W
+// has to be unpacked.
 void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y) {
   constexpr int64_t kBlockBytes = int64_t{16} << 20, kSliceBytes = int64_t{8} << 20, kFewestRows = 64;
   constexpr int64_t kMostColumns = kBlockBytes / (8 * kFewestRows);
   const int64_t n = w.GetShape()[0], k = w.GetShape()[1], m = x.Elements() / k;
-  CIRCLET_CHECK(m == 1 ? RowSummedInIntegers(x.Grid(), w.Grid(), k) : SummedInIntegers(x.Grid(), w.Grid(), k),
-                "a product of codes that is not summed in integers");
+  CIRCLET_CHECK(SummedInIntegers(x.Grid(), w.Grid(), k), "a product of codes that is not summed in integers");
   if (y.Elements() == 0) return;
   if (m <= kFewRows || !gemm::MultipliesBytes()) return LinearByRows(x, w, bias, y);
   const int64_t digits = BitWidth(x.Grid()->dtype) == 16 ? 2 : 1;
@@ -295,10 +290,10 @@ std::string InstructionSets() {
   std::string sets = simd::InstructionSet();
   // oneDNN may be held to less than the processor has (ONEDNN_MAX_CPU_ISA).
   if (const dnnl::cpu_isa isa = dnnl::get_effective_cpu_isa(); sets.starts_with("AVX3"))
-    sets += isa == dnnl::cpu_isa::sse41                                      ? " oneDNN SSE4"
-            : isa == dnnl::cpu_isa::avx                                      ? " oneDNN AVX"
+    sets += isa == dnnl::cpu_isa::sse41                                     ? " oneDNN SSE4"
+            : isa == dnnl::cpu_isa::avx                                     ? " oneDNN AVX"
             : isa == dnnl::cpu_isa::avx2 || isa == dnnl::cpu_isa::avx2_vnni ? " oneDNN AVX2"
-                                                                             : "";
+                                                                            : "";
   return sets;
 }
 

@@ -18,8 +18,6 @@ namespace circlet {
 // Whether a product of values on these grids (null: on none), `k` terms a sum, is summed in integers: x on one grid of
 // at most 8 bits or of int16; W of at most 8 bits, on one grid or one for each row.
 bool SummedInIntegers(const QParams* x, const QParams* w, int64_t k);
-// The same for a single row of x, where W may be int16 too.
-bool RowSummedInIntegers(const QParams* x, const QParams* w, int64_t k);
 
 // The same for two computed operands: both on one grid of at most 8 bits.
 bool BytesSummedInIntegers(const QParams* a, const QParams* b, int64_t k);

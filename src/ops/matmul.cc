@@ -10,7 +10,6 @@
 #include "ops/gemm.h"
 #include "ops/integer_product.h"
 #include "ops/internal.h"
-#include "ops/simd.h"
 #include "ops/tally.h"
 
 namespace circlet {
@@ -38,26 +37,6 @@ void LinearOfCodes(const Tensor& x, const Tensor& w, const float* bias, const Te
   }
 }
 
-// A single row by float32 values that are the codes of W.Grid(): the sums of the codes.
-void RowByValues(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y) {
-  const int64_t n = w.GetShape()[0], k = w.GetShape()[1];
-  const QParams& grid = *w.Grid();
-  const CodeRange range = CodesOf(grid.dtype);
-  const Tensor codes = Tensor::Uninitialized({DType::kI16, w.GetShape()});
-  ParallelFor(n, RowGrain(k), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const auto channel = static_cast<size_t>(grid.PerChannel() ? row : 0);
-      simd::Quantize(w.F32().data() + row * k, k,
-                     {grid.scale[channel], grid.zero_point[channel], static_cast<int32_t>(range.min),
-                      static_cast<int32_t>(range.max), Rounding::kHalfEvenReciprocal},
-                     codes.As<int16_t>().data() + row * k);
-    }
-  });
-  QParams wide = grid;
-  wide.dtype = DType::kI16;
-  IntegerLinear(x, codes.WithGrid(&wide), bias, y);
-}
-
 }  // namespace
 
 std::vector<TensorType> FullyConnected::Infer(Types in) const {
@@ -82,11 +61,10 @@ void FullyConnected::Eval(const EvalContext& context) const {
   const Shape& y = context.out[0].GetShape();
   const int64_t rows = Product(y.Sizes().first(static_cast<size_t>(y.Rank() - 1)));
   const float* bias = context.in.size() == 3 ? context.in[2].F32().data() : nullptr;
-  const auto exactly = rows == 1 ? RowSummedInIntegers : SummedInIntegers;
-  const bool exact = exactly(context.in[0].Grid(), context.in[1].Grid(), w[1]);
-  if (IsInteger(context.in[1].GetDType()))
+  if (IsInteger(context.in[1].GetDType())) {
+    const bool exact = SummedInIntegers(context.in[0].Grid(), context.in[1].Grid(), w[1]);
     return (exact ? IntegerLinear : LinearOfCodes)(context.in[0], context.in[1], bias, context.out[0]);
-  if (exact && rows == 1) return RowByValues(context.in[0], context.in[1], bias, context.out[0]);
+  }
   const float* x = context.in[0].F32().data();
   float* to = context.out[0].F32().data();
   if (context.in[1].GetDType() == DType::kBF16)
@@ -233,7 +211,8 @@ void BatchMatMul::Eval(const EvalContext& context) const {
   const int64_t k = operands.k;
   const auto buffer = Aligned<float>(gemm::PackedFloats(k, n));
   const gemm::Panels panels{buffer.get(), k, n};
-  gemm::Count({m, n, a_shape[-1], transpose_b, gemm::FloatOperand(operands.bf16)}, static_cast<int64_t>(a_index.size()));
+  gemm::Count({m, n, a_shape[-1], transpose_b, gemm::FloatOperand(operands.bf16)},
+              static_cast<int64_t>(a_index.size()));
   const int64_t panel_count = gemm::PanelCount(n);
   // Pieces of about 64 rows by 256 columns keep both operands in the cache and give each thread several.
   constexpr int64_t kRows = 64;

@@ -56,8 +56,7 @@ void SumsOfRow(const int16_t* x, int64_t row_stride, int64_t plane, const uint8_
     std::memcpy(&lane, w + 2 * i, static_cast<size_t>(std::min<int64_t>(2, bytes - 2 * i)));
     lane ^= flip;
     for (int p = 0; p < kFields; ++p) {
-      const int64_t field =
-          kFields == 1 ? static_cast<int16_t>(lane) : lane >> (16 / kFields * p) & ((1 << 16 / kFields) - 1);
+      const int64_t field = lane >> (16 / kFields * p) & ((1 << 16 / kFields) - 1);
       for (int r = 0; r < kRows; ++r) sums[r] += field * x[r * row_stride + p * plane + i];
     }
   }
@@ -77,7 +76,7 @@ HWY_INLINE int64_t Total(Sums sums) {
 }
 
 // The fields of 16-bit lanes, the lowest first; the second and the fourth nibble 16 times too large, which saves a
-// shift. Of a 16-bit code the low byte and the signed high one.
+// shift.
 template <int kFields>
 HWY_INLINE void FieldsOf(hn::Vec<decltype(kDU16)> lanes, Lanes* fields) {
   if constexpr (kFields == 4) {
@@ -88,8 +87,7 @@ HWY_INLINE void FieldsOf(hn::Vec<decltype(kDU16)> lanes, Lanes* fields) {
     fields[3] = hn::BitCast(kD16, hn::And(upper, high));
   } else {
     fields[0] = hn::BitCast(kD16, hn::And(lanes, hn::Set(kDU16, 255)));
-    fields[1] =
-        kFields == 2 ? hn::BitCast(kD16, hn::ShiftRight<8>(lanes)) : hn::ShiftRight<8>(hn::BitCast(kD16, lanes));
+    fields[1] = hn::BitCast(kD16, hn::ShiftRight<8>(lanes));
   }
 }
 
@@ -112,13 +110,13 @@ HWY_INLINE void SumsOfRow(const int16_t* HWY_RESTRICT x, int64_t row_stride, int
                           const uint8_t* HWY_RESTRICT w, int64_t bytes, uint16_t flip, double* HWY_RESTRICT totals) {
   constexpr int64_t kBytes = 2 * kLanes;
   const auto flips = hn::Set(kDU16, flip);
-  int64_t sums[kRows] = {}, high_sums[kRows] = {};
+  int64_t sums[kRows] = {};
   const int64_t whole = bytes / kBytes, rest_bytes = bytes - whole * kBytes;
   HWY_ALIGN uint16_t rest[kLanes] = {};
   std::memcpy(rest, w + whole * kBytes, static_cast<size_t>(rest_bytes));
   const int64_t steps = whole + (rest_bytes > 0);
   for (int64_t begin = 0; begin < steps; begin += kSteps) {
-    // `high`: of fields that count 256 times (16-bit codes) or a 16th (nibbles).
+    // `high`: of nibbles that are 16 times too large.
     Sums sum[kRows], high[kRows];
     Sums other = hn::Zero(kD32), other_high = hn::Zero(kD32);
     for (int r = 0; r < kRows; ++r) sum[r] = high[r] = hn::Zero(kD32);
@@ -127,9 +125,9 @@ HWY_INLINE void SumsOfRow(const int16_t* HWY_RESTRICT x, int64_t row_stride, int
       FieldsOf<kFields>(hn::Xor(hn::LoadU(kDU16, from), flips), fields);
       for (int r = 0; r < kRows; ++r) {
         const int16_t* const of_row = x + r * row_stride + step * kLanes;
-        for (int p = 0; p < std::max(2, kFields); ++p) {
-          const Lanes value = hn::Load(kD16, of_row + (kFields == 1 ? 0 : p * plane));
-          if (kFields != 2 && p % 2 == 1)
+        for (int p = 0; p < kFields; ++p) {
+          const Lanes value = hn::Load(kD16, of_row + p * plane);
+          if (kFields == 4 && p % 2 == 1)
             high[r] = AddProducts<kVnni>(fields[p], value, high[r], other_high);
           else
             sum[r] = AddProducts<kVnni>(fields[p], value, sum[r], other);
@@ -146,10 +144,9 @@ HWY_INLINE void SumsOfRow(const int16_t* HWY_RESTRICT x, int64_t row_stride, int
       // Sums of nibbles are far from the ends of 32 bits, and the high ones whole multiples of 16.
       if constexpr (kFields == 4) sum[r] = hn::Add(sum[r], hn::ShiftRight<4>(high[r]));
       sums[r] += Total(sum[r]);
-      if constexpr (kFields == 1) high_sums[r] += Total(high[r]);
     }
   }
-  for (int r = 0; r < kRows; ++r) totals[r * kChunk] = static_cast<double>(256 * high_sums[r] + sums[r]);
+  for (int r = 0; r < kRows; ++r) totals[r * kChunk] = static_cast<double>(sums[r]);
 }
 
 #endif
@@ -169,7 +166,7 @@ HWY_INLINE void SumsOfChunk(const int16_t* x, int64_t rows, int64_t row_stride, 
 
 template <bool kVnni>
 auto SumsOf(int64_t fields) {
-  return fields == 4 ? SumsOfChunk<4, kVnni> : fields == 2 ? SumsOfChunk<2, kVnni> : SumsOfChunk<1, kVnni>;
+  return fields == 4 ? SumsOfChunk<4, kVnni> : SumsOfChunk<2, kVnni>;
 }
 
 void MultiplyRowsImpl(const StepRows& x, const CodeRows& w, int64_t first, int64_t last, float* y, int64_t y_stride) {
@@ -213,9 +210,7 @@ HWY_INLINE void IntoPlanes(const int16_t* piece, int64_t count, int64_t fields, 
 #else
   for (int64_t i = 0; i < count; i += kLanes) {
     Lanes a, b, c, d;
-    if (fields == 1) {
-      hn::Store(hn::Load(kD16, piece + i), kD16, planes + i);
-    } else if (fields == 2) {
+    if (fields == 2) {
       hn::LoadInterleaved2(kD16, piece + 2 * i, a, b);
       hn::Store(a, kD16, planes + i);
       hn::Store(b, kD16, planes + plane + i);

@@ -5,8 +5,8 @@
 // time; and for any number of them on processors whose oneDNN does not sum bytes exactly. The same results on every
 // processor.
 //
-// W is loaded in lanes of 16 bits, of which masks and shifts make fields: four nibbles, two bytes, or the two bytes of
-// one 16-bit code. A lane's fields meet values of x that lie k / fields apart in planes, so that no field has to move.
+// W is loaded in lanes of 16 bits, of which masks and shifts make fields: four nibbles or two bytes. A lane's fields
+// meet values of x that lie k / fields apart in planes, so that no field has to move.
 
 #include <cstdint>
 
@@ -14,7 +14,7 @@
 
 namespace circlet::simd {
 
-// Codes of W that stand in a lane: 4 of 4 bits, 2 of 8, 1 of 16.
+// Codes of W that stand in a lane: 4 of 4 bits, 2 of 8.
 int64_t CodesPerLane(DType w);
 
 // Room for a row of x, in elements.

@@ -368,9 +368,7 @@ bool HasFloatProducts(const circle::Model& model) {
       return false;
     const circle::Tensor &x = model.tensors[op.inputs[0]], &w = model.tensors[op.inputs[1]];
     if (!x.qparams || !w.qparams) return true;
-    const int64_t k = w.type.shape[-1];
-    const auto exactly = x.type.shape.Elements() == k ? RowSummedInIntegers : SummedInIntegers;
-    return !exactly(&*x.qparams, &*w.qparams, k);
+    return !SummedInIntegers(&*x.qparams, &*w.qparams, w.type.shape[-1]);
   });
 }
 
@@ -517,7 +515,8 @@ std::string VerifyText(const VerifyResult& result, int columns) {
   for (const std::string& note : result.notes) notes += note + "\n";
   if (!result.exact && result.made_with != result.this_set)
     notes += fmt::format(
-        "made with {}, this is {}: codes may differ by the rounding of sums, by up to {:.0f} % of a unit's largest code "
+        "made with {}, this is {}: codes may differ by the rounding of sums, by up to {:.0f} % of a unit's largest "
+        "code "
         "({:.0f} % at 8 bits)\n",
         result.made_with, result.this_set, 100 * kOtherSetShare, 100 * kOtherSetShareOfBytes);
   if (!unjudged.empty())

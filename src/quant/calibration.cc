@@ -192,8 +192,7 @@ Tensor Calibration::RoundedRows(const std::string& name, const Tensor& rows, int
   if (grid != nullptr && HoldsCodes(name)) return OperandOf(InTypeOf(rows, grid));
   if (grid != nullptr && MultipliedAsCodes(rows, *grid))
     return OperandOf(QuantizeWeight(rows, *grid, dialect_.rounding).codes.WithGrid(grid));
-  const Tensor values = RoundedValues(name, rows, grid.get());
-  return grid != nullptr && rows.GetShape().Rank() == 2 ? values.WithGrid(grid) : values;
+  return RoundedValues(name, rows, grid.get());
 }
 
 Tensor Calibration::RoundedRowsAt(const std::string& name, const Tensor& table, std::span<const int64_t> ids) const {
@@ -244,8 +243,7 @@ Tensor Calibration::OperandOf(const Tensor& codes) const {
     ParallelFor(codes.Elements(), kPieceElements, [&](int64_t begin, int64_t end) {
       Dequantize(codes, grid, begin, values.F32().subspan(begin, end - begin));
     });
-    // A single position is multiplied with codes of 16 bits, as files hold them.
-    return codes.GetShape().Rank() == 2 ? values.WithGrid(std::make_shared<QParams>(grid)) : values;
+    return values;
   }
   return SignedWeight(codes);
 }
