@@ -26,7 +26,8 @@ namespace {
 int Tell(const std::string& text) {
   constexpr size_t kShown = 8000;  // names and values of a damaged file may be megabytes long
   const char* const end = text.size() > kShown ? "..." : "";
-  std::fputs(fmt::format("circlet: {}{}\n", text.substr(0, kShown), end).c_str(), stderr);  // may be full or closed: the exit code still tells
+  std::fputs(fmt::format("circlet: {}{}\n", text.substr(0, kShown), end).c_str(),
+             stderr);  // may be full or closed: the exit code still tells
   std::fflush(nullptr);
   return 2;
 }
@@ -53,7 +54,8 @@ int Refuse(const CLI::App& app, const CLI::ParseError& error) {
   if (const std::vector<std::string> unknown = app.remaining(/*recurse=*/true); !unknown.empty())
     return Tell(UnknownText(app, command, unknown.front()));
   if (chosen.empty() && error.get_name() == "RequiredError")
-    return Tell("give a command, such as `circlet quantize MODEL_DIR --data FILE --output DIR`; `circlet help` lists all");
+    return Tell(
+        "give a command, such as `circlet quantize MODEL_DIR --data FILE --output DIR`; `circlet help` lists all");
   return Tell(
       fmt::format("{}; `circlet {}--help` tells more", error.what(), chosen.empty() ? "" : command.get_name() + " "));
 }
@@ -96,11 +98,8 @@ std::string TextOf(const std::system_error& error) {
   return error.what();
 }
 
-}  // namespace
-
 // Exit codes: 0 done, 1 a result below the wanted bound, 2 an error that the user can mend, 3 a bug.
-int main(int argc, char** argv) {
-  circlet::PrepareProcess(argv);
+int Run(int argc, char** argv) {
   CLI::App app{"From a Gemma 4 checkpoint to calibrated, verified Circle files", "circlet"};
   app.set_version_flag("--version", VersionText);
   app.require_subcommand(1);
@@ -163,5 +162,17 @@ int main(int argc, char** argv) {
     return fail(2, "out of memory");
   } catch (const std::exception& error) {
     return fail(3, fmt::format("this is a bug: {}", error.what()));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  circlet::PrepareProcess(argv);
+  try {
+    return Run(argc, argv);
+  } catch (const std::bad_alloc&) {  // not even the options fit
+    std::fputs("circlet: out of memory\n", stderr);
+    return 2;
   }
 }
