@@ -72,6 +72,16 @@ run_inside() {
     mount -t sysfs -o ro sysfs "$root/sys"
     mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"
     mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
+    # A quota of processor time takes a group of the cpu controller, where this machine has it as a tree of its own
+    # (version 1). That tree alone is shared: a group that is made inside is one of the machine.
+    if [ -e /sys/fs/cgroup/cpu/tasks ]; then
+      groups=$root/sys/fs/cgroup
+      tree=$(basename "$(readlink -f /sys/fs/cgroup/cpu)") # cpu, or a joint one that the name cpu is a link to
+      mount -t tmpfs -o mode=755 tmpfs "$groups"
+      mkdir "$groups/$tree"
+      [ "$tree" = cpu ] || ln -s "$tree" "$groups/cpu"
+      mount --bind "/sys/fs/cgroup/$tree" "$groups/$tree"
+    fi
     if [ -n "$cache" ]; then mount --bind "$cache" "$root/ccache"; fi
     exec chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root "$@"' "$root" "$cache" \
     ${http_proxy:+http_proxy="$http_proxy"} ${https_proxy:+https_proxy="$https_proxy"} \

@@ -143,7 +143,8 @@ TEST_F(EnvironmentTest, AProcessTakesTheProcessorsThatItIsGranted) {
 TEST_F(EnvironmentTest, AQuotaOfProcessorTimeBoundsTheThreads) {
   const fs::path group = "/sys/fs/cgroup/cpu/circlet-test";  // version 1: any process may be put in
   std::error_code error;
-  if (!fs::create_directory(group, error) || !std::ofstream(group / "cpu.cfs_quota_us").is_open()) {
+  fs::create_directory(group, error);  // may be left of a run that was killed
+  if (!std::ofstream(group / "cpu.cfs_quota_us").is_open()) {
     fs::remove(group, error);
     GTEST_SKIP() << "a group with a quota takes root and the cpu controller of version 1 mounted at "
                  << group.parent_path() << "; what is read of any group is held by ProcessorsTest";
