@@ -6,6 +6,7 @@
 
 #include "circlet/base/dtype.h"
 #include "circlet/base/error.h"
+#include "hwy/cache_control.h"
 #include "ops/gemm.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -22,17 +23,17 @@ constexpr Words kD16;
 constexpr hn::RepartitionToWide<Words> kD32;
 constexpr hn::RebindToUnsigned<Words> kDU16;
 constexpr int64_t kLanes = hn::MaxLanes(kD16);
-// Elements that planes are padded to: whole vectors of every target.
-constexpr int64_t kPad = 32;
-static_assert(kPad % kLanes == 0);
+static_assert(kPlanePad % kLanes == 0);
 // Steps after which sums of 32 bits go to wider ones: two fields of at most 255 by values of at most 2^15, two of each
 // to a sum, stay below 2^31 for 64 of them.
 constexpr int64_t kSteps = 64;
-// Rows of W whose sums are finished together, and rows of x that share the unpacking of one.
+// Rows of W whose sums are finished together; rows of x that share the unpacking of one row of W, or rows of W that
+// are summed side by side with one of x.
 constexpr int64_t kChunk = 16;
 constexpr int kTile = 4;
-
-int64_t PlaneOf(int64_t k, int64_t fields) { return ((k + fields - 1) / fields + kPad - 1) / kPad * kPad; }
+// Bytes of W that are asked for ahead of those that are summed, at least: a processor that follows a row by itself
+// stops at its end.
+constexpr int64_t kAhead = 6144;
 
 // What makes signed fields unsigned, and by how much a field is larger than its code then.
 struct Signs {
@@ -47,20 +48,22 @@ Signs SignsOf(DType dtype) {
 
 #if HWY_TARGET == HWY_SCALAR
 
-template <int kFields, int kRows, bool>
-void SumsOfRow(const int16_t* x, int64_t row_stride, int64_t plane, const uint8_t* w, int64_t bytes, uint16_t flip,
-               double* totals) {
-  int64_t sums[kRows] = {};
-  for (int64_t i = 0; 2 * i < bytes; ++i) {
-    uint16_t lane = 0;
-    std::memcpy(&lane, w + 2 * i, static_cast<size_t>(std::min<int64_t>(2, bytes - 2 * i)));
-    lane ^= flip;
-    for (int p = 0; p < kFields; ++p) {
-      const int64_t field = lane >> (16 / kFields * p) & ((1 << 16 / kFields) - 1);
-      for (int r = 0; r < kRows; ++r) sums[r] += field * x[r * row_stride + p * plane + i];
+template <int kFields, int kRows, int kColumns, bool>
+void SumsOfTile(const int16_t* x, int64_t row_stride, int64_t plane, const uint8_t* w, int64_t bytes, uint16_t flip,
+                double* totals) {
+  for (int j = 0; j < kColumns; ++j, w += bytes) {
+    int64_t sums[kRows] = {};
+    for (int64_t i = 0; 2 * i < bytes; ++i) {
+      uint16_t lane = 0;
+      std::memcpy(&lane, w + 2 * i, static_cast<size_t>(std::min<int64_t>(2, bytes - 2 * i)));
+      lane ^= flip;
+      for (int p = 0; p < kFields; ++p) {
+        const int64_t field = lane >> (16 / kFields * p) & ((1 << 16 / kFields) - 1);
+        for (int r = 0; r < kRows; ++r) sums[r] += field * x[r * row_stride + p * plane + i];
+      }
     }
+    for (int r = 0; r < kRows; ++r) totals[r * kChunk + j] = static_cast<double>(sums[r]);
   }
-  for (int r = 0; r < kRows; ++r) totals[r * kChunk] = static_cast<double>(sums[r]);
 }
 
 #else
@@ -104,49 +107,61 @@ HWY_INLINE Sums AddProducts(Lanes a, Lanes b, Sums sum, Sums& other) {
   return hn::ReorderWidenMulAccumulate(kD32, a, b, sum, other);
 }
 
-// totals[r * kChunk] = the sum over a row of W, `bytes` long, of fields by the steps of row r of x.
-template <int kFields, int kRows, bool kVnni>
-HWY_INLINE void SumsOfRow(const int16_t* HWY_RESTRICT x, int64_t row_stride, int64_t plane,
-                          const uint8_t* HWY_RESTRICT w, int64_t bytes, uint16_t flip, double* HWY_RESTRICT totals) {
+// totals[r * kChunk + j] = the sum over row j of W, `bytes` long, of fields by the steps of row r of x. Each sum of a
+// tile is a chain of its own, so that they need not wait for each other.
+template <int kFields, int kRows, int kColumns, bool kVnni>
+HWY_INLINE void SumsOfTile(const int16_t* HWY_RESTRICT x, int64_t row_stride, int64_t plane,
+                           const uint8_t* HWY_RESTRICT w, int64_t bytes, uint16_t flip, double* HWY_RESTRICT totals) {
   constexpr int64_t kBytes = 2 * kLanes;
   const auto flips = hn::Set(kDU16, flip);
-  int64_t sums[kRows] = {};
-  const int64_t whole = bytes / kBytes, rest_bytes = bytes - whole * kBytes;
-  HWY_ALIGN uint16_t rest[kLanes] = {};
-  std::memcpy(rest, w + whole * kBytes, static_cast<size_t>(rest_bytes));
-  const int64_t steps = whole + (rest_bytes > 0);
+  int64_t sums[kRows][kColumns] = {};
+  const int64_t whole = bytes / kBytes, rest_bytes = bytes - whole * kBytes, steps = whole + (rest_bytes > 0);
+  const int64_t ahead = std::max(kColumns * bytes, kAhead);
+  HWY_ALIGN uint16_t rest[kColumns * kLanes];
+  if (rest_bytes > 0) {
+    std::memset(rest, 0, sizeof rest);
+    for (int j = 0; j < kColumns; ++j)
+      std::memcpy(rest + j * kLanes, w + j * bytes + whole * kBytes, static_cast<size_t>(rest_bytes));
+  }
   for (int64_t begin = 0; begin < steps; begin += kSteps) {
-    // `high`: of nibbles that are 16 times too large.
-    Sums sum[kRows], high[kRows];
-    Sums other = hn::Zero(kD32), other_high = hn::Zero(kD32);
-    for (int r = 0; r < kRows; ++r) sum[r] = high[r] = hn::Zero(kD32);
-    const auto take = [&](const uint16_t* from, int64_t step) HWY_ATTR {
-      Lanes fields[4];
-      FieldsOf<kFields>(hn::Xor(hn::LoadU(kDU16, from), flips), fields);
-      for (int r = 0; r < kRows; ++r) {
-        const int16_t* const of_row = x + r * row_stride + step * kLanes;
-        for (int p = 0; p < kFields; ++p) {
-          const Lanes value = hn::Load(kD16, of_row + p * plane);
-          if (kFields == 4 && p % 2 == 1)
-            high[r] = AddProducts<kVnni>(fields[p], value, high[r], other_high);
-          else
-            sum[r] = AddProducts<kVnni>(fields[p], value, sum[r], other);
+    // `high`: of nibbles that are 16 times too large. `other`: see AddProducts.
+    Sums sum[kRows][kColumns], high[kRows][kColumns], other[kRows][kColumns], other_high[kRows][kColumns];
+    for (int r = 0; r < kRows; ++r)
+      for (int j = 0; j < kColumns; ++j) sum[r][j] = high[r][j] = other[r][j] = other_high[r][j] = hn::Zero(kD32);
+    const auto take = [&](const uint8_t* from, int64_t stride, int64_t step) HWY_ATTR {
+      for (int j = 0; j < kColumns; ++j) {
+        Lanes fields[4];
+        FieldsOf<kFields>(hn::Xor(hn::LoadU(kDU16, reinterpret_cast<const uint16_t*>(from + j * stride)), flips),
+                          fields);
+        for (int r = 0; r < kRows; ++r) {
+          const int16_t* const of_row = x + r * row_stride + step * kLanes;
+          for (int p = 0; p < kFields; ++p) {
+            const Lanes value = hn::Load(kD16, of_row + p * plane);
+            if (kFields == 4 && p % 2 == 1)
+              high[r][j] = AddProducts<kVnni>(fields[p], value, high[r][j], other_high[r][j]);
+            else
+              sum[r][j] = AddProducts<kVnni>(fields[p], value, sum[r][j], other[r][j]);
+          }
         }
       }
     };
     const int64_t end = std::min(whole, begin + kSteps);
-    for (int64_t step = begin; step < end; ++step) take(reinterpret_cast<const uint16_t*>(w + step * kBytes), step);
-    if (end == whole && whole < std::min(steps, begin + kSteps)) take(rest, whole);
-    static_assert(kRows == 1 || HWY_ARCH_X86, "`other` would hold the sums of several rows");
-    for (int r = 0; r < kRows; ++r) {
-      sum[r] = hn::Add(sum[r], other);
-      high[r] = hn::Add(high[r], other_high);
-      // Sums of nibbles are far from the ends of 32 bits, and the high ones whole multiples of 16.
-      if constexpr (kFields == 4) sum[r] = hn::Add(sum[r], hn::ShiftRight<4>(high[r]));
-      sums[r] += Total(sum[r]);
+    for (int64_t step = begin; step < end; ++step) {
+      for (int j = 0; j < kColumns; ++j) hwy::Prefetch(w + j * bytes + step * kBytes + ahead);
+      take(w + step * kBytes, bytes, step);
     }
+    if (end == whole && whole < std::min(steps, begin + kSteps))
+      take(reinterpret_cast<const uint8_t*>(rest), kBytes, whole);
+    for (int r = 0; r < kRows; ++r)
+      for (int j = 0; j < kColumns; ++j) {
+        Sums total = hn::Add(sum[r][j], other[r][j]);
+        // Sums of nibbles are far from the ends of 32 bits, and the high ones whole multiples of 16.
+        if constexpr (kFields == 4) total = hn::Add(total, hn::ShiftRight<4>(hn::Add(high[r][j], other_high[r][j])));
+        sums[r][j] += Total(total);
+      }
   }
-  for (int r = 0; r < kRows; ++r) totals[r * kChunk] = static_cast<double>(sums[r]);
+  for (int r = 0; r < kRows; ++r)
+    for (int j = 0; j < kColumns; ++j) totals[r * kChunk + j] = static_cast<double>(sums[r][j]);
 }
 
 #endif
@@ -154,13 +169,18 @@ HWY_INLINE void SumsOfRow(const int16_t* HWY_RESTRICT x, int64_t row_stride, int
 template <int kFields, bool kVnni>
 HWY_INLINE void SumsOfChunk(const int16_t* x, int64_t rows, int64_t row_stride, int64_t plane, const uint8_t* w,
                             int64_t count, int64_t bytes, uint16_t flip, double* totals) {
-  for (int64_t j = 0; j < count; ++j) {
-    const uint8_t* const row = w + j * bytes;
-    if (HWY_ARCH_X86 && rows == kTile)
-      SumsOfRow<kFields, HWY_ARCH_X86 ? kTile : 1, kVnni>(x, row_stride, plane, row, bytes, flip, totals + j);
-    else
-      for (int64_t r = 0; r < rows; ++r)
-        SumsOfRow<kFields, 1, kVnni>(x + r * row_stride, row_stride, plane, row, bytes, flip, totals + r * kChunk + j);
+  if (rows == kTile) {
+    for (int64_t j = 0; j < count; ++j)
+      SumsOfTile<kFields, kTile, 1, kVnni>(x, row_stride, plane, w + j * bytes, bytes, flip, totals + j);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int16_t* const row = x + r * row_stride;
+    double* const to = totals + r * kChunk;
+    int64_t j = 0;
+    for (; j + kTile <= count; j += kTile)
+      SumsOfTile<kFields, 1, kTile, kVnni>(row, 0, plane, w + j * bytes, bytes, flip, to + j);
+    for (; j < count; ++j) SumsOfTile<kFields, 1, 1, kVnni>(row, 0, plane, w + j * bytes, bytes, flip, to + j);
   }
 }
 
@@ -170,7 +190,7 @@ auto SumsOf(int64_t fields) {
 }
 
 void MultiplyRowsImpl(const StepRows& x, const CodeRows& w, int64_t first, int64_t last, float* y, int64_t y_stride) {
-  const int64_t fields = CodesPerLane(w.dtype), plane = PlaneOf(x.k, fields), stride = fields * plane;
+  const int64_t fields = CodesPerLane(w.dtype), plane = PlaneElements(x.k, w.dtype), stride = fields * plane;
   const int64_t bytes = (x.k * BitWidth(w.dtype) + 7) / 8;
   const Signs signs = SignsOf(w.dtype);
   const auto sums_of = HWY_TARGET == HWY_AVX3 && gemm::MultipliesBytes() ? SumsOf<HWY_TARGET == HWY_AVX3>(fields)
@@ -226,7 +246,7 @@ HWY_INLINE void IntoPlanes(const int16_t* piece, int64_t count, int64_t fields, 
 }
 
 double StepsOfRowImpl(const float* x, int64_t k, float scale, int32_t added, DType w, int16_t* steps) {
-  const int64_t fields = CodesPerLane(w), plane = PlaneOf(k, fields);
+  const int64_t fields = CodesPerLane(w), plane = PlaneElements(k, w);
   const hn::ScalableTag<float> d;
   const hn::RebindToSigned<decltype(d)> d32;
   const hn::Rebind<int16_t, decltype(d)> d16;
@@ -236,7 +256,7 @@ double StepsOfRowImpl(const float* x, int64_t k, float scale, int32_t added, DTy
   auto sum = hn::Zero(d32);
   auto odd = hn::Zero(d);  // x - x is 0, or NaN
   // Pieces of whole vectors of all planes.
-  constexpr int64_t kPiece = 4 * kPad;
+  constexpr int64_t kPiece = 4 * kPlanePad;
   for (int64_t begin = 0; begin < fields * plane; begin += kPiece) {
     HWY_ALIGN float values[kPiece] = {};
     HWY_ALIGN int16_t piece[kPiece];
@@ -267,11 +287,11 @@ HWY_EXPORT(MultiplyRowsImpl);
 HWY_EXPORT(StepsOfRowImpl);
 
 int64_t CodesPerLane(DType w) { return 16 / BitWidth(w); }
-int64_t StepElements(int64_t k, DType w) {
-  constexpr int64_t kPad = 32;
+int64_t PlaneElements(int64_t k, DType w) {
   const int64_t fields = CodesPerLane(w);
-  return fields * (((k + fields - 1) / fields + kPad - 1) / kPad * kPad);
+  return ((k + fields - 1) / fields + kPlanePad - 1) / kPlanePad * kPlanePad;
 }
+int64_t StepElements(int64_t k, DType w) { return CodesPerLane(w) * PlaneElements(k, w); }
 
 double StepsOfRow(const float* x, int64_t k, float scale, int32_t added, DType w, int16_t* steps) {
   return HWY_DYNAMIC_DISPATCH(StepsOfRowImpl)(x, k, scale, added, w, steps);

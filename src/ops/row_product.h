@@ -17,7 +17,10 @@ namespace circlet::simd {
 // Codes of W that stand in a lane: 4 of 4 bits, 2 of 8.
 int64_t CodesPerLane(DType w);
 
-// Room for a row of x, in elements.
+// Elements of a plane: multiples of kPlanePad, which are whole vectors of every processor.
+inline constexpr int64_t kPlanePad = 32;
+int64_t PlaneElements(int64_t k, DType w);
+// Room for a row of x, in elements: its planes.
 int64_t StepElements(int64_t k, DType w);
 // Values on a grid of zero point 0 as whole numbers of steps, `added` to each, in planes for W of that type; zeros
 // behind them. They must fit int16. Returns their sum, NaN when a value is NaN or an infinity. At most 2^15 values.
