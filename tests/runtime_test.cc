@@ -2,6 +2,7 @@
 
 #include <fmt/ranges.h>
 #include <gmock/gmock.h>
+#include <malloc.h>
 
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -716,6 +717,35 @@ TEST_F(RuntimeTest, AStepReadsTheLinearsOfItsUnitsAndTheHead) {
   EXPECT_THAT(told.err, AllOf(HasSubstr("a second); the fastest in"), HasSubstr("of the bandwidth"),
                               HasSubstr(fmt::format("its {:.1f} MB of weights", 1e-6 * static_cast<double>(bytes)))));
 }
+
+#ifndef __SANITIZE_ADDRESS__
+// Bytes of the heap that are in use; blocks of tensors that wait for their next use are as many each time.
+int64_t HeldBytes() {
+  {
+    std::vector<Tensor> blocks;
+    for (int i = 0; i < 8; ++i) blocks.push_back(Tensor::Uninitialized({DType::kU8, {int64_t{2} << 20}}));
+  }
+  const struct mallinfo2 heap = mallinfo2();
+  return static_cast<int64_t>(heap.uordblks + heap.hblkhd);
+}
+
+// Linears of 16 bits too are read from the mapped files. As float32 those of one phase would be twice the bytes that a
+// step reads; caches, hidden states and what is known of the units are less than that. Scratch memory is the thread's,
+// and there before.
+TEST_F(RuntimeTest, ASessionKeepsItsCachesAndNoWeights) {
+  const auto run = [](Session& session) {
+    session.Prefill({.input_ids = {2, 17, 40, 99, 5, 61}});
+    session.Decode(30);
+    session.Logits();
+  };
+  run(*OpenSession(Pictures()));
+  const int64_t before = HeldBytes();
+  const auto session = OpenSession(Pictures());
+  run(*session);
+  const int64_t held = HeldBytes() - before, weights = session->ReadWeights().bytes;
+  EXPECT_LT(held, 3 * weights);
+}
+#endif
 
 // ---- The command ----------------------------------------------------------------------------------------------------
 

@@ -101,7 +101,7 @@ struct Executor::Plan {
   std::vector<std::vector<PointVisitor*>> visitors;      // by node
   std::vector<std::vector<const QParams*>> point_grids;  // the same
   bool points_write = false;
-  Compute compute = Compute::kFloat32;
+  ExecutorOptions options;
   struct Reader {
     const Node* node;  // null: the graph's output
     int operand;
@@ -155,7 +155,7 @@ struct Executor::Plan {
     return std::ranges::all_of(readers[id], [&](const Reader& reader) {
       if (reader.Table()) return true;
       if (!reader.LinearWeight()) return false;
-      return codes.Elements() > kLargeElements ||
+      return options.keep_codes || codes.Elements() > kLargeElements ||
              SummedInIntegers(grids[reader.node->in[0]], codes.Grid(), codes.GetShape()[-1]);
     });
   }
@@ -173,14 +173,14 @@ struct Executor::Plan {
       if (ReadAsCodes(id, given)) return given;
       tensor = Dequantized(given);
     }
-    if (compute == Compute::kFloat32 || !IsFloat(tensor.GetDType())) return tensor;
+    if (options.compute == Compute::kFloat32 || !IsFloat(tensor.GetDType())) return tensor;
     return LinearOnly(id) ? ToBF16(tensor) : ToF32(tensor);
   }
 
   bool Fits(ValueId id, const Tensor& given) const {
     const TensorType& type = graph.TypeOf(id);
     if (tensors[id].GetShape() != type.shape) return false;
-    const bool bf16 = compute == Compute::kBf16 && tensors[id].GetDType() == DType::kBF16 && LinearOnly(id);
+    const bool bf16 = options.compute == Compute::kBf16 && tensors[id].GetDType() == DType::kBF16 && LinearOnly(id);
     return tensors[id].GetDType() == type.dtype || bf16 || (type.dtype == DType::kF32 && given.Grid() != nullptr);
   }
 
@@ -240,7 +240,7 @@ Tensor ToBF16(const Tensor& tensor) {
 Executor::Executor(Graph given, PointReading* reading, ExecutorOptions options) : plan_(std::make_unique<Plan>()) {
   if (options.compute == Compute::kBf16 && !Bf16Supported())
     Fail("bf16: this processor does not multiply bf16; that needs AVX-512 BF16 (avx512_bf16); compute in float32");
-  plan_->compute = options.compute;
+  plan_->options = options;
   plan_->graph = std::move(given);
   const Graph& graph = plan_->graph;
   std::vector<PointUseOfNode> uses(graph.Nodes().size());
@@ -317,7 +317,7 @@ std::map<std::string, Tensor> Executor::RunInPlace(const std::map<std::string, T
                       .points = plan.visitors[i],
                       .grids = plan.point_grids[i],
                       .points_write = plan.points_write,
-                      .compute = plan.compute});
+                      .compute = plan.options.compute});
       }
     } catch (const Error& error) {
       throw error.Within(Label(plan.graph, i));

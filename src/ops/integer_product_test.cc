@@ -223,5 +223,18 @@ TEST(IntegerProductTest, ALinearOfCodesIsExactWhereItsInputLiesOnAGrid) {
   for (int64_t j = 0; j < 30; ++j) EXPECT_EQ(on_grid.F32()[j], o.Expected(0, j, false));
 }
 
+// Weights that are widened slice by slice, for one row by several threads, give the bits of the whole float product.
+TEST(IntegerProductTest, ALinearOf16BitWeightsIsTheFloatProductHoweverItIsCut) {
+  const Operands o({DType::kI16, DType::kI16, 5, 700, 1601});
+  const Tensor values({DType::kF32, {700, 1601}});
+  Dequantize(o.w, o.w_grid, 0, values.F32());
+  for (const int64_t m : {1, 5}) {
+    const Tensor x = o.x.Slice(0, m, 0), found({DType::kF32, {m, 700}}), expected({DType::kF32, {m, 700}});
+    FullyConnected{}.Eval({.in = std::vector<Tensor>{x, o.w}, .out = std::vector<Tensor>{found}});
+    FullyConnected{}.Eval({.in = std::vector<Tensor>{x, values}, .out = std::vector<Tensor>{expected}});
+    EXPECT_TRUE(SameBits(found.F32(), expected.F32())) << m;
+  }
+}
+
 }  // namespace
 }  // namespace circlet

@@ -11,6 +11,7 @@
 #include "ops/integer_product.h"
 #include "ops/internal.h"
 #include "ops/tally.h"
+#include "ops/thread_scratch.h"
 
 namespace circlet {
 
@@ -18,23 +19,29 @@ namespace circlet {
 
 namespace {
 
-// Slices of output columns, so that a head's weight never stands in memory as float32. No element of y depends on where
-// the slices are cut (gemm_test.cc).
+// Slices of output columns, so that a weight never stands in memory as float32. No element of y depends on where the
+// slices are cut (gemm_test.cc). For one row each thread has slices of its own, which its cache holds.
 void LinearOfCodes(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y) {
-  constexpr int64_t kSliceFloats = int64_t{16} << 20;
   const int64_t n = w.GetShape()[0], k = w.GetShape()[1], m = n == 0 ? 0 : y.Elements() / n;
-  const int64_t slice = std::clamp<int64_t>(kSliceFloats / std::max<int64_t>(1, k), 1, std::max<int64_t>(1, n));
+  const int64_t slice_floats = int64_t{1} << (m == 1 ? 16 : 20);
+  const int64_t slice = std::clamp<int64_t>(slice_floats / std::max<int64_t>(1, k), 1, std::max<int64_t>(1, n));
   const bool in_place = slice >= n || m == 1;
-  const Tensor weights = Tensor::Uninitialized({DType::kF32, {slice, k}});
-  const Tensor part = Tensor::Uninitialized({DType::kF32, {in_place ? 0 : m, slice}});
-  for (int64_t first = 0; first < n; first += slice) {
-    const int64_t count = std::min(slice, n - first);
-    Dequantize(w, *w.Grid(), first * k, weights.F32().first(static_cast<size_t>(count * k)));
-    float* out = in_place ? y.F32().data() + first : part.F32().data();
-    gemm::Linear(x.F32().data(), weights.F32().data(), bias == nullptr ? nullptr : bias + first, m, count, k, out);
+  const auto multiply = [&](int64_t first, int64_t last) {
+    const int64_t count = last - first;
+    float* const weights = ThreadScratch<float, struct WidenedWeights>(count * k);
+    Dequantize(w, *w.Grid(), first * k, {weights, static_cast<size_t>(count * k)});
+    float* const out = in_place ? y.F32().data() + first : ThreadScratch<float, struct SliceOfRows>(m * count);
+    gemm::Linear(x.F32().data(), weights, bias == nullptr ? nullptr : bias + first, m, count, k, out);
     for (int64_t row = 0; !in_place && row < m; ++row)
       std::copy_n(out + row * count, count, y.F32().data() + row * n + first);
-  }
+  };
+  const auto slices = [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += slice) multiply(first, std::min(end, first + slice));
+  };
+  if (m == 1)
+    ParallelFor(n, slice, slices);
+  else
+    slices(0, n);
 }
 
 }  // namespace

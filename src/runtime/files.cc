@@ -134,7 +134,9 @@ class FileUnit final : public RunnableUnit {
   // A graph of one length, ready to be run.
   struct Plan {
     explicit Plan(circle::FileGraph file)
-        : constants(std::move(file.constants)), reading(file.grids), executor(std::move(file.graph), &reading) {}
+        : constants(std::move(file.constants)),
+          reading(file.grids),
+          executor(std::move(file.graph), &reading, {.keep_codes = true}) {}
     std::map<std::string, int32_t> constants;
     circle::FileReading reading;
     Executor executor;

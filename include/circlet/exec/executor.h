@@ -44,6 +44,9 @@ struct ExecutorOptions {
   // kBf16: products of linears and attention multiply bf16. Weights that are stored so are used in place, others are
   // rounded once when they are fetched. A weight that anything but linears reads stays float32.
   Compute compute = Compute::kFloat32;
+  // Linears whose sums are float32 stay codes too and are widened a few MiB at a time in every run: for those who run a
+  // graph seldom, or at one position, and would keep many.
+  bool keep_codes = false;
 };
 
 // A float tensor rounded to bf16, or as it is when it is bf16 already: a weight for several executors with Compute::kBf16.
