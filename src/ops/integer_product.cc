@@ -265,7 +265,7 @@ void IntegerMatMul(const float* a, const QParams& a_grid, const float* b, const 
 // Rows of x in blocks whose codes and sums are a few MiB, and so many columns that 64 rows of sums are; fewer where W
 // has to be unpacked.
 void IntegerLinear(const Tensor& x, const Tensor& w, const float* bias, const Tensor& y) {
-  constexpr int64_t kBlockBytes = int64_t{16} << 20, kSliceBytes = int64_t{8} << 20, kFewestRows = 64;
+  constexpr int64_t kBlockBytes = int64_t{8} << 20, kSliceBytes = int64_t{3} << 19, kFewestRows = 64;
   constexpr int64_t kMostColumns = kBlockBytes / (8 * kFewestRows);
   const int64_t n = w.GetShape()[0], k = w.GetShape()[1], m = x.Elements() / k;
   CIRCLET_CHECK(SummedInIntegers(x.Grid(), w.Grid(), k), "a product of codes that is not summed in integers");

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <set>
 
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
@@ -69,11 +70,13 @@ class UnitSession final : public Session {
       step.ids[i] = image ? Facts().pad : id;
     }
     const std::vector<Tensor> features = FeaturesOf(prompt, places);
-    for (RunnableUnit* unit : source_->Prefill(padded)) {
-      if (HasInput(*unit, "visual"))
-        Fuse(*unit, features, step);
+    const std::vector<RunnableUnit*> units = source_->Prefill(padded);
+    for (size_t i = 0; i < units.size(); ++i) {
+      if (HasInput(*units[i], "visual"))
+        Fuse(*units[i], features, step);
       else
-        Run(*unit, step);
+        Run(*units[i], step);
+      DropUnread(std::span(units).subspan(i + 1), step);
     }
     Settle(step);
     length_ = count;
@@ -235,6 +238,14 @@ class UnitSession final : public Session {
       if (end.name == "new_key" || end.name == "new_value") Keep(end.key, value, step);
       step.values[end.key] = value;
     }
+  }
+
+  // Values that none of the units to come reads, nor the head.
+  void DropUnread(std::span<RunnableUnit* const> to_come, Step& step) const {
+    std::set<std::string> read{source_->Head().inputs.at(0).key};
+    for (const RunnableUnit* unit : to_come)
+      for (const End& end : unit->inputs) read.insert(end.key);
+    std::erase_if(step.values, [&](const auto& value) { return !read.contains(value.first); });
   }
 
   // Keys or values of the step's positions, into their cache.
