@@ -305,8 +305,7 @@ TEST(PackedMobileTest, CodesAtLinearsAreTheReferences) {
 }
 
 // One flipped code of the millions in the tower moves all behind it: codes are held in the first layer (tied has none
-// recorded), features in the mean. tied has an output step at its patch embedder, which is not taken over
-// (docs/packed.md).
+// recorded), features in the mean.
 TEST(PackedMobileTest, CodesAtTheFirstVisionLayerAreTheReferences) {
   for (const char* name : {"e2b", "w48", "tied"}) {
     SCOPED_TRACE(name);
@@ -327,7 +326,7 @@ TEST(PackedMobileTest, CodesAtTheFirstVisionLayerAreTheReferences) {
       difference += std::abs(features.F32()[i] - expected.F32()[i]);
       size += std::abs(expected.F32()[i]);
     }
-    EXPECT_LE(difference, (name == std::string("tied") ? 0.04 : 0.02) * size);
+    EXPECT_LE(difference, 0.01 * size);
   }
 }
 
@@ -496,6 +495,30 @@ TEST(PackedMobileTest, GivenGridsStandInTheFilesAsTheCheckpointSaysThem) {
               testing::ElementsAre("lm_head: input, output"));
   EXPECT_THAT(ReportText(run.Result()), AllOf(HasSubstr("83 weights are the checkpoint's codes: 17 of 2 bits"),
                                               HasSubstr("140 points have the checkpoint's grids")));
+}
+
+// The reference's linear has no bias: it reads 2 (x - 0.5) of a pixel x.
+TEST(PackedMobileTest, ThePatchProjectionsOutputHasItsStepWhereTheBiasIsInIt) {
+  const TempDirectory directory;
+  const SafetensorsFile inputs = Inputs();
+  const Tensor& bytes = inputs.Get("image.pixel_values_u8");
+  Tensor pixels({DType::kF32, bytes.GetShape()});
+  std::ranges::transform(bytes.As<uint8_t>(), pixels.F32().begin(), [](uint8_t v) { return v * (1.0f / 255); });
+  WriteSafetensors(directory.Path() / "in.safetensors",
+                   {{"calib.0.input_ids", inputs.Get("image.input_ids")},
+                    {"calib.0.pixel_values", pixels},
+                    {"calib.0.image_position_ids", inputs.Get("image.image_position_ids")}});
+  const PackedRun run("tied", [&](QuantizeOptions& options) {
+    options.samples = directory.Path() / "in.safetensors";
+    options.text_only = false;
+  });
+  EXPECT_TRUE(run.Verified().exact);
+  const ModelWeights weights = ModelWeights::Open(ReadConfig(run.Checkpoint().Path()), run.Checkpoint().Path(), false);
+  const std::string projection = "model.vision_tower.patch_embedder.input_proj";
+  const nlohmann::json point = run.Json("qparams.json").at("quant_points").at(projection + ".act_out");
+  EXPECT_EQ(point.at("scale").at(0).get<float>(), weights.Packed(projection + ".weight")->output_step.value());
+  EXPECT_EQ(point.at("dtype"), "int8");
+  EXPECT_THAT(run.Json("report.json").at("unused_scales").dump(), testing::Not(HasSubstr("input_proj")));
 }
 
 TEST(PackedMobileTest, FlagsChangeTheGridsAsTheySay) {

@@ -8,10 +8,10 @@
 
 namespace circlet {
 
-// Points that a model has only because a checkpoint gives their grids (docs/packed.md), by full name.
+// Points that are where they are because a checkpoint gives their grids (docs/packed.md), by full name.
 struct GivenPoints {
   std::set<std::string, std::less<>> inputs;   // act_in of linears that do not share the grid of what they read
-  std::set<std::string, std::less<>> outputs;  // act_out of clipped linears, rounded ahead of the bounds
+  std::set<std::string, std::less<>> outputs;  // act_out of clipped linears ahead of bounds, of the patch projection
 };
 
 // Where circlet computes what the reference computes, and where it deliberately does better. Each switch means one

@@ -53,6 +53,11 @@ ValueId Rank2(const BlockBuilder& b, ValueId x) {
 
 // ---- Parts --------------------------------------------------------------------------------------------------------
 
+bool PatchBiasIsOperand(const Dialect& dialect) {
+  static const std::string output = fmt::format("{}.patch_embedder.input_proj.act_out", kVisionRoot);
+  return dialect.patch_bias_operand || (dialect.given != nullptr && dialect.given->outputs.contains(output));
+}
+
 // h = x (2 W)^T - sum_k W + positions (quantization.md 6.8).
 ValueId PatchEmbeddings(const BlockBuilder& b, const VisionConfig& config, ValueId pixels) {
   const BlockBuilder embedder = Tower(b).At("patch_embedder");
@@ -62,7 +67,7 @@ ValueId PatchEmbeddings(const BlockBuilder& b, const VisionConfig& config, Value
   x = projection.RequantizingPoint("act_in", x);
   std::vector<ValueId> operands{
       x, projection.Weight("weight", {config.hidden_size, config.PatchValues()}, WeightKind::kPatchProjection)};
-  if (b.GetDialect().patch_bias_operand)
+  if (PatchBiasIsOperand(b.GetDialect()))
     operands.push_back(projection.FloatWeight("bias", {config.hidden_size}, WeightKind::kBias));
   // Only the table's range is needed here: its rows come in as position_embeddings.
   if (b.GetDialect().position_table_grid)

@@ -12,6 +12,10 @@ struct VisionTables {
   ValueId sin = -1;
 };
 
+// Whether the patch projection adds its bias; else the position embeddings hold it. A grid that the checkpoint gives
+// for the projection's output is that of the sum.
+bool PatchBiasIsOperand(const Dialect& dialect);
+
 // pixels [1,P,3 ps^2] -> [1,P,Dv], on the grid that the first layer reads.
 ValueId PatchEmbeddings(const BlockBuilder& b, const VisionConfig& config, ValueId pixels);
 // hidden [1,P,Dv] -> the same.

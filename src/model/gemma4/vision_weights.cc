@@ -4,6 +4,7 @@
 #include "circlet/base/threads.h"
 #include "circlet/model/gemma4/vision.h"
 #include "circlet/quant/affine.h"
+#include "model/gemma4/vision_parts.h"
 #include "ops/codes.h"
 
 namespace circlet {
@@ -131,7 +132,7 @@ Tensor VisionWeights::PositionEmbeddings(std::span<const int64_t> positions, con
   const int64_t patches = LayoutOf(state_->config, positions).patches;
   const int64_t rows = table.GetShape()[1], width = table.GetShape()[2];
   Tensor result(TensorType{DType::kF32, {1, patches, width}});
-  const Tensor bias = state_->dialect.patch_bias_operand ? Tensor() : state_->Bias();
+  const Tensor bias = PatchBiasIsOperand(state_->dialect) ? Tensor() : state_->Bias();
   for (int64_t i = 0; i < patches; ++i) {
     float* out = result.F32().data() + i * width;
     if (positions[2 * i] >= 0) {

@@ -49,11 +49,12 @@ class Giver {
     return {DType::kI8, -1, {step}, {zero_point}};
   }
 
-  void Output(const std::string& module, bool clipped = false) {
+  // `early`: rounded ahead of what the graph else does first: clip, or leave the bias to a later sum.
+  void Output(const std::string& module, bool early = false) {
     const PackedParameter* const packed = Find(module);
     if (packed == nullptr || !packed->output_step) return;
     given_.points[module + ".act_out"] = GridOf(*packed->output_step);
-    if (clipped) given_.added.outputs.insert(module + ".act_out");
+    if (early) given_.added.outputs.insert(module + ".act_out");
   }
 
   // Linears that read one tensor. `producer`: its point. Clipped ones have a point behind the bounds in any case.
@@ -115,8 +116,7 @@ class Giver {
     const std::string embedder = fmt::format("{}.patch_embedder", kVisionRoot), module = embedder + ".input_proj";
     const PackedParameter* const packed = Find(module);
     if (packed == nullptr) return;
-    if (packed->output_step)
-      given_.unused.push_back(module + ".output_activation_scale: the file adds a bias after this product");
+    Output(module, /*early=*/true);
     if (!packed->input_step) return;
     constexpr float kTolerance = 1e-3f;
     constexpr int32_t kMost = 127;

@@ -54,9 +54,9 @@ std::string ProjectedPoint();                                                   
 // Parameters that the graphs read in another form than the checkpoint stores them (quantization.md 6.8): pixels stay in
 // [0,1], so 2 (x - 0.5) W^T = x (2 W)^T - sum_k W.
 //   ...patch_embedder.input_proj.weight     2 W [Dv, 3 ps^2]
-//   ...patch_embedder.input_proj.bias       -sum_k W [Dv]; read with patch_bias_operand only
-//   ...patch_embedder.position_embeddings   [1,P,Dv]: table[0][x] + table[1][y], 0 at padding; without
-//                                           patch_bias_operand the bias added to every row
+//   ...patch_embedder.input_proj.bias       -sum_k W [Dv]; read where the linear adds it
+//   ...patch_embedder.position_embeddings   [1,P,Dv]: table[0][x] + table[1][y], 0 at padding; the
+//                                           bias added to every row where the linear does not add it
 // All other names pass to `stored`. Cheap to copy; `stored` must stay valid.
 class VisionWeights {
  public:
