@@ -34,6 +34,7 @@ namespace {
 
 namespace fs = std::filesystem;
 using ::testing::AllOf;
+using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
@@ -723,12 +724,13 @@ TEST(MemoryLimit, SpillsAndEndsInTheSameBytes) {
   };
   const ProgramResult all = run("all", "3GB");
   ASSERT_EQ(all.exit_code, 0) << all.err;
-  EXPECT_THAT(all.out, Not(HasSubstr("memory limit")));
+  EXPECT_THAT(all.out, AllOf(Not(HasSubstr("memory limit")), Not(HasSubstr("of its own"))));
   // Less than the activations, and so little that the head runs in slices of the vocabulary.
   const ProgramResult little = run("little", "60MiB");
   ASSERT_EQ(little.exit_code, 0) << little.err;
   EXPECT_THAT(little.err, AllOf(HasSubstr("pass the memory limit"), HasSubstr("goes to files")));
   EXPECT_THAT(little.out, HasSubstr("activations past the memory limit went to files: "));
+  EXPECT_THAT(little.out, ContainsRegex("memory: [0-9.]+ MiB of its own, more than the limit of 60.0 MiB; "));
   for (const auto& entry : fs::directory_iterator(directory.Path() / "all")) {
     const std::string name = entry.path().filename();
     if (name == "timings.json") continue;
@@ -793,7 +795,7 @@ TEST(MemoryLimit, ATraceStaysBelowItAndSaysTheSame) {
 
   const ProgramResult result = RunProgram(arguments(little, "50MiB"));
   ASSERT_EQ(result.exit_code, 0) << result.err;
-  EXPECT_THAT(result.err, HasSubstr("goes to files"));
+  EXPECT_THAT(result.err, AllOf(HasSubstr("goes to files"), HasSubstr("of its own, more than the limit of 50.0 MiB")));
   EXPECT_EQ(ReadFile(all), ReadFile(little));
 }
 

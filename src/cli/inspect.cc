@@ -165,6 +165,7 @@ Traced TraceCheckpoint(const InspectOptions& options, const SmokeRun& run) {
   TellWhenStopped("stopped; trace saves nothing");
   const int iters = options.calibration_iters.value_or(0);
   ModelTrace trace = TraceModel(quantize, iters > 0 ? iters : INT64_MAX, options.explain);
+  if (std::string note = MemoryNote(trace.result); !note.empty()) trace.result.notes.push_back(std::move(note));
   return {std::move(trace.points), std::move(trace.result.notes)};
 }
 

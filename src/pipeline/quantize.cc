@@ -352,6 +352,7 @@ void Run::RunPhase(int number) {
         store_.Put(kCodesItem, Chain::kQuant, CodesKey(parameter), rounded.Codes(parameter),
                    ActivationStore::Read::kLate);
     });
+  result_.own_bytes = std::max(result_.own_bytes, OwnMemoryBytes());
   for (const Schedule::Drop& drop : schedule_.After(number))
     store_.Drop(drop.key, drop.keeps_verification ? verification_ : std::set<int>{});
   phase = {.name = phase.name};
@@ -529,6 +530,7 @@ void Run::FillResult() {
     for (const Unit& unit : units_->Units()) result_.units.push_back(unit.file);
   result_.spilled_bytes = store_.SpilledBytes();
   result_.activation_bytes = store_.PeakBytes();
+  result_.memory_limit = settings_.options.memory_limit;
   Describe(result_);
 }
 

@@ -267,7 +267,15 @@ std::string ReportText(const QuantizeResult& result, int columns) {
         result.products->run_seconds / result.products->alone_seconds);
   if (result.spilled_bytes > 0)
     text += fmt::format("activations past the memory limit went to files: {}\n", HumanBytes(result.spilled_bytes));
+  if (const std::string note = MemoryNote(result); !note.empty()) text += note + "\n";
   return text;
+}
+
+std::string MemoryNote(const QuantizeResult& result) {
+  if (result.own_bytes <= result.memory_limit) return "";
+  return fmt::format(
+      "memory: {} of its own, more than the limit of {}; what the program keeps between stages does not shrink with it",
+      HumanBytes(result.own_bytes), HumanBytes(result.memory_limit));
 }
 
 std::string ReportJson(const QuantizeResult& result) {

@@ -222,6 +222,7 @@ struct QuantizeResult {
   std::map<std::string, double> seconds;  // by phase
   int64_t spilled_bytes = 0;              // activations that did not fit in memory
   int64_t activation_bytes = 0;           // that lived at a time at most, in memory or in files
+  int64_t own_bytes = 0, memory_limit = 0;  // the process's own memory, the most that a stage left; what was allowed
   std::optional<ProductTimes> products;
   int resumed_phases = 0, phases = 0;
   bool done_already = false;  // with `resume`: the result was there, nothing else of this struct is filled
@@ -240,6 +241,8 @@ std::string DryRun(const QuantizeOptions& options);
 // The report as text: summary box, scatter plot, stage table (largest median error alone on top), agreement,
 // perplexity, files.
 std::string ReportText(const QuantizeResult& result, int columns = 0);
+// A line of it: that the run went past its memory limit. Empty: it did not.
+std::string MemoryNote(const QuantizeResult& result);
 // The same as JSON, "schema_version" 1 (docs/report.md).
 std::string ReportJson(const QuantizeResult& result);
 
