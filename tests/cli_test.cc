@@ -45,6 +45,12 @@ class CliTest : public GoldenModelTest {
     return file;
   }
 
+  // A question about one of the example's pictures.
+  static std::string PictureLine(const std::string& picture) {
+    return R"({"messages": [{"role": "user", "content": [{"type": "image", "path": ")" + kTiny + "/eval/images/" +
+           picture + R"("}, {"type": "text", "text": "What is in the picture?"}]}]})" + "\n";
+  }
+
   void EditConfig(const std::function<void(nlohmann::json&)>& change) const {
     nlohmann::json config = ReadJson(fs::path(model_) / "config.json");
     change(config);
@@ -114,6 +120,35 @@ TEST_F(CliTest, ErrorsAreThoseOfEvaluationData) {
                 HasSubstr("calib.jsonl:17 has a picture, and no calibration sample has one; calibrate on pictures too"));
   ExpectRefused({"evaluate", kTiny, "--data", calibration, "--eval-data", "x.safetensors"},
                 HasSubstr("eval.N.* are evaluation samples of --samples"));
+  ExpectRefused({"evaluate", kTiny, "--data", calibration, "--eval-captions", kTiny + "/eval/captions.jsonl"},
+                HasSubstr("captions.jsonl:1 has a picture, and no calibration sample has one"));
+  const std::string pictures = directory_.Path() / "pictures.jsonl";
+  WriteFile(pictures, PictureLine("calib_00.png"));
+  ExpectRefused({"evaluate", kTiny, "--data", calibration, "--eval-data", pictures, "--text-only"},
+                HasSubstr("pictures.jsonl: all 1 samples have images and were left out"));
+  const ProgramResult cut = RunProgram(
+      {"evaluate", kTiny, "--data", calibration, "--eval-data", held, "--max-seq-len", "8", "--truncate", "--quiet"},
+      "export COLUMNS=60; ");
+  EXPECT_THAT(cut.out, HasSubstr("2 of 2 samples cut to 8 tokens; 2 of 2 samples cut to 8 tokens")) << cut.err;
+  EXPECT_THAT(cut.out, HasSubstr("(no room for: "));
+}
+
+// Two samples with one text differ by their pictures, which no name tells.
+TEST_F(CliTest, EvaluationDataAreKnownAgainByTheirPictures) {
+  const std::string calibration = Lines(PictureLine("calib_00.png")), held = directory_.Path() / "held.jsonl";
+  const auto evaluated = [&](const char* picture) {
+    WriteFile(held, PictureLine(picture));
+    const ProgramResult result = RunProgram({"evaluate", kTiny, "--data", calibration, "--eval-data", held, "--quiet"});
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    return result.out;
+  };
+  EXPECT_THAT(evaluated("eval_000.png"), Not(HasSubstr("calibration samples too")));
+  EXPECT_THAT(evaluated("../images/calib_00.png"), HasSubstr("1 of 1 samples are calibration samples too"));
+  const std::string captions = directory_.Path() / "captions.jsonl";
+  WriteFile(captions,
+            R"({"question": "What?", "caption": "a circle", "image": ")" + kTiny + "/eval/images/calib_00.png\"}\n");
+  EXPECT_THAT(RunProgram({"evaluate", kTiny, "--data", calibration, "--eval-captions", captions, "--quiet"}).out,
+              HasSubstr("captions.jsonl: 1 of 1 pictures also stand in the calibration data"));
 }
 
 TEST_F(CliTest, QuantizeShowRunAndVerifyFollowEachOther) {
@@ -127,6 +162,8 @@ TEST_F(CliTest, QuantizeShowRunAndVerifyFollowEachOther) {
 
   const ProgramResult verify = RunProgram({"verify", out_});
   EXPECT_EQ(verify.exit_code, 0) << verify.err;
+  EXPECT_THAT(RunProgram({"verify", out_}, "export COLUMNS=50; ").out, HasSubstr("(no room for: "));
+  EXPECT_THAT(verify.out, Not(HasSubstr("no room")));
   EXPECT_THAT(verify.out, AllOf(HasSubstr("decoder_layer_decode_0"), HasSubstr("to the last code")));
 
   const std::string head = out_ + "/lm_head.q.circle";
@@ -196,6 +233,7 @@ TEST_F(CliTest, TheWrittenFilesHaveTheDocumentedKeys) {
   EXPECT_THAT(keys("manifest.json"), testing::IsSupersetOf({"schema_version", "circlet_version", "instruction_set",
                                                             "model", "recipe", "dialect", "seed", "max_seq_len",
                                                             "random_data", "inputs", "outputs", "samples_sha256"}));
+  EXPECT_THAT(ReadJson(fs::path(out_) / "manifest.json").at("samples_sha256").get<std::string>(), testing::SizeIs(64));
   EXPECT_THAT(keys("pipeline.json"), testing::IsSupersetOf({"schema_version", "units", "boundaries"}));
   EXPECT_THAT(keys("qparams.json"), testing::IsSupersetOf({"model", "recipe", "dialect", "points", "quant_points"}));
   EXPECT_THAT(keys("timings.json"), testing::Contains("seconds"));
@@ -328,8 +366,9 @@ TEST_F(CliTest, AModelThatIsNoDirectoryIsRefused) {
 }
 
 TEST_F(CliTest, WhatTheUserGaveIsNamedAsItWasGiven) {
-  ExpectRefused({"quantize", "/no/such", "--data", samples_, "--output", out_},
-                HasSubstr("/no/such: does not exist; give a checkpoint directory"));
+  ExpectRefused(
+      {"quantize", "/no/such", "--data", samples_, "--output", out_},
+      AllOf(HasSubstr("/no/such: does not exist; give a checkpoint directory"), Not(HasSubstr("hf download"))));
   ExpectRefused({"evaluate", "google/gemma-4-E2B-it", "--random-samples", "1x8"},
                 HasSubstr("circlet downloads nothing: `hf download google/gemma-4-E2B-it --local-dir DIR`"));
   ExpectRefused({"evaluate", kTiny, "--data", "https://example.org/calib.jsonl"},
@@ -821,6 +860,14 @@ TEST_F(InspectTest, WhatATerminalCannotShowIsLeftOut) {
   EXPECT_THAT(ascii, AllOf(HasSubstr("+------------- Wrapper Smoke Summary -------------"),
                            HasSubstr("| Case             : gemma4_text_mlp"), HasSubstr("*")));
   EXPECT_TRUE(is_ascii(RunProgram(arguments, "unset LC_ALL LC_CTYPE; export LANG=POSIX; ").out));
+  // An empty variable says nothing, the first that says something decides, and what no report is drawn with passes.
+  EXPECT_EQ(RunProgram(arguments, "unset LC_CTYPE; export LC_ALL= LANG=en_US.UTF-8; ").out, plain);
+  EXPECT_TRUE(is_ascii(RunProgram(arguments, "export LC_ALL=C LANG=de_DE.utf8; ").out));
+  EXPECT_EQ(RunProgram(arguments, "unset LC_ALL LC_CTYPE; export LANG=de_DE.utf8; ").out, plain);
+  EXPECT_THAT(RunProgram({"smoke", "--case", kMlp, "--export", "circle", "--output-dir", Work("m\u00e4rz")},
+                         "export LC_ALL=C; ")
+                  .out,
+              HasSubstr("m\u00e4rz/gemma4_text_mlp.q.circle"));
 
   const std::string narrow = RunProgram({"smoke", "--case", "all"}, "export COLUMNS=60; ").out;
   EXPECT_THAT(narrow, HasSubstr("(no room for: "));
@@ -950,13 +997,22 @@ TEST_F(InspectTest, ACheckpointIsTracedOnItsSamples) {
   for (const char* text : {"The first text.", "Another one.", "And the last, which is measured."})
     lines += nlohmann::json{{"type", "text"}, {"text", text}}.dump() + "\n";
   const std::string samples = Lines(lines);
-  const ProgramResult trace = Inspect({"--mode", "trace", "--model", kTiny, "--samples", samples, "--rows", "5"});
-  ASSERT_EQ(trace.exit_code, 0) << trace.err;
-  EXPECT_THAT(trace.out, AllOf(HasSubstr("model.language_model."), HasSubstr("5 of ")));
-  const ProgramResult fewer = Inspect({"--mode", "trace", "--model", kTiny, "--samples", samples, "--rows", "5",
-                                       "--calibration-iters", "1", "--recipe", "w4a16"});
-  ASSERT_EQ(fewer.exit_code, 0) << fewer.err;
-  EXPECT_NE(fewer.out, trace.out);
+  const auto traced = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"--mode", "trace", "--model", kTiny, "--samples", samples, "--recipe", "w4a16"});
+    const ProgramResult result = Inspect(more);
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    return result.out;
+  };
+  const std::string trace = traced({"--rows", "5"});
+  EXPECT_THAT(trace, AllOf(HasSubstr("model.language_model."), HasSubstr("5 of ")));
+  EXPECT_NE(traced({"--rows", "5", "--calibration-iters", "1"}), trace);
+  // The head is met in slices of the vocabulary.
+  EXPECT_THAT(traced({"--explain", "lm_head.weight", "--memory-limit", "40MiB"}),
+              StartsWith("lm_head.weight: 2048 rows, uint8 with a scale a row"));
+  EXPECT_THAT(Inspect({"--mode", "trace", "--model", kTiny, "--samples", samples, "--explain", "embed_tokens.weight"}),
+              testing::AllOf(testing::Field(&ProgramResult::exit_code, 2),
+                             testing::Field(&ProgramResult::err, HasSubstr("embed_tokens.weight: is a table, of which "
+                                                                           "the sample looks up some rows"))));
   const ProgramResult tensors = Inspect(
       {"--mode", "trace", "--model", model_, "--samples", samples_, "--explain", "model.language_model.norm.act_out"});
   EXPECT_EQ(tensors.exit_code, 0) << tensors.err;
@@ -991,6 +1047,8 @@ TEST_F(InspectTest, MistakesInATraceAreTold) {
   refused({"--model", kTiny, "--samples", "no.jsonl"}, AllOf(HasSubstr("no.jsonl"), HasSubstr("No such file")));
   refused({"--model", kTiny, "--samples", Lines("{\"type\": \"text\", \"text\": \"one\"}\n")},
           HasSubstr("1 sample; a trace calibrates on all but the last and needs at least 2"));
+  refused({"--model", kTiny, "--samples", kTiny + "/eval/calib.jsonl", "--calibration-iters", "2", "--quiet"},
+          HasSubstr("calib.jsonl:32 has a picture, and no calibration sample has one"));
   refused({"--model", kTiny, "--samples", kTiny + "/eval/calib.jsonl", "--memory-limit", "1MB"},
           HasSubstr("--memory-limit 1 MB"));
   refused({"--model", model_, "--samples", samples_, "--set", "pipeline.0.raw_overrides.layers.0.mlp.mull=uint8"},

@@ -546,6 +546,32 @@ TEST_F(RuntimeTest, DataThatWasCalibratedOnIsToldAndRefusedIfAsked) {
   const ProgramResult refused = RunProgram(strict);
   EXPECT_EQ(refused.exit_code, 2);
   EXPECT_THAT(refused.err, told);
+  const auto evaluated = [](const std::vector<std::string>& more) {
+    std::vector<std::string> arguments{"evaluate", "--quiet"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const ProgramResult made = RunProgram(arguments);
+    EXPECT_EQ(made.exit_code, 0) << made.err;
+    return made.out;
+  };
+  EXPECT_THAT(evaluated({kTiny, "--recipe", "w8a8", "--qparams", options.output / "qparams.json", "--data",
+                         own_.Path() / "calib.jsonl", "--eval-text", own_.Path() / "eval.txt", "--eval-windows", "1",
+                         "--text-only"}),
+              testing::Not(HasSubstr("also stand")))
+      << "given grids were calibrated on other data";
+  WriteFile(own_.Path() / "chats.jsonl", nlohmann::json{{"messages",
+                                                         {nlohmann::json{{"role", "user"}, {"content", first}},
+                                                          nlohmann::json{{"role", "assistant"}, {"content", "Emma."}}}}}
+                                                 .dump() +
+                                             "\n");
+  EXPECT_THAT(evaluated({"--files", options.output, "--eval-chat", own_.Path() / "chats.jsonl"}),
+              HasSubstr("chats.jsonl: 1 of 1 lines also stand"));
+  WriteFile(own_.Path() / "captions.jsonl", nlohmann::json{{"image", (kTiny / "eval/images/calib_00.png").string()},
+                                                           {"question", "What is in the picture?"},
+                                                           {"caption", "a circle"}}
+                                                    .dump() +
+                                                "\n");
+  EXPECT_THAT(evaluated({"--files", Pictures(), "--eval-captions", own_.Path() / "captions.jsonl"}),
+              HasSubstr("captions.jsonl: 1 of 1 pictures also stand"));
 
   // Pictures are known by their pixels.
   DataHashes pictures;
@@ -790,6 +816,7 @@ TEST_F(RuntimeTest, GenerateRefusesWhatHasNoEffect) {
   refused({"--prompt", "x", "--top-p", "0"}, "top_p: 0, expected more than 0");
   refused({"--prompt", "x", "--recipe", "w8a8"}, "make a simulation of a checkpoint, and these files are made already");
   refused({"--prompt", "x", "--report", "html"}, "--report: is of a comparison; give --beside too");
+  refused({"--prompt", "x", "--beside", kTiny, "--json", "--report", "html"}, "--json and --report html: give one of");
   const ProgramResult nothing = RunProgram({"generate", "--prompt", "x"});
   EXPECT_EQ(nothing.exit_code, 2);
   EXPECT_THAT(nothing.err, HasSubstr("no model: give DIR"));

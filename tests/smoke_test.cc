@@ -211,6 +211,15 @@ TEST(SmokeTest, ImpossibleBoundIsAnAccuracyFailure) {
   const SmokeResult result = RunSmoke(SmallCase(Gelu{}, 0.5f), run);
   EXPECT_THAT(result.failures, ElementsAre("ACCURACY"));
   EXPECT_THAT(result.messages.front(), HasSubstr("some points are not quantized"));
+  run.bounds = SmokeBounds{.max_mean = 1, .max_peir = 1e-5, .min_mean = 0};
+  const SmokeResult wide = RunSmoke(SmallCase(Gelu{}, 0.5f), run);
+  EXPECT_THAT(wide.messages, testing::Contains(HasSubstr(fmt::format("PEIR is {:.6f} %, at most 0.001000 % is allowed",
+                                                                     100 * wide.metrics->Peir()))));
+}
+
+TEST(SmokeTest, FiguresOfATraceThatAreNotFiniteAreEmptyInATable) {
+  const std::string table = TraceCsv({{.name = "x", .min = std::numeric_limits<float>::quiet_NaN(), .max = 2}});
+  EXPECT_THAT(table, testing::EndsWith("\n0,x,0.0,0.0,0.0,0.0,0,,,,,,,2.0\n"));
 }
 
 TEST(SmokeTest, StrictFailsForABoundWiderThanNeeded) {

@@ -25,6 +25,8 @@ TEST(NearestTest, ABeginningMeansTheOnlyNameThatHasIt) {
   const std::vector<std::string> flags{"--help", "--temperature", "--top-k", "--top-p"};
   EXPECT_EQ(Nearest("--temp", flags), "--temperature");
   EXPECT_NE(Nearest("--to", flags), "--temperature");
+  EXPECT_EQ(Nearest("--te", std::vector<std::string>{"--temperature", "--template"}), "") << "two have it";
+  EXPECT_EQ(Nearest("--t", std::vector<std::string>{"--temperature"}), "") << "says too little";
 }
 
 TEST(NearestTest, ASwapCountsOnce) {

@@ -11,6 +11,7 @@
 #include "circlet/base/error.h"
 #include "circlet/io/file.h"
 #include "circlet/io/safetensors.h"
+#include "circlet/preprocess/overlap.h"
 #include "error_text.h"
 #include "golden.h"
 #include "paths.h"
@@ -97,6 +98,32 @@ TEST(JsonlTest, TextOnlyNamesWhatItLeavesOut) {
   std::set<std::string> all(set.skipped.begin(), set.skipped.end());
   for (const Sample& sample : set.samples) all.insert(sample.source);
   EXPECT_THAT(all, SizeIs(32));
+}
+
+TEST(JsonlTest, PixelsStayWhereTheCallerHoldsThem) {
+  const TempDirectory directory;
+  int64_t held = 0;
+  const SampleOptions options{.hold_pixels = [&](Tensor pixels) {
+    held += pixels.Bytes();
+    return pixels;
+  }};
+  const auto bytes_of = [](const SampleSet& set) {
+    int64_t bytes = 0;
+    for (const Sample& sample : set.samples)
+      if (!sample.pixel_values.Empty()) bytes += sample.pixel_values.Bytes();
+    return bytes;
+  };
+  const int64_t of_lines = bytes_of(LoadJsonl(kTiny / "eval/calib.jsonl", Tiny(), options));
+  EXPECT_EQ(held, of_lines);
+  EXPECT_GT(held, 16 * 630 * 700);
+  WriteSafetensors(directory.Path() / "data.safetensors",
+                   {{"0.input_ids", Tensor::Of<int64_t>({1, 3}, std::vector<int64_t>{2, 9, 3})},
+                    {"0.pixel_values", Tensor({DType::kF32, {1, 1, 12}})},
+                    {"0.image_position_ids", Tensor::Of<int64_t>({1, 1, 2}, std::vector<int64_t>{0, 0})}});
+  SampleOptions of_tensors = options;
+  of_tensors.placeholders.image = 9;
+  EXPECT_EQ(bytes_of(SamplesFromSafetensors(directory.Path() / "data.safetensors", "", of_tensors)), 48);
+  EXPECT_EQ(held, of_lines + 48);
 }
 
 TEST(JsonlTest, ErrorsNameFileAndLine) {
@@ -332,6 +359,16 @@ TEST(RandomSamplesTest, TheyRepeatAndAvoidForbiddenIds) {
   // The same on every machine.
   EXPECT_THAT(RandomSamples(1, 4, 123, 256, {})[0].input_ids, ElementsAre(180, 250, 220, 175));
   EXPECT_THAT(ErrorText([&] { RandomSamples(1, 1, 1, 1, forbidden); }), HasSubstr("an id must be left"));
+}
+
+TEST(OverlapTest, LinesAreKnownAgainWhateverTheirBlanksAndCapitals) {
+  DataHashes calibrated;
+  AddLines("Emma saw a small brown dog near the river.\nShort.\n", calibrated);
+  EXPECT_THAT(
+      OverlapOf("Short.\n emma saw a  small BROWN dog near the river.\t\nA line that is long enough to count.\n",
+                calibrated),
+      testing::StartsWith("1 of 2 lines also stand in the calibration data, the first: \" emma saw"));
+  EXPECT_EQ(OverlapOf("Emma saw a small brown cat near the river.\nShort.\n", calibrated), "");
 }
 
 TEST(SafetensorsSamplesTest, GoldenInputsBecomeSamples) {

@@ -362,6 +362,9 @@ TEST(RecipeTest, CutRangesAreCautionedAgainst) {
                        "      - {name: stream, target: {module: layer, observers: [layer_scalar_out]},"
                        " spec: {dtype: int16, observer: percentile}}\n"),
               testing::ElementsAre(HasSubstr("stream: percentile")));
+  EXPECT_THAT(cautions("pipeline:\n  - name: ptq\n    raw_overrides: {layers.0.mlp.mul: {dtype: int16,"
+                       " observer: percentile}}\n"),
+              testing::ElementsAre(HasSubstr("layers.0.mlp.mul: percentile")));
   EXPECT_THAT(cautions("pipeline: [{name: gptq, range: mse, compensate: false}, {name: ptq, linear_weight: uint4}]\n"),
               testing::ElementsAre(HasSubstr("take range: moments")));
   EXPECT_THAT(cautions("pipeline: [{name: gptq, range: mse}, {name: ptq, linear_weight: uint4}]\n"),

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <set>
 #include <sstream>
 
 #include "circlet/base/error.h"
@@ -155,6 +156,16 @@ TEST(ScatterPlotTest, EveryTickHasALabel) {
   int count = 0;
   for (std::string label; labels >> label;) ++count;
   EXPECT_EQ(count, 7) << lines.back();
+}
+
+TEST(ScatterPlotTest, ATickHasALabelOfItsOwnOrNone) {
+  const std::vector<float> values = Ramp(1000, 1001, 100);
+  std::istringstream labels(Lines(ScatterPlot(values, values)).back());
+  std::set<std::string> different;
+  int count = 0;
+  for (std::string label; labels >> label; ++count) different.insert(label);
+  EXPECT_GT(count, 2);
+  EXPECT_EQ(std::ssize(different), count);
 }
 
 TEST(ScatterPlotTest, EqualOrNoFiniteValuesStillMakeAPlot) {

@@ -158,9 +158,7 @@ void ReadEvaluation(const QuantizeOptions& options, const SampleOptions& rules, 
     data.overlaps.push_back(fmt::format("{}: {} of {} samples are calibration samples too, the first: {}",
                                         options.eval_data.string(), std::ranges::count_if(set.samples, again),
                                         set.samples.size(), first->source));
-  const bool none = set.samples.empty();
   Append(std::move(set), data.evaluation, data.skipped);
-  if (none) Fail("--eval-data {}: no sample is left to measure", options.eval_data.string());
 }
 
 void ReadCaptions(const fs::path& path, const SampleOptions& rules, const Processor& processor, RunData& data) {
@@ -323,6 +321,7 @@ void MeasureOne(int64_t most, RunData& data) {
     measured.attention_mask.clear();
   }
   if (static_cast<int64_t>(data.calibration.size()) > most) data.calibration.resize(static_cast<size_t>(most));
+  RequireCalibrationPictures(data);
 }
 
 void RunData::ReleasePictures() {
