@@ -465,6 +465,28 @@ TEST_F(CliTest, SamplesWithoutTheExpectedNamesAreRefused) {
                                   HasSubstr("calib.N.KEY and eval.N.KEY")));
 }
 
+TEST_F(CliTest, PlainTextIsAnsweredWithTheFormOfTheLineThatIsWanted) {
+  const std::string text = Lines("It is a truth\n");
+  ExpectRefused({"generate", kTiny, "--prompt-file", text},
+                AllOf(HasSubstr("as {\"prompt\": \"...\"}, found It is a truth"), HasSubstr("`jq -Rc '{prompt: .}' ")));
+  ExpectRefused({"tokenize", kTiny, "--file", text},
+                AllOf(HasSubstr("as {\"text\": \"...\"}, found It is a truth"), HasSubstr("`jq -Rc '{text: .}' ")));
+  ExpectRefused({"evaluate", kTiny, "--data", text},
+                AllOf(HasSubstr("as {\"type\": \"text\", "), HasSubstr("`jq -Rc '{text: .}' ")));
+  ExpectRefused({"evaluate", kTiny, "--data", kTiny + "/eval/calib.jsonl", "--eval-captions", text},
+                AllOf(HasSubstr("\"caption\": \"...\"}, found It is a truth"), Not(HasSubstr("jq"))));
+}
+
+// Where words go is shown by an example, what a flag is called by the nearest.
+TEST_F(CliTest, AWordTooManyIsAnsweredWithAnExample) {
+  ExpectRefused({"tokenize", kTiny, "truth"},
+                HasSubstr("truth: not expected here; for example `circlet tokenize out/ --text 'It is a truth'`; "
+                          "`circlet tokenize --help` lists what is"));
+  ExpectRefused({"generate", kTiny, "truth"}, HasSubstr("`circlet generate out/ --prompt 'It is a truth' "));
+  ExpectRefused({"tokenize", kTiny, "--txt", "truth"},
+                AllOf(HasSubstr("--txt: not expected here; nearest: \"--text\""), Not(HasSubstr("example"))));
+}
+
 TEST_F(CliTest, AnEmptyDataFileIsRefused) {
   const std::string data = Lines("");
   ExpectRefused(QuantizeText({"--data", data}), AllOf(HasSubstr(data), HasSubstr("a JSON object on each line")));

@@ -32,14 +32,25 @@ int Tell(const std::string& text) {
   return 2;
 }
 
-// A word that no option or command has names the nearest that there is.
+// The command's first example, which shows where its words go.
+std::string ExampleHint(const CLI::App& command) {
+  constexpr std::string_view kBegin = "Example:\n  ";
+  const std::string footer = command.get_footer();
+  if (!footer.starts_with(kBegin)) return "";
+  return fmt::format("; for example `{}`",
+                     footer.substr(kBegin.size(), footer.find('\n', kBegin.size()) - kBegin.size()));
+}
+
+// A flag that there is not names the nearest that there is, a word too many where words go.
 std::string UnknownText(const CLI::App& app, const CLI::App& command, const std::string& word) {
   std::vector<std::string> names;
   for (const CLI::Option* option : command.get_options())
     for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
   for (const CLI::App* verb : command.get_subcommands({})) names.push_back(verb->get_name());
-  return fmt::format("{}: not expected here{}; `circlet {}--help` lists what is", word,
-                     circlet::NearestHint(word, names), &command == &app ? "" : command.get_name() + " ");
+  std::string hint = circlet::NearestHint(word, names);
+  if (hint.empty() && !word.starts_with('-')) hint = ExampleHint(command);
+  return fmt::format("{}: not expected here{}; `circlet {}--help` lists what is", word, hint,
+                     &command == &app ? "" : command.get_name() + " ");
 }
 
 // --help and --version are CLI11's "errors" too.

@@ -43,12 +43,16 @@ void AddTokenize(CLI::App& app, std::function<int()>& command) {
         tell(*options->text);
         return 0;
       }
-      ForEachLine(ReadDataFile(options->file), [&](const JsonObject& object, const DataLine& line) {
-        const auto text = object.Required<std::string>("text");
-        object.Raw("type");
-        object.RejectUnknownKeys();
-        Within(line.place, [&] { tell(text); });
-      });
+      constexpr LineForm kTextLine{R"({"text": "..."})", "text"};
+      ForEachLine(
+          ReadDataFile(options->file),
+          [&](const JsonObject& object, const DataLine& line) {
+            const auto text = object.Required<std::string>("text");
+            object.Raw("type");
+            object.RejectUnknownKeys();
+            Within(line.place, [&] { tell(text); });
+          },
+          kTextLine);
       return 0;
     };
   });

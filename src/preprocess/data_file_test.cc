@@ -99,7 +99,7 @@ TEST_F(DataFileTest, SyntaxErrorsHaveOneLineNumberAndAColumn) {
 TEST_F(DataFileTest, TextThatIsNoJsonIsShownWithTheCommandThatConverts) {
   EXPECT_THAT(ErrorOf("plain.txt", "Emma was glad.\nShe smiled.\n"),
               AllOf(HasSubstr("plain.txt:1: expected a JSON object on each line"), HasSubstr("found Emma was glad."),
-                    HasSubstr("jq -Rc '{type: \"text\", text: .}' plain.txt > plain.txt.jsonl")));
+                    HasSubstr("jq -Rc '{text: .}' plain.txt > plain.txt.jsonl")));
   EXPECT_THAT(ErrorOf("t.csv", "text,label\nx,1\n"), HasSubstr("csv.DictReader(sys.stdin)]\" < t.csv > t.csv.jsonl"));
   EXPECT_THAT(ErrorOf("mixed.jsonl", "{\"n\": 1}\nEmma\x01\xff" + std::string(500, 'a')),
               AllOf(HasSubstr("mixed.jsonl:2: expected"), HasSubstr("found Emma??aaa"), Not(HasSubstr("jq")),
@@ -113,6 +113,7 @@ TEST_F(DataFileTest, OtherFormatsAreNamedWithTheCommandsThatConvert) {
   EXPECT_THAT(
       error("{\n  \"type\": \"text\"\n}\n"),
       AllOf(HasSubstr("data:1: expected a whole JSON object on each line"), HasSubstr("`jq -c . data > data.jsonl`")));
+  EXPECT_THAT(error("{\"n\": 1}\n{\n\"n\": 2\n}\n"), HasSubstr("data:2: expected a whole JSON object on each line"));
   EXPECT_THAT(error("PAR1"), AllOf(HasSubstr("data: is a parquet file"), HasSubstr("`pip install pandas pyarrow`"),
                                    HasSubstr("pandas.read_parquet('data').to_json('data.jsonl'")));
   EXPECT_THAT(error("ARROW1"), HasSubstr("is an Arrow file"));

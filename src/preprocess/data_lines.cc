@@ -32,16 +32,16 @@ std::string Shown(std::string_view line) {
 }
 
 // How a file of text becomes JSON lines.
-std::string Conversion(const DataFile& data) {
+std::string Conversion(const DataFile& data, std::string_view key) {
+  if (key.empty()) return "";
   for (const std::string_view table : {".csv", ".tsv"}) {
     if (!data.name.ends_with(table)) continue;
     return fmt::format(
-        "; a table with a column \"text\" becomes one with `python3 -c \"import csv, json, sys; [print(json.dumps("
-        "{{'type': 'text', 'text': row['text']}})) for row in csv.DictReader(sys.stdin{})]\" < {} > {}.jsonl`",
-        table == ".tsv" ? ", delimiter='\\t'" : "", data.name, data.name);
+        "; a table with a column \"{0}\" becomes one with `python3 -c \"import csv, json, sys; [print(json.dumps("
+        "{{'{0}': row['{0}']}})) for row in csv.DictReader(sys.stdin{1})]\" < {2} > {2}.jsonl`",
+        key, table == ".tsv" ? ", delimiter='\\t'" : "", data.name);
   }
-  return fmt::format("; plain text becomes one sample a line with `jq -Rc '{{type: \"text\", text: .}}' {} > {}.jsonl`",
-                     data.name, data.name);
+  return fmt::format("; plain text becomes one a line with `jq -Rc '{{{0}: .}}' {1} > {1}.jsonl`", key, data.name);
 }
 
 DataLine LineAt(const DataFile& data, int64_t number) {
@@ -57,7 +57,7 @@ void Take(const DataFile& data, std::string_view text, int64_t number, const Bod
   body(JsonObject(value, line.place), line);
 }
 
-int64_t ForEachTextLine(const DataFile& data, std::string_view text, std::string_view example, const Body& body) {
+int64_t ForEachTextLine(const DataFile& data, std::string_view text, const LineForm& form, const Body& body) {
   int64_t number = 0, lines = 0;
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = std::min(text.find('\n', begin), text.size());
@@ -67,14 +67,14 @@ int64_t ForEachTextLine(const DataFile& data, std::string_view text, std::string
     const size_t first = SkipBlank(line, 0);
     if (first == line.size()) continue;
     if (line[first] != '{') {
-      Fail("{}: expected a JSON object on each line, as {}, found {}{}", LineAt(data, number).place, example,
-           Shown(line.substr(first)), lines == 0 && example == kSampleLine ? Conversion(data) : "");
+      Fail("{}: expected a JSON object on each line, as {}, found {}{}", LineAt(data, number).place, form.example,
+           Shown(line.substr(first)), lines == 0 ? Conversion(data, form.text_key) : "");
     }
     ++lines;
     // An object over several lines, as editors and `jq .` lay it out.
-    if (lines == 1 && line.find_last_not_of(kBlank) == first)
+    if (line.find_last_not_of(kBlank) == first)
       Fail("{}: expected a whole JSON object on each line, as {}; `jq -c . {} > {}.jsonl` puts them there",
-           LineAt(data, number).place, example, data.name, data.name);
+           LineAt(data, number).place, form.example, data.name, data.name);
     Take(data, line, number, body);
   }
   return lines;
@@ -100,7 +100,7 @@ size_t EndOfValue(std::string_view text, size_t begin) {
 }
 
 // One element after another, since the tree of a whole file is many times as large as the file.
-int64_t ForEachElement(const DataFile& data, std::string_view text, std::string_view example, const Body& body) {
+int64_t ForEachElement(const DataFile& data, std::string_view text, const LineForm& form, const Body& body) {
   int64_t number = 1, elements = 0;
   size_t counted = 0;
   const auto line_of = [&](size_t at) {
@@ -115,7 +115,7 @@ int64_t ForEachElement(const DataFile& data, std::string_view text, std::string_
   size_t at = SkipBlank(text, SkipBlank(text, 0) + 1);
   if (at < text.size() && text[at] == ']') return 0;
   for (;;) {
-    if (at == text.size() || text[at] != '{') expect(at, fmt::format("an object, as {},", example));
+    if (at == text.size() || text[at] != '{') expect(at, fmt::format("an object, as {},", form.example));
     const size_t end = EndOfValue(text, at);
     Take(data, text.substr(at, end - at), line_of(at), body);
     ++elements;
@@ -131,14 +131,13 @@ int64_t ForEachElement(const DataFile& data, std::string_view text, std::string_
 
 }  // namespace
 
-void ForEachLine(const DataFile& data, const Body& body, std::string_view example) {
+void ForEachLine(const DataFile& data, const Body& body, const LineForm& form) {
   std::string_view text = data.text;
   if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
   const size_t first = SkipBlank(text, 0);
   const bool is_array = first < text.size() && text[first] == '[';
-  const int64_t lines =
-      is_array ? ForEachElement(data, text, example, body) : ForEachTextLine(data, text, example, body);
-  if (lines == 0) Fail("{}: has no samples; it needs a JSON object on each line, as {}", data.place, example);
+  const int64_t lines = is_array ? ForEachElement(data, text, form, body) : ForEachTextLine(data, text, form, body);
+  if (lines == 0) Fail("{}: has no samples; it needs a JSON object on each line, as {}", data.place, form.example);
 }
 
 }  // namespace circlet

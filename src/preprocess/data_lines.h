@@ -15,11 +15,15 @@ struct DataLine {
   std::string_view text;  // the object's JSON, in whose order its keys are
 };
 
-inline constexpr std::string_view kSampleLine = R"({"type": "text", "text": "..."})";
+// What errors say of a line: an example, and the key whose value a line of plain text could be (empty: none).
+struct LineForm {
+  std::string_view example, text_key;
+};
+inline constexpr LineForm kSampleLine{R"({"type": "text", "text": "..."})", "text"};
 
 // Calls `body` with the object of each line that is not blank, or with each object of a JSON array. Throws Error
-// "FILE:LINE: ..." for anything that is no object and for a file without any, with an example of what is expected.
+// "FILE:LINE: ..." for anything that is no object and for a file without any, with the form of what is expected.
 void ForEachLine(const DataFile& data, const std::function<void(const JsonObject& object, const DataLine& line)>& body,
-                 std::string_view example = kSampleLine);
+                 const LineForm& form = kSampleLine);
 
 }  // namespace circlet

@@ -124,7 +124,8 @@ SampleSet LoadJsonl(const DataFile& data, const Processor& processor, const Samp
     const char* const usual = object.Has("messages") ? "chat" : object.Has("text") ? "text" : "";
     const std::string type = object.Optional<std::string>("type", usual);
     if (type.empty())
-      object.FailAt("type", fmt::format("is missing, and so are \"text\" and \"messages\"; write {}", kSampleLine));
+      object.FailAt("type",
+                    fmt::format("is missing, and so are \"text\" and \"messages\"; write {}", kSampleLine.example));
     if (type == "text") {
       const std::string text = object.Required<std::string>("text");
       object.RejectUnknownKeys();
@@ -159,10 +160,10 @@ std::vector<CaptionTask> LoadCaptions(const DataFile& data, const Processor& pro
   whole.longer = LongSamples::kRefuse;  // a cut question has another answer
   LengthLimit limit(whole);
   std::vector<CaptionTask> tasks;
-  constexpr std::string_view kCaptionLine = R"({"image": "PATH", "question": "...", "caption": "..."})";
+  constexpr LineForm kCaptionLine{R"({"image": "PATH", "question": "...", "caption": "..."})", ""};
   const auto read = [&](const JsonObject& object, const DataLine& line) {
     for (const char* key : {"image", "question", "caption"})
-      if (!object.Has(key)) Fail("{}: has no \"{}\"; captions are lines as {}", line.place, key, kCaptionLine);
+      if (!object.Has(key)) Fail("{}: has no \"{}\"; captions are lines as {}", line.place, key, kCaptionLine.example);
     CaptionTask task;
     task.image = object.Required<std::string>("image");
     task.question = object.Required<std::string>("question");

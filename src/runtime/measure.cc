@@ -66,32 +66,39 @@ struct Answered {
 };
 std::vector<Answered> LoadAnswers(const std::filesystem::path& path, const Processor& processor,
                                   const ModelFacts& facts) {
+  constexpr LineForm kChatLine{
+      R"({"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]})", ""};
   std::vector<Answered> answers;
   const DataFile data = ReadDataFile(path);
-  ForEachLine(data, [&](const JsonObject& object, const DataLine& line) {
-    Within(line.place, [&] {
-      if (!object.Has("messages")) Fail("has no \"messages\"; --eval-chat takes conversations");
-      auto whole = nlohmann::ordered_json::parse(line.text);
-      nlohmann::ordered_json& messages = whole["messages"];
-      if (!messages.is_array() || messages.size() < 2 || !messages.back().is_object() ||
-          messages.back().value("role", "") != std::string("assistant"))
-        Fail("the last turn is not the model's (role \"assistant\"), so there is no answer to be measured");
-      nlohmann::ordered_json asked = whole;
-      asked["messages"].erase(messages.size() - 1);
-      asked["add_generation_prompt"] = true;
-      whole["add_generation_prompt"] = false;
-      const auto sample = [&](const nlohmann::ordered_json& conversation) {
-        return ChatPromptSample(conversation.dump(), processor, facts, data.directory, line.source);
-      };
-      Answered answered{sample(whole), 0};
-      const std::vector<int64_t> prompt = sample(asked).input_ids;
-      const std::vector<int64_t>& ids = answered.whole.input_ids;
-      if (prompt.size() >= ids.size() || !std::equal(prompt.begin(), prompt.end(), ids.begin()))
-        Fail("the chat template writes another prompt once the answer stands there; its tokens cannot be told apart");
-      answered.answer = static_cast<int64_t>(prompt.size());
-      answers.push_back(std::move(answered));
-    });
-  });
+  ForEachLine(
+      data,
+      [&](const JsonObject& object, const DataLine& line) {
+        Within(line.place, [&] {
+          if (!object.Has("messages")) Fail("has no \"messages\"; --eval-chat takes conversations");
+          auto whole = nlohmann::ordered_json::parse(line.text);
+          nlohmann::ordered_json& messages = whole["messages"];
+          if (!messages.is_array() || messages.size() < 2 || !messages.back().is_object() ||
+              messages.back().value("role", "") != std::string("assistant"))
+            Fail("the last turn is not the model's (role \"assistant\"), so there is no answer to be measured");
+          nlohmann::ordered_json asked = whole;
+          asked["messages"].erase(messages.size() - 1);
+          asked["add_generation_prompt"] = true;
+          whole["add_generation_prompt"] = false;
+          const auto sample = [&](const nlohmann::ordered_json& conversation) {
+            return ChatPromptSample(conversation.dump(), processor, facts, data.directory, line.source);
+          };
+          Answered answered{sample(whole), 0};
+          const std::vector<int64_t> prompt = sample(asked).input_ids;
+          const std::vector<int64_t>& ids = answered.whole.input_ids;
+          if (prompt.size() >= ids.size() || !std::equal(prompt.begin(), prompt.end(), ids.begin()))
+            Fail(
+                "the chat template writes another prompt once the answer stands there; its tokens cannot be told "
+                "apart");
+          answered.answer = static_cast<int64_t>(prompt.size());
+          answers.push_back(std::move(answered));
+        });
+      },
+      kChatLine);
   return answers;
 }
 

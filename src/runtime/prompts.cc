@@ -29,23 +29,28 @@ Sample ChatPromptSample(std::string_view conversation, const Processor& processo
 
 std::vector<Sample> LoadPrompts(const std::filesystem::path& path, const Processor& processor,
                                 const ModelFacts& facts) {
+  constexpr LineForm kPromptLine{R"({"prompt": "..."})", "prompt"};
   const DataFile data = ReadDataFile(path);
   std::vector<Sample> prompts;
-  ForEachLine(data, [&](const JsonObject& object, const DataLine& line) {
-    const bool chat = object.Has("messages");
-    const char* const key = object.Has("prompt") ? "prompt" : "text";
-    const std::string type = object.Optional<std::string>("type", chat ? "chat" : "text");
-    if (type != (chat ? "chat" : "text"))
-      object.FailAt("type", fmt::format("\"{}\"; expected \"chat\" with messages, or \"text\"", type));
-    if (chat) {
-      Within(line.place,
-             [&] { prompts.push_back(ChatPromptSample(line.text, processor, facts, data.directory, line.source)); });
-      return;
-    }
-    const std::string text = object.Required<std::string>(key);
-    object.RejectUnknownKeys();
-    Within(line.place, [&] { prompts.push_back(TextPrompt(text, processor, facts, line.source)); });
-  });
+  ForEachLine(
+      data,
+      [&](const JsonObject& object, const DataLine& line) {
+        const bool chat = object.Has("messages");
+        const char* const key = object.Has("prompt") ? "prompt" : "text";
+        const std::string type = object.Optional<std::string>("type", chat ? "chat" : "text");
+        if (type != (chat ? "chat" : "text"))
+          object.FailAt("type", fmt::format("\"{}\"; expected \"chat\" with messages, or \"text\"", type));
+        if (chat) {
+          Within(line.place, [&] {
+            prompts.push_back(ChatPromptSample(line.text, processor, facts, data.directory, line.source));
+          });
+          return;
+        }
+        const std::string text = object.Required<std::string>(key);
+        object.RejectUnknownKeys();
+        Within(line.place, [&] { prompts.push_back(TextPrompt(text, processor, facts, line.source)); });
+      },
+      kPromptLine);
   return prompts;
 }
 
