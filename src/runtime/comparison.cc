@@ -34,7 +34,7 @@ std::vector<Part> PartsOf(const Comparison& comparison) {
 
 std::string Differs(const Compared& one) {
   return fmt::format("KL {:.4g} nats a token, same top-1 at {} of {} tokens, {}", Mean(one), one.same_top, one.tokens,
-                     one.diverges ? fmt::format("the texts part behind {} tokens", one.same_tokens) : "one text");
+                     one.diverges ? fmt::format("the texts part after {} tokens", one.same_tokens) : "one text");
 }
 
 std::string Indented(const std::string& text) {

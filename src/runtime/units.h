@@ -40,7 +40,7 @@ class RunnableUnit {
 };
 
 inline constexpr char kNoDecoding[] =
-    "was exported without decode units (export.prefill_decode: false), so that it gives no token behind the first; "
+    "was exported without decode units (export.prefill_decode: false), so that it gives no token after the first; "
     "quantize again with them";
 
 class UnitSource {
