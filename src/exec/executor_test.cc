@@ -106,33 +106,41 @@ TEST(ExecutorTest, AChainOfInPlaceOperatorsNeedsOneBuffer) {
   EXPECT_EQ(Executor(graph, nullptr).PlannedBytes(), 64 * 64 * 4);
 }
 
-// Random graphs of reshapes, in-place and binary operators: the plan gives the values that unshared buffers give.
+// Random graphs of reshapes, in-place and binary operators, and concatenations: the plan gives the values that unshared
+// buffers give.
 TEST(ExecutorTest, SharedBuffersNeverChangeAResult) {
   std::mt19937 random(7);
   for (int round = 0; round < 50; ++round) {
     Graph graph;
     const Builder b(graph);
-    std::vector<ValueId> values{b.Input("x", {4, 6}), b.Input("y", {4, 6})};
+    std::vector<ValueId> values{b.Input("x", {4, 8}), b.Input("y", {4, 8})};
     std::vector<std::vector<float>> expected;
-    Tensor x(TensorType{DType::kF32, {4, 6}}), y(TensorType{DType::kF32, {4, 6}});
+    Tensor x(TensorType{DType::kF32, {4, 8}}), y(TensorType{DType::kF32, {4, 8}});
     for (float& v : x.F32()) v = static_cast<float>(random() % 7) - 3;
     for (float& v : y.F32()) v = static_cast<float>(random() % 7) - 3;
     expected = {List(x), List(y)};
     for (int step = 0; step < 12; ++step) {
       const size_t i = random() % values.size(), j = random() % values.size();
       std::vector<float> result = expected[i];
-      switch (random() % 4) {
+      switch (random() % 5) {
         case 0:
           values.push_back(b.Add(Neg{}, {values[i]}));
           for (float& v : result) v = -v;
           break;
         case 1:
-          values.push_back(b.Reshape(b.Reshape(values[i], {24}), {4, 6}));
+          values.push_back(b.Reshape(b.Reshape(values[i], {32}), {4, 8}));
           break;
         case 2:
           values.push_back(b.Add(Maximum{}, {values[i], values[j]}));
           for (size_t k = 0; k < result.size(); ++k) result[k] = std::max(result[k], expected[j][k]);
           break;
+        case 3: {  // the second half of one and the first of the other
+          const ValueId whole = b.Add(Concat{.axis = 0}, {values[i], values[j]});
+          values.push_back(b.Add(Slice{.begin = {2, 0}, .end = {6, 8}}, {whole}));
+          std::copy_n(expected[i].begin() + 16, 16, result.begin());
+          std::copy_n(expected[j].begin(), 16, result.begin() + 16);
+          break;
+        }
         default:
           values.push_back(b.Add(Sub{}, {values[i], values[j]}));
           for (size_t k = 0; k < result.size(); ++k) result[k] -= expected[j][k];
@@ -151,6 +159,15 @@ TEST(ExecutorTest, SharedBuffersNeverChangeAResult) {
       for (const auto& [name, pick] : outputs) EXPECT_EQ(List(results.at(name)), expected[pick]) << Dump(graph) << name;
     }
   }
+}
+
+TEST(ExecutorTest, PartsOfAConcatenationAreMadeInTheirPlaces) {
+  Graph graph;
+  const Builder b(graph);
+  const ValueId x = b.Input("x", {1, 32, 16});
+  const ValueId whole = b.Add(Concat{.axis = 1}, {b.Add(Neg{}, {x}), b.Add(Tanh{}, {x}), x});
+  b.Output("y", whole);
+  EXPECT_EQ(Executor(graph, nullptr).PlannedBytes(), graph.TypeOf(whole).Bytes());
 }
 
 Tensor AsBf16(const Tensor& tensor) {

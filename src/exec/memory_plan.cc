@@ -46,6 +46,35 @@ std::vector<char> NeededNodes(const Graph& graph, const std::vector<PointUseOfNo
   return needed;
 }
 
+// Where a value stands within a concatenation that reads it last: there it is made, and need not be copied.
+struct PlaceInWhole {
+  ValueId whole = -1;
+  int64_t offset = 0;
+};
+
+// By value, of concatenations whose parts follow each other in memory. `same`: who has the bytes of a value.
+std::vector<PlaceInWhole> PlacesInWholes(const Graph& graph, const std::vector<char>& needed,
+                                         const std::vector<ValueId>& same, const std::vector<int>& last_reader) {
+  std::vector<PlaceInWhole> places(graph.Values().size());
+  for (size_t i = 0; i < graph.Nodes().size(); ++i) {
+    const Node& node = graph.Nodes()[i];
+    const auto* concat = std::get_if<Concat>(&node.op.kind);
+    if (concat == nullptr || !needed[i]) continue;
+    const Shape& whole = graph.TypeOf(node.out[0]).shape;
+    const int axis = concat->axis < 0 ? concat->axis + whole.Rank() : concat->axis;
+    const auto before = whole.Sizes().first(static_cast<size_t>(axis));
+    if (std::ranges::any_of(before, [](int64_t size) { return size != 1; })) continue;
+    int64_t offset = 0;
+    for (const ValueId in : node.in) {
+      PlaceInWhole& place = places[same[in]];
+      if (offset % kAlignment == 0 && last_reader[same[in]] == static_cast<int>(i) && place.whole < 0)
+        place = {node.out[0], offset};
+      offset += graph.TypeOf(in).Bytes();
+    }
+  }
+  return places;
+}
+
 }  // namespace
 
 MemoryPlan PlanMemory(const Graph& graph, const std::vector<PointUseOfNode>& points) {
@@ -69,9 +98,21 @@ MemoryPlan PlanMemory(const Graph& graph, const std::vector<PointUseOfNode>& poi
   for (const Graph::Output& output : graph.Outputs()) last_reader[same[output.value]] = kAlways;
 
   Arena arena;
-  std::vector<std::vector<int64_t>> dying(graph.Nodes().size());  // arena offsets, by the node after which they are free
+  std::vector<std::vector<int64_t>> dying(
+      graph.Nodes().size());  // arena offsets, by the node after which they are free
   const auto live_until = [&](int64_t offset, int node) {
     if (node != kAlways) dying[node].push_back(offset);
+  };
+  const std::vector<PlaceInWhole> in_wholes = PlacesInWholes(graph, plan.needed, same, last_reader);
+  const auto place = [&](const auto& self, ValueId id) -> int64_t {
+    MemoryPlan::Home& home = plan.homes[id];
+    if (home.place == MemoryPlan::Place::kArena) return home.offset;  // a whole, with the first of its parts
+    const PlaceInWhole& part = in_wholes[id];
+    const int64_t offset =
+        part.whole >= 0 ? self(self, part.whole) + part.offset : arena.Take(graph.TypeOf(id).Bytes());
+    if (part.whole < 0) live_until(offset, last_reader[id]);
+    home = {MemoryPlan::Place::kArena, id, offset};
+    return offset;
   };
   for (size_t id = 0; id < graph.Values().size(); ++id) {
     using Place = MemoryPlan::Place;
@@ -92,12 +133,12 @@ MemoryPlan PlanMemory(const Graph& graph, const std::vector<PointUseOfNode>& poi
       }
       const bool may_overwrite = node.op.InPlace() || node.op.IsPoint();
       const ValueId first = node.in.empty() ? -1 : node.in[0];
-      const bool overwrites =
-          may_overwrite && plan.homes[first].place == MemoryPlan::Place::kArena &&
-          last_reader[same[first]] == static_cast<int>(i) && graph.TypeOf(first).Bytes() == graph.TypeOf(id).Bytes() &&
-          std::none_of(node.in.begin() + 1, node.in.end(), [&](ValueId other) {
-            return same[other] == same[first] && graph.TypeOf(other) != graph.TypeOf(id);
-          });
+      const bool overwrites = may_overwrite && plan.homes[first].place == MemoryPlan::Place::kArena &&
+                              last_reader[same[first]] == static_cast<int>(i) &&
+                              graph.TypeOf(first).Bytes() == graph.TypeOf(id).Bytes() &&
+                              std::none_of(node.in.begin() + 1, node.in.end(), [&](ValueId other) {
+                                return same[other] == same[first] && graph.TypeOf(other) != graph.TypeOf(id);
+                              });
       if (overwrites) {
         plan.homes[id] = plan.homes[first];
         // The range passes to the new value: it does not die with the old one.
@@ -105,8 +146,7 @@ MemoryPlan PlanMemory(const Graph& graph, const std::vector<PointUseOfNode>& poi
         dead.erase(std::find(dead.begin(), dead.end(), plan.homes[id].offset));
         live_until(plan.homes[id].offset, last_reader[id]);
       } else {
-        plan.homes[id] = {MemoryPlan::Place::kArena, id, arena.Take(graph.TypeOf(id).Bytes())};
-        live_until(plan.homes[id].offset, last_reader[id]);
+        place(place, id);
       }
     }
     for (const int64_t offset : dying[i]) arena.Give(offset);

@@ -27,8 +27,9 @@ struct PointUseOfNode {
   bool observes = false;
 };
 
-// Values that only rename others (views, points that do not write) share a home; an operator that may overwrite its first
-// input does so when nothing reads that input later; every other value gets the lowest free range of one arena.
+// Values that only rename others (views, points that do not write) share a home; an operator that may overwrite its
+// first input does so when nothing reads that input later; what a concatenation reads last is made in its place there,
+// when the parts follow each other in memory; every other value gets the lowest free range of one arena.
 MemoryPlan PlanMemory(const Graph& graph, const std::vector<PointUseOfNode>& points);
 
 }  // namespace circlet

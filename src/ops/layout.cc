@@ -304,7 +304,8 @@ void Concat::Eval(const EvalContext& context) const {
   int64_t offset = 0;
   for (const Tensor& in : context.in) {
     const int64_t run = in.GetShape()[resolved] * bytes;
-    CopyRuns(in.Raw(), run, out.Raw() + offset, out.GetShape()[resolved] * bytes, around.outer, run);
+    if (in.Raw() != out.Raw() + offset)  // made in its place
+      CopyRuns(in.Raw(), run, out.Raw() + offset, out.GetShape()[resolved] * bytes, around.outer, run);
     offset += run;
   }
 }
