@@ -738,6 +738,8 @@ TEST_F(RuntimeTest, AStepReadsTheLinearsOfItsUnitsAndTheHead) {
   const Session::WeightRead read = OpenSession(Text())->ReadWeights();
   EXPECT_EQ(read.bytes, bytes);
   EXPECT_GT(read.seconds, 0);
+  // The checkpoint's stand in memory as float32.
+  EXPECT_EQ(OpenSession(kTiny, {.text_only = true})->ReadWeights().bytes, 4 * bytes);
   const ProgramResult told =
       RunProgram({"generate", Text(), "--prompt", "Emma", "--max-new-tokens", "5", "--temperature", "0", "--timings"});
   EXPECT_THAT(told.err, AllOf(HasSubstr("a second); the fastest in"), HasSubstr("of the bandwidth"),

@@ -28,15 +28,23 @@ class GraphUnit : public RunnableUnit {
     name = std::move(unit);
     for (const ValueId id : graph.Inputs()) inputs.push_back({graph.At(id).name, key_of(graph.At(id).name, false)});
     for (const Graph::Output& output : graph.Outputs()) outputs.push_back({output.name, key_of(output.name, true)});
+    for (const Value& value : graph.Values())
+      if (value.kind == ValueKind::kWeight && IsLinear(value.weight_point.kind)) linears_.push_back(value.name);
   }
   Values Run(const Values& given) override {
     return Within(name, [&] { return executor_.Run(given, weights_); });
+  }
+  std::vector<Tensor> LinearWeights() override {
+    std::vector<Tensor> weights;
+    for (const std::string& linear : linears_) weights.push_back(weights_(linear));
+    return weights;
   }
 
  protected:
   WeightSource weights_;
   std::unique_ptr<PointReading> reading_;
   Executor executor_;
+  std::vector<std::string> linears_;
 };
 
 // A table is read by the rows that are asked for: its graph sees just those.
