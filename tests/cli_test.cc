@@ -1035,6 +1035,22 @@ TEST_F(InspectTest, ACheckpointIsTracedOnItsSamples) {
               testing::AllOf(testing::Field(&ProgramResult::exit_code, 2),
                              testing::Field(&ProgramResult::err, HasSubstr("embed_tokens.weight: is a table, of which "
                                                                            "the sample looks up some rows"))));
+  // Of a long sample in slices of the positions, too, each with the same rows.
+  WriteFile(samples, nlohmann::json{{"text", "Emma."}}.dump() + "\n" +
+                         nlohmann::json{{"text", ReadFile(kTiny + "/eval/heldout.txt").substr(0, 3000)}}.dump() + "\n");
+  EXPECT_THAT(traced({"--explain", "lm_head.weight"}), StartsWith("lm_head.weight: 2048 rows"));
+  // Padding is not measured.
+  const auto of_ids = [&](std::vector<int64_t> ids, std::vector<int64_t> mask) {
+    const Shape shape{1, std::ssize(ids)};
+    const Tensor calibration = Tensor::Of<int64_t>({1, 6}, std::vector<int64_t>{2, 3, 5, 7, 9, 4});
+    WriteSafetensors(Work("padded.safetensors"), {{"calib.0.input_ids", calibration},
+                                                  {"eval.0.input_ids", Tensor::Of<int64_t>(shape, ids)},
+                                                  {"eval.0.attention_mask", Tensor::Of<int64_t>(shape, mask)}});
+    return Inspect({"--mode", "trace", "--model", model_, "--samples", Work("padded.safetensors")}).out;
+  };
+  const std::string bare = of_ids({2, 5, 7, 9}, {1, 1, 1, 1});
+  EXPECT_THAT(bare, HasSubstr("model.language_model."));
+  EXPECT_EQ(of_ids({0, 2, 5, 7, 9, 0}, {0, 1, 1, 1, 1, 0}), bare);
   const ProgramResult tensors = Inspect(
       {"--mode", "trace", "--model", model_, "--samples", samples_, "--explain", "model.language_model.norm.act_out"});
   EXPECT_EQ(tensors.exit_code, 0) << tensors.err;

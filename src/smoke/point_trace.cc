@@ -115,7 +115,7 @@ PositionSummary SummaryOf(const std::vector<ErrorMetrics>& rows) {
 // Floats, or what codes stand for.
 void CopyRow(const Tensor& weight, int64_t row, std::span<float> values) {
   const int64_t width = std::ssize(values);
-  if (IsInteger(weight.GetDType()) && weight.Grid() != nullptr)
+  if (weight.Grid() != nullptr)
     Dequantize(weight, *weight.Grid(), row * width, values);
   else
     std::ranges::copy(weight.F32().subspan(row * width, width), values.begin());

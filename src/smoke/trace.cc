@@ -62,7 +62,7 @@ class ParameterTrace {
       const int64_t first = step.slice ? step.slice->column : 0;
       if (std::ssize(point_.parameter) != first) continue;  // seen already
       const auto floats = [](const Tensor& given) {
-        if (!IsInteger(given.GetDType()) || given.Grid() == nullptr) return ToF32(given);
+        if (given.Grid() == nullptr) return ToF32(given);
         const Tensor values = Tensor::Uninitialized({DType::kF32, given.GetShape()});
         Dequantize(given, *given.Grid(), 0, values.F32());
         return values;
