@@ -47,7 +47,7 @@ void Measure(int64_t rows, int64_t columns, double speed) {
   const Tensor change = Random({rows, columns}, 0.001f * kPositions);
   const WeightRounding method;
   Clock clock;
-  weights::Moment moment = weights::Moment::Symmetric(columns, weights::MagnitudeOf(x).largest, kPositions);
+  weights::Moment moment = weights::Moment::Symmetric(columns, weights::MagnitudeOf(x), kPositions);
   moment.Add(x);
   const double moments = clock.Lap();
   Tensor target;

@@ -175,13 +175,13 @@ void ActivationStore::GiveUp(Entry& entry) {
     if (slot.offset >= 0) entry.file->GiveBack(slot.offset, slot.type.Bytes());
 }
 
-// Late readers' tensors leave memory, until `bytes` fit.
-void ActivationStore::MakeRoom(int64_t bytes) {
+// Tensors for such readers leave memory, until `bytes` fit.
+void ActivationStore::MakeRoom(Read readers, int64_t bytes) {
   if (directory_.empty()) return;
   for (auto& [key, entry] : entries_) {
-    if (entry.read != Read::kLate) continue;
+    if (entry.read != readers) continue;
     for (auto& [owner, slot] : entry.slots) {
-      if (memory_bytes_ + bytes <= budget_) return;
+      if (memory_bytes_ + bytes <= budget_ - aside_) return;
       if (slot.memory.Empty()) continue;
       if (slot.offset < 0) Write(entry, slot, slot.memory);
       memory_bytes_ -= slot.type.Bytes();
@@ -189,6 +189,13 @@ void ActivationStore::MakeRoom(int64_t bytes) {
       slot.memory = Tensor();
     }
   }
+}
+
+void ActivationStore::SetAside(int64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  aside_ = bytes;
+  MakeRoom(Read::kLate, 0);
+  MakeRoom(Read::kSoon, 0);
 }
 
 void ActivationStore::Put(int item, Chain chain, const std::string& key, const Tensor& tensor, Read read) {
@@ -199,8 +206,8 @@ void ActivationStore::Put(int item, Chain chain, const std::string& key, const T
   CIRCLET_CHECK(is_new, "item {} has {} already", item, key);
   held_bytes_ += tensor.Bytes();
   peak_bytes_ = std::max(peak_bytes_, held_bytes_);
-  if (read == Read::kSoon) MakeRoom(tensor.Bytes());
-  if (directory_.empty() || memory_bytes_ + tensor.Bytes() <= budget_) {
+  if (read == Read::kSoon) MakeRoom(Read::kLate, tensor.Bytes());
+  if (directory_.empty() || memory_bytes_ + tensor.Bytes() <= budget_ - aside_) {
     memory_bytes_ += tensor.Bytes();
     slot->second.memory = tensor;
   } else {

@@ -38,6 +38,10 @@ class ActivationStore {
     files_ = files;
   }
 
+  // Leaves `bytes` of the budget to others until the next call; what does not fit beside them goes to files, that for late
+  // readers first.
+  void SetAside(int64_t bytes);
+
   // When values are read again: by the next stage, or one part at a time by stages far ahead. Those leave memory first.
   enum class Read { kSoon, kLate };
 
@@ -78,13 +82,13 @@ class ActivationStore {
   // The caller holds the lock.
   const Entry& EntryOf(const std::string& key, std::pair<int, Chain> owner) const;
   void Write(Entry& entry, Slot& slot, const Tensor& tensor);
-  void MakeRoom(int64_t bytes);
+  void MakeRoom(Read readers, int64_t bytes);
   void GiveUp(Entry& entry);
   void RestoreSlot(Entry& entry, const nlohmann::json& json, int64_t file_bytes);
 
   std::filesystem::path directory_;
   Files files_ = Files::kNamed;
-  int64_t budget_ = 0;
+  int64_t budget_ = 0, aside_ = 0;
   bool restored_ = false;
   mutable std::mutex mutex_;
   std::map<std::string, Entry> entries_;

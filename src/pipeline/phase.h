@@ -4,6 +4,7 @@
 // the store they read and make. Who reads a value last, what is dropped when and what must be kept follows from that
 // (schedule.h); nobody says it twice.
 
+#include <algorithm>
 #include <filesystem>
 #include <functional>
 #include <map>
@@ -69,11 +70,13 @@ struct StageEstimate {
   std::string name;
   int64_t weight_bytes = 0;   // parameters in float32
   int64_t working_bytes = 0;  // values of the longest item that live at a time, its inputs and outputs with them
+  int64_t rounding_bytes = 0;  // what rounding its weights takes, when no item runs
   int64_t waiting_bytes = 0;  // values that its rounding of weights keeps in the store meanwhile
   double flops = 0;           // of the matrix products of all readings of all items
 
   // The weights of a stage live once, in float32 or rounded, with their codes beside them while its files are written.
-  int64_t MemoryBytes() const { return weight_bytes * 3 / 2 + working_bytes; }
+  int64_t RunningBytes() const { return weight_bytes * 3 / 2 + working_bytes; }
+  int64_t MemoryBytes() const { return weight_bytes * 3 / 2 + std::max(working_bytes, rounding_bytes); }
 };
 
 struct StageContext;

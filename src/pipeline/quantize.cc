@@ -141,8 +141,9 @@ class Run {
   void Prepare(const std::filesystem::path& directory, const RunState* state);
   int64_t WatchedBytes(const PhaseSpec& phase) const;
   void RequireMemory() const;
-  int64_t NeededMemory() const;
+  int64_t NeededMemory(int64_t (StageEstimate::*bytes_of)() const = &StageEstimate::MemoryBytes) const;
   int64_t ActivationBudget() const;
+  int64_t StoreBudget() const;
   int64_t ActivationBytes() const;
   int64_t NeededDisk() const;
   std::function<PointSpec(const std::string&)> SpecsOfPoints() const;
@@ -220,10 +221,10 @@ void Run::RequireMemory() const {
       AskedBytes(settings_.options.memory_limit), HumanBytes(NeededMemory() / 9 * 10));
 }
 
-// Without the activations.
-int64_t Run::NeededMemory() const {
+// Without the activations, of the stage that needs most by `bytes_of`.
+int64_t Run::NeededMemory(int64_t (StageEstimate::*bytes_of)() const) const {
   int64_t bytes = 0;
-  for (const StageEstimate& estimate : estimates_) bytes = std::max(bytes, estimate.MemoryBytes());
+  for (const StageEstimate& estimate : estimates_) bytes = std::max(bytes, (estimate.*bytes_of)());
   if (settings_.Writes()) bytes += job_.WholeGraphBytes();
   return OwnMemoryBytes() + bytes;
 }
@@ -239,6 +240,11 @@ int64_t Run::ActivationBytes() const {
 // allocator's holes.
 int64_t Run::ActivationBudget() const { return settings_.options.memory_limit / 10 * 9 - NeededMemory(); }
 
+// The same while weights are not being rounded: rounding sets aside what it takes.
+int64_t Run::StoreBudget() const {
+  return settings_.options.memory_limit / 10 * 9 - NeededMemory(&StageEstimate::RunningBytes);
+}
+
 int64_t Run::NeededDisk() const {
   const int64_t activations = ActivationBytes();
   if (settings_.Writes()) return FilesBytes(phases_, job_.GetCalibration()) + activations;
@@ -252,7 +258,8 @@ std::string Run::DryRun() const {
   double flops = 0;
   for (const StageEstimate& estimate : estimates_) {
     flops += estimate.flops;
-    table.Row({estimate.name, HumanBytes(estimate.weight_bytes), HumanBytes(estimate.working_bytes),
+    table.Row({estimate.name, HumanBytes(estimate.weight_bytes),
+               HumanBytes(std::max(estimate.working_bytes, estimate.rounding_bytes)),
                fmt::format("{:.1f}", estimate.flops / 1e9), fmt::format("{:.1f}", estimate.flops / rate)});
   }
   const int64_t activations = ActivationBytes(), memory = NeededMemory();
@@ -434,7 +441,7 @@ QuantizeResult Run::Compute() {
     RequireFreeSpace(output->Directory(), std::max<int64_t>(0, NeededDisk() - output->Bytes()));
     state.emplace(output->StateDirectory(), identity, options.save_every, settings_.world);
     Prepare(output->StateDirectory(), &*state);
-    store_.UseFiles(state->ValuesDirectory(), ActivationBudget());
+    store_.UseFiles(state->ValuesDirectory(), StoreBudget());
     units_.emplace(output->Directory(), calibration, store_);
     parts.emplace(RunParts{calibration, store_, *units_, result_.stages, result_.linears, result_.second_roundings,
                            head_, result_.compute_change, result_.seconds});
@@ -443,7 +450,7 @@ QuantizeResult Run::Compute() {
     const std::filesystem::path directory = TemporaryDirectory();
     RequireFreeSpace(directory, NeededDisk());
     Prepare(directory, nullptr);
-    store_.UseFiles(directory, ActivationBudget(), ActivationStore::Files::kNameless);
+    store_.UseFiles(directory, StoreBudget(), ActivationStore::Files::kNameless);
   }
   TellStart(ActivationBudget());
   gemm::Tally tally;

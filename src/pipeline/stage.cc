@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -380,7 +381,7 @@ void StageRunner::Watch(const Step& step) {
 }
 
 void StageRunner::Run(const Stage& stage, std::vector<StageError>& errors) {
-  std::vector<StepRounding> rounding;
+  std::deque<StepRounding> rounding;
   for (const Step& step : stage.steps) Observe(step, rounding.emplace_back(c_, step, Kept(step)));
   ShareObservers(c_.calibration, c_.world);
   // A variant may have points that others lack (the reference's fusion with pictures).

@@ -51,20 +51,27 @@ Tensor PositionRows(const Item& item, const Tensor& tensor) {
   return RealRows(item, tensor.Reshaped({1, item.length, tensor.Elements() / item.length}));
 }
 
-Tensor Difference(const Tensor& a, const Tensor& b) {
-  const Tensor difference = Tensor::Uninitialized(a.Type());
+void Subtract(const Tensor& a, const Tensor& b, const Tensor& difference) {
   ParallelFor(a.Elements(), 4096, [&](int64_t begin, int64_t end) {
     simd::Binary(simd::BinaryOp::kSub, a.F32().data() + begin, b.F32().data() + begin, end - begin,
                  difference.F32().data() + begin);
   });
+}
+
+Tensor Difference(const Tensor& a, const Tensor& b) {
+  const Tensor difference = Tensor::Uninitialized(a.Type());
+  Subtract(a, b, difference);
   return difference;
 }
 
-// x [.., columns] times the transpose of weight [rows, columns], float32.
+// x [.., columns], float32, times the transpose of weight [rows, columns], float32 or bf16.
 Tensor Product(const Tensor& x, const Tensor& weight) {
   const int64_t columns = weight.GetShape()[1], rows = weight.GetShape()[0], count = x.Elements() / columns;
   const Tensor product = Tensor::Uninitialized({DType::kF32, {count, rows}});
-  gemm::Linear(x.F32().data(), weight.F32().data(), nullptr, count, rows, columns, product.F32().data());
+  if (weight.GetDType() == DType::kBF16)
+    gemm::LinearBf16(x.F32().data(), weight.Raw(), nullptr, count, rows, columns, product.F32().data());
+  else
+    gemm::Linear(x.F32().data(), weight.F32().data(), nullptr, count, rows, columns, product.F32().data());
   return product;
 }
 
@@ -195,6 +202,24 @@ std::vector<ValueId> CutBehind(const Graph& graph, const std::vector<LinearGroup
 
 }  // namespace
 
+namespace {
+
+// Which of the two sums of differences is the cheaper one: [columns, columns] of the inputs', else [rows, columns] of the
+// outputs'.
+bool TakesDifferences(int64_t rows, int64_t columns) { return columns <= 2 * rows; }
+
+// What the moments of a group take and what is made of them (rounding.h).
+int64_t SolverBytes(int64_t rows, int64_t columns, bool makes_up, const WeightRounding& method) {
+  const bool square = TakesDifferences(rows, columns);
+  // The moment (half of it, in int64) and its factors; weights, targets, changes and codes.
+  int64_t bytes = (columns <= 4096 ? 20 : 8) * columns * columns + 16 * rows * columns;
+  if (makes_up && square) bytes += 8 * rows * columns;
+  if (method.correct_inputs) bytes += (square ? 4 * columns * columns : 8 * rows * columns) + 8 * rows * columns;
+  return bytes;
+}
+
+}  // namespace
+
 void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& calibration, int rank,
                  StageEstimate& estimate) {
   if (!calibration.GetRecipe().rounding) return;
@@ -232,22 +257,19 @@ void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& ca
     if (!groups.empty() && calibration.GetDialect().requantizing_points)
       estimate.flops += ProductFlops(graph) * positions / static_cast<double>(longest->length);
     for (const LinearGroup& group : groups) {
-      double n = 0, rows = 0;
+      int64_t all_rows = 0, columns = 0;
       for (const Value& value : graph.Values())
         if (value.kind == ValueKind::kWeight && std::ranges::find(group.weights, value.name) != group.weights.end()) {
-          rows += static_cast<double>(value.type.shape[0]);
-          n = static_cast<double>(value.type.shape[1]);
+          all_rows += value.type.shape[0];
+          columns = value.type.shape[1];
         }
-      const bool square = n <= 2 * rows;  // as Gather chooses
+      const bool square = TakesDifferences(all_rows, columns);
+      const auto n = static_cast<double>(columns), rows = static_cast<double>(all_rows);
       estimate.flops += positions * n * n + targets * n * n * n / 3 + 2 * (solves + targets - 1) * rows * n * n;
       if (method.correct_inputs) estimate.flops += positions * (square ? 2 * n * n : 4 * n * rows);
       const bool makes_up = method.residual_target > 0 && !group.behind.gain.empty();
       if (makes_up && square) estimate.flops += 2 * positions * n * rows;
-      // The moment (half of it, in int64) and what is made of it (rounding.h); weights, targets, changes and codes.
-      double bytes = (n <= 4096 ? 20 : 8) * n * n + 16 * rows * n;
-      if (makes_up && square) bytes += 8 * rows * n;
-      if (method.correct_inputs) bytes += (square ? 4 * n * n : 8 * rows * n) + 8 * rows * n;
-      estimate.working_bytes = std::max(estimate.working_bytes, static_cast<int64_t>(bytes));
+      estimate.rounding_bytes = std::max(estimate.rounding_bytes, SolverBytes(all_rows, columns, makes_up, method));
     }
   }
 }
@@ -269,6 +291,7 @@ StepRounding::StepRounding(const StageContext& context, const Step& step, std::v
     if (!groups.empty()) continue;
     const Graph graph = WithOutputs(step.build(item), outputs_);
     groups = LinearGroupsOf(graph, c_.calibration);
+    bounds_.resize(groups.size());
     for (size_t g = 0; g < groups.size(); ++g) {
       weights_.push_back(groups[g].weights);
       const NormsBehind& behind = groups[g].behind;
@@ -317,7 +340,13 @@ void StepRounding::KeepInputs(const Item& item, const std::map<std::string, Tens
     return it == results.end() ? Tensor() : PositionRows(item, it->second);
   };
   for (size_t g = 0; g < weights_.size(); ++g) {
-    if (Corrects()) put(FloatKey(step_, g), RealRows(item, results.at(InputName(g))).Clone());
+    if (Corrects()) {
+      const Tensor rows = RealRows(item, results.at(InputName(g)));
+      put(FloatKey(step_, g), rows.Clone());
+      const float largest = weights::MagnitudeOf(rows);
+      const std::lock_guard lock(mutex_);
+      bounds_[g].in_float = std::max(bounds_[g].in_float, largest);
+    }
     // What the norms divide by, squared.
     std::vector<double> squares;
     int64_t values = 0;
@@ -385,6 +414,13 @@ void StepRounding::Advance(size_t group) {
     const std::map<std::string, Tensor> results =
         RunItem(c_, step_, item, Chain::kQuant, true, plan->executor, weights, std::move(inputs));
     made[i] = results.size();
+    const Tensor rows = RealRows(item, results.at("wanted.0"));
+    const float largest = weights::MagnitudeOf(rows);
+    {
+      const std::lock_guard lock(mutex_);
+      bounds_[group].rounded = std::max(bounds_[group].rounded, largest);
+      bounds_[group].positions += rows.GetShape()[0];
+    }
     for (size_t place = 0; place < made[i]; ++place)
       c_.store.Put(item.id, Chain::kQuant, CutKey(group, place), results.at(fmt::format("wanted.{}", place)).Clone());
     c_.advance();
@@ -420,9 +456,9 @@ Tensor StepRounding::ResidualRows(const Item& item, size_t group) const {
 }
 
 StepRounding::Moments StepRounding::Gather(size_t group) const {
-  struct Bounds {
-    float input = 0, difference = 0, residual = 0, weight = 0;
-    int64_t positions = 0;
+  struct Largest {
+    Bounds inputs;
+    float residual = 0, weight = 0;
   };
   const bool makes_up = !behind_[group].gain.empty();
   const auto weights_of = [&](const Item& item, float largest) {
@@ -432,69 +468,70 @@ StepRounding::Moments StepRounding::Gather(size_t group) const {
     for (const float weight : stored.F32()) weights.push_back(weight / largest);
     return weights;
   };
-  const auto rows_of = [&](const Item& item) {
-    return RealRows(item, c_.store.Get(item.id, Chain::kQuant, CutKey(group, 0)));
-  };
-  Bounds mine;
+  Largest mine{.inputs = bounds_[group]};
   for (const Item* item : items_) {
-    const Tensor rows = rows_of(*item);
-    mine.input = std::max(mine.input, weights::MagnitudeOf(rows).largest);
-    if (Corrects())
-      mine.difference =
-          std::max(mine.difference, weights::MagnitudeOf(Difference(FloatRows(*item, group), rows)).largest);
-    if (makes_up) mine.residual = std::max(mine.residual, weights::MagnitudeOf(ResidualRows(*item, group)).largest);
+    if (makes_up) mine.residual = std::max(mine.residual, weights::MagnitudeOf(ResidualRows(*item, group)));
     for (const float weight : weights_of(*item, 1)) mine.weight = std::max(mine.weight, weight);
-    mine.positions += rows.GetShape()[0];
   }
-  Bounds all;
-  for (const auto& rank : AllGather<Bounds>(c_.world, std::span(&mine, 1))) {
-    all.input = std::max(all.input, rank[0].input);
-    all.difference = std::max(all.difference, rank[0].difference);
+  Largest all;
+  for (const auto& rank : AllGather<Largest>(c_.world, std::span(&mine, 1))) {
+    all.inputs.in_float = std::max(all.inputs.in_float, rank[0].inputs.in_float);
+    all.inputs.rounded = std::max(all.inputs.rounded, rank[0].inputs.rounded);
+    all.inputs.positions += rank[0].inputs.positions;
     all.residual = std::max(all.residual, rank[0].residual);
     all.weight = std::max(all.weight, rank[0].weight);
-    all.positions += rank[0].positions;
   }
   Moments moments;
-  if (all.positions == 0) return moments;
+  const int64_t positions = all.inputs.positions;
+  if (positions == 0) return moments;
   const std::vector<std::string>& names = weights_[group];
   std::map<std::string, Tensor> weights;
-  int64_t rows = 0, columns = 0;
-  for (const std::string& name : names) {
-    const Shape shape = c_.stored(name).GetShape();
-    rows += shape[0];
-    columns = shape[1];
-  }
+  const auto [rows, columns] = RowsAndColumns(group);
   const auto bound = [](float largest) { return largest > 0 ? double{largest} : 1.0; };
-  moments.inputs = weights::Moment::Symmetric(columns, bound(all.input), all.positions);
-  if (Corrects() && columns <= 2 * rows) {
-    moments.differences =
-        weights::Moment::Cross(columns, columns, bound(std::max(all.input, all.difference)), all.positions);
+  const float input = all.inputs.rounded, difference = all.inputs.in_float + all.inputs.rounded;
+  moments.inputs = weights::Moment::Symmetric(columns, bound(input), positions);
+  if (Corrects() && TakesDifferences(rows, columns)) {
+    moments.differences = weights::Moment::Cross(columns, columns, bound(difference), positions, c_.compute);
     if (makes_up)
       moments.residuals =
-          weights::Moment::Cross(rows, columns, bound(std::max(all.input, all.residual)), all.positions);
+          weights::Moment::Cross(rows, columns, bound(std::max(input, all.residual)), positions, c_.compute);
   } else if (Corrects()) {
     for (const std::string& name : names) {
-      const Tensor weight = ToF32(c_.stored(name));
-      const double largest = bound(LargestRowSum(weight)) * bound(all.difference) + all.residual;
+      const Tensor stored = c_.stored(name);
+      const bool as_stored = c_.compute == Compute::kBf16 && stored.GetDType() == DType::kBF16;
+      const Tensor weight = ToF32(stored);
+      const double largest = bound(LargestRowSum(weight)) * bound(difference) + all.residual;
       moments.corrections.emplace(name, weights::Moment::Cross(weight.GetShape()[0], columns,
-                                                               std::max(largest, bound(all.input)), all.positions));
-      weights[name] = weight;
+                                                               std::max(largest, bound(input)), positions, c_.compute));
+      weights[name] = as_stored ? stored : weight;
     }
   }
+  // What all items take in turn.
+  weights::PositionColumns x, of_difference, of_change;
+  Tensor changed;
   for (const Item* item : items_) {
-    const Tensor x = rows_of(*item);
+    const Tensor inputs = RealRows(*item, c_.store.Get(item->id, Chain::kQuant, CutKey(group, 0)));
     const std::vector<float> counts = weights_of(*item, all.weight);
-    Within(item->label, [&] { moments.inputs->Add(x, counts); });
+    x.Set(inputs, counts);
+    Within(item->label, [&] { moments.inputs->Add(x); });
     if (!Corrects()) continue;
-    const Tensor difference = Difference(FloatRows(*item, group), x);
-    if (moments.differences) moments.differences->Add(x, difference, counts);
-    if (moments.residuals) moments.residuals->Add(ResidualRows(*item, group), x, counts);
+    if (changed.Empty() || changed.GetShape() != inputs.GetShape()) changed = Tensor::Uninitialized(inputs.Type());
+    Subtract(FloatRows(*item, group), inputs, changed);
+    if (moments.differences) {
+      of_difference.Set(changed, counts);
+      moments.differences->Add(x, of_difference);
+    }
+    if (moments.residuals) {
+      of_change.Set(ResidualRows(*item, group), counts);
+      moments.residuals->Add(of_change, x);
+    }
     for (auto& [name, correction] : moments.corrections) {
-      const Tensor change = Product(difference, weights[name]);
+      const Tensor change = Product(changed, weights[name]);
       if (makes_up)
         std::ranges::transform(change.F32(), ResidualRows(*item, group).F32(), change.F32().begin(),
                                std::plus<float>());
-      correction.Add(change, x, counts);
+      of_change.Set(change, counts);
+      correction.Add(of_change, x);
     }
   }
   Share(*moments.inputs, c_.world);
@@ -562,10 +599,24 @@ void StepRounding::Solve(size_t group, Moments moments) {
   }
 }
 
+// Of the group's matrices, one below the other.
+std::pair<int64_t, int64_t> StepRounding::RowsAndColumns(size_t group) const {
+  int64_t rows = 0, columns = 0;
+  for (const std::string& name : weights_[group]) {
+    const Shape shape = c_.stored(name).GetShape();
+    rows += shape[0];
+    columns = shape[1];
+  }
+  return {rows, columns};
+}
+
 void StepRounding::Run() {
   for (size_t group = 0; group < weights_.size(); ++group) {
     Advance(group);
+    const auto [rows, columns] = RowsAndColumns(group);
+    c_.store.SetAside(SolverBytes(rows, columns, !behind_[group].gain.empty(), *c_.calibration.GetRecipe().rounding));
     Solve(group, Gather(group));
+    c_.store.SetAside(0);
     for (const std::string& key :
          {FloatKey(step_, group), WeightKey(step_, group), ResidualKey(step_, group), ScaleKey(step_, group)})
       c_.store.Drop(key);

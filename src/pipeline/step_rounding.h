@@ -9,7 +9,9 @@
 // waits in the store, and no linear is computed twice for that: the chain goes on from the last cut.
 
 #include <map>
+#include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "circlet/graph/graph.h"
@@ -66,6 +68,7 @@ class StepRounding {
   std::map<std::string, Tensor> Given(const Item& item, size_t group) const;
   void Advance(size_t group);
   Moments Gather(size_t group) const;
+  std::pair<int64_t, int64_t> RowsAndColumns(size_t group) const;
   void Solve(size_t group, Moments moments);
   Tensor FloatRows(const Item& item, size_t group) const;
   Tensor ResidualRows(const Item& item, size_t group) const;
@@ -83,7 +86,14 @@ class StepRounding {
     size_t place = 0;  // of the sum's other operand on the cut
   };
   std::vector<BehindGroup> behind_;  // by group
-  size_t waiting_ = 0;                             // values of the last cut
+  // By group: the largest magnitudes of its inputs in the float and in the rounded chain, and how many positions.
+  struct Bounds {
+    float in_float = 0, rounded = 0;
+    int64_t positions = 0;
+  };
+  std::vector<Bounds> bounds_;
+  std::mutex mutex_;    // of bounds_
+  size_t waiting_ = 0;  // values of the last cut
 };
 
 }  // namespace circlet

@@ -293,7 +293,7 @@ TEST_F(StepRoundingTest, PositionsCountByTheNormsBehindAndTargetsTakeUpWhatTheSu
         moment.Add(x, counts);
         weights::Moment cross = weights::Moment::Cross(rows, kIn, 1e3, count);
         cross.Add(change, x, counts);
-        const weights::Metric metric(moment, method);
+        const weights::Metric metric(moment.Copy(), method);
         const Tensor target = weights::InputCorrection(moment, method.correction_damping).Target(w, cross.Values());
         ExpectCodes(outcome.codes.at("o_proj.weight"),
                     weights::RoundCorrected(w, target, cross.Values(), metric, {.method = method}).weight.codes, "o");

@@ -34,7 +34,8 @@ TEST(MomentTest, IsTheSumOfProducts) {
   const Tensor x = Random({1, 70, 37}, 1), a = Random({70, 5}, 2);
   std::vector<float> weights(70);
   for (size_t t = 0; t < weights.size(); ++t) weights[t] = static_cast<float>(t % 4) / 3;
-  Moment plain = Moment::Symmetric(37, 8, 100), weighted = plain, cross = Moment::Cross(5, 37, 8, 100);
+  Moment plain = Moment::Symmetric(37, 8, 100), weighted = Moment::Symmetric(37, 8, 100),
+         cross = Moment::Cross(5, 37, 8, 100);
   plain.Add(x);
   weighted.Add(x, weights);
   cross.Add(a, x);

@@ -123,7 +123,7 @@ TEST(RoundingTest, CodesAreThoseOfTheFloat64Reference) {
     const json &problem = problems[n], &o = problem["options"];
     const Tensor weight = TensorOf(problem["weight"]), x = TensorOf(problem["x"]);
     const Moment moment = MomentOf(x);
-    const Metric metric(moment, {.damping = o["damping"], .order_by_moment = o["order"]});
+    const Metric metric(moment.Copy(), {.damping = o["damping"], .order_by_moment = o["order"]});
     RoundingOptions options{.dtype = DTypeFromName(o["dtype"].get<std::string>()),
                             .codes = CodeRange{o["qmin"], o["qmax"]},
                             .symmetric = o["symmetric"],
@@ -207,7 +207,7 @@ TEST(RoundingTest, NeverWorseThanToTheNearestOnTwoHundredProblems) {
   int64_t better = 0, rows = 0;
   for (unsigned seed = 0; seed < 200; ++seed) {
     const Problem problem = RandomProblem(seed);
-    const Metric metric(problem.moment, {});
+    const Metric metric(problem.moment.Copy(), {});
     RoundingOptions options{.dtype = seed % 3 == 0 ? DType::kU8 : DType::kU4,
                             .method = {.solved_ranges = seed % 5 == 0 ? 3 : 0}};
     if (seed % 3 == 1) options.codes = CodeRange{0, 7};
@@ -229,7 +229,7 @@ TEST(RoundingTest, AnyNumberOfThreadsGivesTheSameCodes) {
   std::vector<RoundedMatrix> results;
   for (const int count : {1, 2, 5}) {
     SetThreads(count);
-    results.push_back(Round(problem.weight, nullptr, Metric(problem.moment, {}), {}));
+    results.push_back(Round(problem.weight, nullptr, Metric(problem.moment.Copy(), {}), {}));
   }
   SetThreads(threads);
   for (const RoundedMatrix& other : results) {
@@ -262,9 +262,9 @@ TEST(RoundingTest, AMatrixThatIsNotPositiveIsDampedUntilItIs) {
   for (int64_t t = 0; t < 4; ++t) std::fill_n(x.F32().begin() + t * 6, 6, static_cast<float>(t + 1));
   const Moment moment = MomentOf(x);
   const WeightRounding undamped{.damping = 0};
-  const Metric metric(moment, undamped);
+  const Metric metric(moment.Copy(), undamped);
   EXPECT_GT(metric.Damping(), 0);
-  EXPECT_EQ(Metric(moment, {}).Damping(), WeightRounding().damping) << "enough as it is";
+  EXPECT_EQ(Metric(moment.Copy(), {}).Damping(), WeightRounding().damping) << "enough as it is";
   Tensor weight({DType::kF32, {3, 6}});
   for (int64_t i = 0; i < weight.Elements(); ++i) weight.F32()[i] = std::sin(static_cast<float>(i));
   const RoundedMatrix rounded = Round(weight, nullptr, metric, {.method = undamped});
@@ -285,7 +285,7 @@ TEST(RoundingTest, NoInputsAtAllRoundToTheNearest) {
 TEST(RoundingTest, AWeightThatIsNotFiniteIsAnErrorWithItsPlace) {
   const Problem problem = RandomProblem(3);
   problem.weight.F32()[problem.weight.GetShape()[1] + 1] = NAN;
-  EXPECT_THAT(ErrorText([&] { Round(problem.weight, nullptr, Metric(problem.moment, {}), {}); }),
+  EXPECT_THAT(ErrorText([&] { Round(problem.weight, nullptr, Metric(problem.moment.Copy(), {}), {}); }),
               testing::HasSubstr("row 1, column 1 of the weight is nan"));
 }
 
@@ -298,7 +298,7 @@ TEST(RoundingTest, TheBetterOfTwoTargetsIsTakenRowByRow) {
   for (float& value : differences.F32()) value = 0.5f * normal(random);
   Moment change = Moment::Cross(rows, n, 1e3, problem.x.GetShape()[0]);
   change.Add(differences, problem.x);
-  const Metric metric(problem.moment, {});
+  const Metric metric(problem.moment.Copy(), {});
   const RoundedMatrix plain = Round(problem.weight, nullptr, metric, {});
   const Tensor target = InputCorrection(problem.moment, 0.3).Target(problem.weight, change.Values());
   const RoundedMatrix corrected = Round(problem.weight, &target, metric, {});
