@@ -51,20 +51,21 @@ void Measure(int64_t rows, int64_t columns, double speed) {
   moment.Add(x);
   const double moments = clock.Lap();
   Tensor target;
-  double factor = 0, targets = 0;
+  double factor = 0, targets = 0, added = 0;
   {
     const weights::InputCorrection correction(moment, method.correction_damping);
     factor = clock.Lap();
+    added = correction.Added();
     target = correction.Target(weight, change.F32());
     targets = clock.Lap();
   }
   const weights::Metric metric(std::move(moment), method);
   const double metrics = clock.Lap();
-  weights::RoundCorrected(weight, target, change.F32(), metric, {.method = method});
+  weights::RoundCorrected(weight, target, change.F32(), added, metric, {.method = method});
   const double codes = clock.Lap();
   const double n = static_cast<double>(columns), products = static_cast<double>(rows) * n * n;
   fmt::print("{:6} {:7}  {:8.2f} {:8.2f} {:8.2f} {:8.2f} {:8.2f}   {:8.2f}\n", rows, columns, moments, factor, targets,
-             metrics, codes, (kPositions * n * n + 2 * n * n * n / 3 + (2 + 9) * products) / speed);
+             metrics, codes, (kPositions * n * n + 2 * n * n * n / 3 + (2 + 7) * products) / speed);
 }
 
 }  // namespace

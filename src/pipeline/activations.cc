@@ -334,12 +334,13 @@ void ActivationStore::Restore(const nlohmann::json& state) {
 
 void ActivationStore::RestoreSlot(Entry& entry, const nlohmann::json& json, int64_t file_bytes) {
   const auto item = json.at("item").get<int>(), chain = json.at("chain").get<int>();
-  Slot slot{.type = {DTypeFromName(json.at("dtype").get<std::string>()),
-                     Shape(json.at("shape").get<std::vector<int64_t>>())},
-            .offset = json.at("offset").get<int64_t>(),
-            .hash = json.at("sha256").get<std::string>()};
+  Slot slot{
+      .type = {DTypeFromName(json.at("dtype").get<std::string>()), Shape(json.at("shape").get<std::vector<int64_t>>())},
+      .offset = json.at("offset").get<int64_t>(),
+      .hash = json.at("sha256").get<std::string>()};
   const auto refuse = [&](std::string_view what) {
-    Fail("{}: {} of item {} {}; start again with --force", entry.file->Path().string(), slot.type.ToString(), item, what);
+    Fail("{}: {} of item {} {}; start again with --force", entry.file->Path().string(), slot.type.ToString(), item,
+         what);
   };
   if (chain != static_cast<int>(Chain::kFloat) && chain != static_cast<int>(Chain::kQuant))
     refuse(fmt::format("is of chain {}, known are 0 and 1", chain));

@@ -38,8 +38,8 @@ class ActivationStore {
     files_ = files;
   }
 
-  // Leaves `bytes` of the budget to others until the next call; what does not fit beside them goes to files, that for late
-  // readers first.
+  // Leaves `bytes` of the budget to others until the next call; what does not fit beside them goes to files, that for
+  // late readers first.
   void SetAside(int64_t bytes);
 
   // When values are read again: by the next stage, or one part at a time by stages far ahead. Those leave memory first.
@@ -61,8 +61,8 @@ class ActivationStore {
   // now on files of dropped keys stay until Forget(), so that an older state remains whole until the next one is safe.
   nlohmann::json Save();
   void Forget();
-  // Takes the files of an earlier process and removes those that `state` does not know. Throws Error for a value that is
-  // not what was saved.
+  // Takes the files of an earlier process and removes those that `state` does not know. Throws Error for a value that
+  // is not what was saved.
   void Restore(const nlohmann::json& state);
 
  private:

@@ -204,8 +204,8 @@ std::vector<ValueId> CutBehind(const Graph& graph, const std::vector<LinearGroup
 
 namespace {
 
-// Which of the two sums of differences is the cheaper one: [columns, columns] of the inputs', else [rows, columns] of the
-// outputs'.
+// Which of the two sums of differences is the cheaper one: [columns, columns] of the inputs', else [rows, columns] of
+// the outputs'.
 bool TakesDifferences(int64_t rows, int64_t columns) { return columns <= 2 * rows; }
 
 // What the moments of a group take and what is made of them (rounding.h).
@@ -546,6 +546,7 @@ void StepRounding::Solve(size_t group, Moments moments) {
   const WeightRounding& method = *c_.calibration.GetRecipe().rounding;
   std::map<std::string, Tensor> targets;
   std::map<std::string, std::vector<float>> changes;
+  double correction_added = 0;
   if (method.correct_inputs) {
     Tensor differences;
     if (moments.differences) {
@@ -554,6 +555,7 @@ void StepRounding::Solve(size_t group, Moments moments) {
       moments.differences.reset();
     }
     const weights::InputCorrection correction(*moments.inputs, method.correction_damping);
+    correction_added = correction.Added();
     for (const std::string& name : weights_[group]) {
       std::vector<float>& change = changes[name];
       if (differences.Empty()) {
@@ -578,8 +580,9 @@ void StepRounding::Solve(size_t group, Moments moments) {
       const weights::RoundingOptions options = OptionsOf(spec, method);
       const auto target = targets.find(name);
       const weights::RoundedMatrix rounded =
-          target == targets.end() ? weights::Round(weight, nullptr, metric, options)
-                                  : weights::RoundCorrected(weight, target->second, changes.at(name), metric, options);
+          target == targets.end()
+              ? weights::Round(weight, nullptr, metric, options)
+              : weights::RoundCorrected(weight, target->second, changes.at(name), correction_added, metric, options);
       RoundedLinear report{.name = name,
                            .rows = weight.GetShape()[0],
                            .columns = weight.GetShape()[1],

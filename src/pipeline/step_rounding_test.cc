@@ -294,9 +294,12 @@ TEST_F(StepRoundingTest, PositionsCountByTheNormsBehindAndTargetsTakeUpWhatTheSu
         weights::Moment cross = weights::Moment::Cross(rows, kIn, 1e3, count);
         cross.Add(change, x, counts);
         const weights::Metric metric(moment.Copy(), method);
-        const Tensor target = weights::InputCorrection(moment, method.correction_damping).Target(w, cross.Values());
+        const weights::InputCorrection correction(moment, method.correction_damping);
+        const Tensor target = correction.Target(w, cross.Values());
         ExpectCodes(outcome.codes.at("o_proj.weight"),
-                    weights::RoundCorrected(w, target, cross.Values(), metric, {.method = method}).weight.codes, "o");
+                    weights::RoundCorrected(w, target, cross.Values(), correction.Added(), metric, {.method = method})
+                        .weight.codes,
+                    "o");
       }
 }
 

@@ -123,7 +123,8 @@ double Moment::At(int64_t row, int64_t column) const {
 }
 
 void Moment::Require(const PositionColumns& positions, int64_t width) const {
-  CIRCLET_CHECK(positions.Width() == width, "{} values at a position, where a moment takes {}", positions.Width(), width);
+  CIRCLET_CHECK(positions.Width() == width, "{} values at a position, where a moment takes {}", positions.Width(),
+                width);
   if (!(std::abs(positions.Extreme()) <= static_cast<float>(bound_ * (1 + 1e-6))))
     Fail("{} at the input of a matrix, where no value passes {}", positions.Extreme(), bound_);
 }

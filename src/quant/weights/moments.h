@@ -70,8 +70,8 @@ class Moment {
   int64_t Positions() const { return added_; }  // that were added so far
   int64_t Bytes() const { return size_ * static_cast<int64_t>(sizeof(int64_t)); }
 
-  // Adds positions of x, `columns` wide; of the cross moment with a, `rows` wide. Throws Error for a NaN, an infinity or
-  // a value above the bound.
+  // Adds positions of x, `columns` wide; of the cross moment with a, `rows` wide. Throws Error for a NaN, an infinity
+  // or a value above the bound.
   void Add(PositionColumns& x);
   void Add(PositionColumns& a, PositionColumns& x);
   // The same of tensors.

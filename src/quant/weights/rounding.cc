@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <numeric>
 #include <optional>
 
@@ -17,24 +18,24 @@ namespace circlet::weights {
 namespace {
 
 constexpr int64_t kFloat64Columns = 4096;  // up to here the metric's factor is computed in float64
-// The same for a correction, whose damping is larger: against 0.3 of the mean of the diagonal a float32 factor is off by
-// some 1e-7 times the columns.
+// The same for a correction, whose damping is larger: against 0.3 of the mean of the diagonal a float32 factor is off
+// by some 1e-7 times the columns.
 constexpr int64_t kCorrectionFloat64Columns = 512;
-constexpr int64_t kBlock = 32;             // columns whose errors reach each other one by one, the rest by a product
+constexpr int64_t kBlock = 32;  // columns whose errors reach each other one by one, the rest by a product
 
 // ---- Factors ------------------------------------------------------------------------------------------------------
 
 // The damped moment in `order` as T, row-major.
 template <typename T>
-std::vector<T> DampedMatrix(const Moment& moment, const std::vector<int32_t>& order, double added) {
+hwy::AlignedFreeUniquePtr<T[]> DampedMatrix(const Moment& moment, const std::vector<int32_t>& order, double added) {
   const auto n = static_cast<int64_t>(order.size());
-  std::vector<T> matrix(static_cast<size_t>(n * n));
+  auto matrix = Aligned<T>(n * n);
   std::vector<int32_t> place(order.size());
   for (int64_t i = 0; i < n; ++i) place[order[i]] = static_cast<int32_t>(i);
   // A stored row, which begins at its diagonal, fills a part of one row; the rest are mirror images.
   ParallelFor(n, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      T* const to = matrix.data() + place[row] * n;
+      T* const to = matrix.get() + place[row] * n;
       for (int64_t column = row; column < n; ++column)
         to[place[column]] = static_cast<T>(moment.At(row, column) + (row == column ? added : 0));
     }
@@ -52,6 +53,22 @@ std::vector<T> DampedMatrix(const Moment& moment, const std::vector<int32_t>& or
   return matrix;
 }
 
+// The upper half becomes the mirror image of the lower one.
+void MirrorLower(float* matrix, int64_t n) {
+  constexpr int64_t kTile = 32;
+  ParallelFor(n, kTile, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < n; first += kTile)
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = std::max(first, i + 1); j < std::min(n, first + kTile); ++j)
+          matrix[i * n + j] = matrix[j * n + i];
+  });
+}
+
+template <typename T>
+std::span<T> Whole(const hwy::AlignedFreeUniquePtr<T[]>& matrix, int64_t n) {
+  return {matrix.get(), static_cast<size_t>(n * n)};
+}
+
 double MeanDiagonal(const Moment& moment) {
   double sum = 0;
   for (int64_t j = 0; j < moment.Columns(); ++j) sum += moment.At(j, j);
@@ -59,7 +76,7 @@ double MeanDiagonal(const Moment& moment) {
 }
 
 // What stands on the diagonal for `damping`; 1 where no input was ever different from 0.
-double Added(double damping, double mean) { return mean > 0 ? damping * mean : 1; }
+double AddedFor(double damping, double mean) { return mean > 0 ? damping * mean : 1; }
 
 // Calls make(damping), which tells whether the matrix was positive, with ten times more damping until it was.
 template <typename Make>
@@ -82,8 +99,9 @@ class Panels {
         width_(gemm::PanelColumns()),
         panels_(panels),
         data_(Aligned<float>(columns * width_ * panels)) {
-    std::fill_n(data_.get(), columns * width_ * panels, 0.0f);
+    Clear();
   }
+  void Clear() { std::fill_n(data_.get(), columns_ * width_ * panels_, 0.0f); }
   float* At(int64_t panel, int64_t column) { return data_.get() + (panel * columns_ + column) * width_; }
   gemm::Panels Operand() { return {data_.get(), columns_, panels_ * width_}; }
   int64_t Width() const { return width_; }
@@ -133,10 +151,13 @@ class RowGroup {
         target_(n_, panels),
         codes_(n_, panels),
         errors_(n_, panels),
+        left_(n_, panels),
         products_(Aligned<float>(kBlock * rows_)) {}
 
   Panels& Target() { return target_; }
   Panels& Codes() { return codes_; }
+  Panels& Errors() { return errors_; }
+  Panels& Left() { return left_; }  // L e, behind Compensate() and Loss()
   int64_t Rows() const { return rows_; }
 
   // Every column to the nearest code.
@@ -169,9 +190,9 @@ class RowGroup {
   // Columns in order, each given the errors of those before. Returns the losses.
   std::vector<double> Compensate(const RowGrids& grids) {
     std::vector<double> loss(static_cast<size_t>(rows_));
-    ForBlocks(metric_.Factor(), true, [&](int64_t begin, int64_t end, int64_t panel) {
+    ForBlocks(metric_.Factor(), Columns::kBefore, errors_, [&](int64_t begin, int64_t end, int64_t panel) {
       CompensateBlock(BlockAt(begin, end, panel), GridOf(grids, panel), width_, target_.At(panel, begin),
-                      codes_.At(panel, begin), errors_.At(panel, begin), &loss[panel * width_]);
+                      codes_.At(panel, begin), errors_.At(panel, begin), left_.At(panel, begin), &loss[panel * width_]);
     });
     return loss;
   }
@@ -179,18 +200,22 @@ class RowGroup {
   // The losses of the errors as they stand.
   std::vector<double> Loss() {
     std::vector<double> loss(static_cast<size_t>(rows_));
-    ForBlocks(metric_.Factor(), true, [&](int64_t begin, int64_t end, int64_t panel) {
-      AddLoss(BlockAt(begin, end, panel), width_, errors_.At(panel, begin), &loss[panel * width_]);
+    ForBlocks(metric_.Factor(), Columns::kBefore, errors_, [&](int64_t begin, int64_t end, int64_t panel) {
+      AddLoss(BlockAt(begin, end, panel), width_, errors_.At(panel, begin), left_.At(panel, begin),
+              &loss[panel * width_]);
     });
     return loss;
   }
 
-  // Makes the gradient H' e, which Descend and Refit then keep true: a pass changes one code of a hundred, so adding
-  // those columns' part costs a fraction of a product.
+  // Makes the gradient H' e = L^T (L e) from Left(), which Descend and Refit then keep true: a pass changes one code of
+  // a hundred, so adding those columns' part costs a fraction of a product.
   void StartDescent() {
-    gradient_ = Aligned<float>(rows_ * n_);
-    ForBlocks(metric_.Damped(), false,
-              [&](int64_t begin, int64_t end, int64_t panel) { ToRows(begin, end, panel, gradient_.get()); });
+    if (gradient_ == nullptr) gradient_ = Aligned<float>(rows_ * n_);
+    ForBlocks(metric_.Factor(), Columns::kBehind, left_, [&](int64_t begin, int64_t end, int64_t panel) {
+      AddTransposed(BlockAt(begin, end, panel), width_, left_.At(panel, begin), products_.get() + panel * width_,
+                    rows_);
+      ToRows(begin, end, panel, gradient_.get());
+    });
   }
 
   // One pass of coordinate descent; subtracts from the losses what it gains. Returns whether a code has changed.
@@ -236,7 +261,7 @@ class RowGroup {
     });
     std::vector<double> with_target(static_cast<size_t>(rows_)), with_itself(with_target);
     if (unit_gradient_ == nullptr) unit_gradient_ = Aligned<float>(rows_ * n_);
-    ForBlocks(metric_.Damped(), false, [&](int64_t begin, int64_t end, int64_t panel) {
+    ForBlocks(metric_.Damped(), Columns::kAll, errors_, [&](int64_t begin, int64_t end, int64_t panel) {
       const int64_t first = panel * width_;
       const float* const products = products_.get() + first;
       AddDots(width_, end - begin, products, rows_, target_.At(panel, begin), &with_target[first]);
@@ -281,18 +306,21 @@ class RowGroup {
       for (int64_t column = 0; column < n_; ++column) body(panel, column, panel * width_);
   }
 
-  // For blocks of columns in order: products_ = the block's rows of `matrix` times the errors (of the columns before
-  // the block when `before`, else of all), then body(begin, end, panel).
+  enum class Columns : uint8_t { kBefore, kAll, kBehind };
+
+  // For blocks of columns in order: products_ = the block's rows of `matrix` times `values` (of the columns before or
+  // behind the block, or of all), then body(begin, end, panel).
   template <typename Body>
-  void ForBlocks(const float* matrix, bool before, const Body& body) {
+  void ForBlocks(const float* matrix, Columns columns, Panels& values, const Body& body) {
     for (int64_t begin = 0; begin < n_; begin += kBlock) {
-      const int64_t end = std::min(n_, begin + kBlock), steps = before ? begin : n_;
-      if (steps == 0)
+      const int64_t end = std::min(n_, begin + kBlock);
+      const int64_t first = columns == Columns::kBehind ? end : 0, last = columns == Columns::kBefore ? begin : n_;
+      if (first == last)
         std::fill_n(products_.get(), (end - begin) * rows_, 0.0f);
       else
-        gemm::Multiply(matrix + begin * n_, n_, end - begin, errors_.Operand(), {0, errors_.Count(), 0, steps},
+        gemm::Multiply(matrix + begin * n_, n_, end - begin, values.Operand(), {0, values.Count(), first, last},
                        products_.get(), rows_);
-      for (int64_t panel = 0; panel < errors_.Count(); ++panel) body(begin, end, panel);
+      for (int64_t panel = 0; panel < values.Count(); ++panel) body(begin, end, panel);
     }
   }
 
@@ -315,7 +343,7 @@ class RowGroup {
   const Metric& metric_;
   int64_t n_, width_, rows_;
   float low_, high_;
-  Panels target_, codes_, errors_;
+  Panels target_, codes_, errors_, left_;
   hwy::AlignedFreeUniquePtr<float[]> products_;                  // [kBlock, rows_]
   hwy::AlignedFreeUniquePtr<float[]> gradient_, unit_gradient_;  // [rows_, n_]: H' e; H' (code - zero_point)
 };
@@ -365,7 +393,7 @@ class MatrixRounding {
  public:
   // `change` empty: codes for `target` alone (null: the weight). Else the better of those and the weight's own.
   MatrixRounding(const Tensor& weight, const Tensor* target, std::span<const float> change, const Metric& metric,
-                 const RoundingOptions& options)
+                 const RoundingOptions& options, double correction_added = 0)
       : rows_(weight.GetShape()[0]),
         n_(weight.GetShape()[1]),
         weight_(ToF32(weight)),
@@ -373,6 +401,7 @@ class MatrixRounding {
         change_(change),
         metric_(metric),
         options_(options),
+        added_(static_cast<float>(correction_added - metric.Added())),
         range_(RangeOfWeight(weight, 0)) {}
 
   RoundedMatrix Run() {
@@ -389,9 +418,12 @@ class MatrixRounding {
     const int64_t width = gemm::PanelColumns();
     const int64_t panels = std::clamp<int64_t>((rows_ + width * Threads() - 1) / (width * Threads()), 1, 4);
     const int64_t size = panels * width;
-    ParallelItems((rows_ + size - 1) / size, [&](int64_t group, int) {
+    std::vector<std::unique_ptr<Workspace>> workers(Threads());
+    ParallelItems((rows_ + size - 1) / size, [&](int64_t group, int worker) {
       const int64_t first = group * size, count = std::min(size, rows_ - first);
-      const GroupRounding rounded = RoundGroup(first, count, panels);
+      if (workers[worker] == nullptr)
+        workers[worker] = std::make_unique<Workspace>(metric_, options_, n_, panels, Corrects());
+      const GroupRounding rounded = RoundGroup(first, count, *workers[worker]);
       const GroupResult& best = rounded.best;
       std::copy(best.codes.begin(), best.codes.end(), codes.begin() + first * n_);
       for (int64_t r = 0; r < count; ++r) {
@@ -417,29 +449,52 @@ class MatrixRounding {
     std::vector<uint8_t> nearest, corrected;
   };
 
-  GroupRounding RoundGroup(int64_t first, int64_t count, int64_t panels) const {
-    RowGroup group(metric_, options_, panels);
-    Panels weight(n_, panels);
-    std::optional<Panels> change;
-    Fill(weight, weight_.F32().data(), first, count);
+  // What a thread rounds its groups in.
+  struct Workspace {
+    Workspace(const Metric& metric, const RoundingOptions& options, int64_t columns, int64_t panels, bool corrects)
+        : group(metric, options, panels), weight(columns, panels) {
+      if (!corrects) return;
+      for (auto* extra : {&change, &plain_codes, &plain_left}) extra->emplace(columns, panels);
+    }
+    RowGroup group;
+    Panels weight;
+    std::optional<Panels> change, plain_codes, plain_left;  // with a correction
+  };
+
+  // What decides between two codes of a row with a correction is E |W x_f - Q x|^2. With e = Q - W that differs from
+  // e H' e - 2 e . change by nothing that depends on Q; `loss` is e H' e, and stays so without a correction.
+  std::vector<double> TrueLosses(Workspace& w, std::vector<double> loss) const {
+    if (!Corrects()) return loss;
+    const std::vector<double> gained = w.group.ErrorsTimes(*w.change);
+    for (size_t r = 0; r < loss.size(); ++r) loss[r] -= 2 * gained[r];
+    return loss;
+  }
+
+  // The same from the loss of errors e from the corrected target T = W + d. As d solves (H' + added) d = change, H' d
+  // is known, and (e + d) H' (e + d) - 2 (e + d) . change = e H' e - d . change - added (2 e . d + d . d).
+  std::vector<double> TrueLossesFromTarget(Workspace& w, std::vector<double> loss) const {
+    Panels& errors = w.group.Errors();
+    const int64_t width = errors.Width();
+    for (int64_t panel = 0; panel < errors.Count(); ++panel)
+      for (int64_t begin = 0; begin < n_; begin += kBlock)
+        SubtractCorrection(width, std::min(kBlock, n_ - begin), added_, errors.At(panel, begin),
+                           w.group.Target().At(panel, begin), w.weight.At(panel, begin), w.change->At(panel, begin),
+                           &loss[panel * width]);
+    return loss;
+  }
+
+  GroupRounding RoundGroup(int64_t first, int64_t count, Workspace& w) const {
+    RowGroup& group = w.group;
+    Fill(w.weight, weight_.F32().data(), first, count);
     if (Corrects()) {
-      Fill(change.emplace(n_, panels), change_.data(), first, count);
-      group.Target().CopyFrom(weight);
+      Fill(*w.change, change_.data(), first, count);
+      group.Target().CopyFrom(w.weight);
     } else {
       Fill(group.Target(), target_.F32().data(), first, count);
     }
     std::vector<float> low(static_cast<size_t>(group.Rows())), high(low);
     std::copy_n(range_.min.begin() + first, count, low.begin());
     std::copy_n(range_.max.begin() + first, count, high.begin());
-    // What decides between two codes of a row, where the group's errors are from the weight and `loss` is theirs: with
-    // a correction E |W x_f - Q x|^2, which differs from e H' e - 2 e . change (e = Q - W) by nothing that depends on
-    // Q.
-    const auto true_losses = [&](std::vector<double> loss) {
-      if (!Corrects()) return loss;
-      const std::vector<double> gained = group.ErrorsTimes(*change);
-      for (size_t r = 0; r < loss.size(); ++r) loss[r] -= 2 * gained[r];
-      return loss;
-    };
 
     GroupRounding rounded;
     rounded.nearest.resize(static_cast<size_t>(count));
@@ -447,21 +502,20 @@ class MatrixRounding {
     const RowGrids widest = GridsOf(options_, low, high, 1);
     group.RoundToNearest(widest);
     rounded.nearest_loss = group.Loss();
-    const std::vector<double> nearest_true = true_losses(rounded.nearest_loss);
+    const std::vector<double> nearest_true = TrueLosses(w, rounded.nearest_loss);
     rounded.best = ResultOf(group, widest, rounded.nearest_loss, count);
 
-    RowGrids grids = BestRanges(group, weight, low, high);
+    RowGrids grids = BestRanges(group, w.weight, low, high);
     std::vector<double> loss = Compensate(group, grids, low, high);
     if (Corrects()) {
       // Which target a row takes shows once columns have made up for each other; what follows goes on from there.
-      const std::vector<double> plain_loss = loss, plain_true = true_losses(loss);
+      const std::vector<double> plain_loss = loss, plain_true = TrueLosses(w, loss);
       const RowGrids plain_grids = grids;
-      Panels plain_codes(n_, panels);
-      plain_codes.CopyFrom(group.Codes());
+      w.plain_codes->CopyFrom(group.Codes());
+      w.plain_left->CopyFrom(group.Left());
       Fill(group.Target(), target_.F32().data(), first, count);
       loss = Compensate(group, grids, low, high);
-      group.ErrorsFrom(weight, grids);
-      const std::vector<double> corrected_true = true_losses(group.Loss());
+      const std::vector<double> corrected_true = TrueLossesFromTarget(w, loss);
       std::vector<uint8_t> plain(loss.size());
       for (size_t r = 0; r < loss.size(); ++r) {
         plain[r] = !(corrected_true[r] < plain_true[r]);
@@ -469,8 +523,9 @@ class MatrixRounding {
         if (plain[r] != 0) loss[r] = plain_loss[r];
       }
       TakeRows(grids, plain_grids, plain);
-      group.Target().Take(weight, plain);
-      group.Codes().Take(plain_codes, plain);
+      group.Target().Take(w.weight, plain);
+      group.Codes().Take(*w.plain_codes, plain);
+      group.Left().Take(*w.plain_left, plain);
       group.ErrorsFrom(group.Target(), grids);
     }
     if (options_.method.descent_passes > 0 || options_.method.scale_refits > 0) group.StartDescent();
@@ -482,11 +537,11 @@ class MatrixRounding {
     }
     // Anew, for sums that followed changes are off by their rounding; those of a row with a corrected target stay, as
     // only its true loss is asked for.
-    if (Corrects()) group.ErrorsFrom(weight, grids);
+    if (Corrects()) group.ErrorsFrom(w.weight, grids);
     const std::vector<double> from_weight = group.Loss();
     for (size_t r = 0; r < loss.size(); ++r)
       if (rounded.corrected[r] == 0) loss[r] = from_weight[r];
-    const std::vector<double> improved_true = true_losses(from_weight);
+    const std::vector<double> improved_true = TrueLosses(w, from_weight);
     const GroupResult improved = ResultOf(group, grids, loss, count);
     for (int64_t r = 0; r < count; ++r) {
       rounded.nearest[r] = !(improved_true[r] < nearest_true[r]);
@@ -544,6 +599,7 @@ class MatrixRounding {
   template <typename T>
   void Fill(Panels& panels, const T* rows, int64_t first, int64_t count) const {
     const int32_t* const order = metric_.Order().data();
+    if (count < panels.Count() * panels.Width()) panels.Clear();
     panels.ForValues(count, [&](int64_t r, int64_t i, float& value) {
       value = static_cast<float>(rows[(first + r) * n_ + order[i]]);
     });
@@ -562,6 +618,7 @@ class MatrixRounding {
   std::span<const float> change_;
   const Metric& metric_;
   const RoundingOptions& options_;
+  float added_;  // what the correction's diagonal has beyond the metric's
   WeightRange range_;
 };
 
@@ -578,21 +635,30 @@ Metric::Metric(Moment moment, const WeightRounding& method) : n_(moment.Columns(
   const double mean = MeanDiagonal(moment);
   if (n_ <= kFloat64Columns) {
     damping_ = UntilPositive(method.damping, [&](double damping) {
-      std::vector<double> factor = DampedMatrix<double>(moment, order_, Added(damping, mean));
-      if (Factorize(std::span(factor), n_) >= 0) return false;
-      factor_.assign(factor.begin(), factor.end());
+      const auto factor = DampedMatrix<double>(moment, order_, AddedFor(damping, mean));
+      if (Factorize(Whole(factor, n_), n_) >= 0) return false;
+      factor_ = Aligned<float>(n_ * n_);
+      ParallelFor(n_ * n_, 4096, [&](int64_t begin, int64_t end) {
+        std::transform(factor.get() + begin, factor.get() + end, factor_.get() + begin,
+                       [](double value) { return static_cast<float>(value); });
+      });
       return true;
     });
-    damped_ = DampedMatrix<float>(moment, order_, Added(damping_, mean));
-    return;
+    damped_ = DampedMatrix<float>(moment, order_, AddedFor(damping_, mean));
+  } else {
+    damped_ = DampedMatrix<float>(moment, order_, 0);
+    { const Moment gone = std::move(moment); }
+    factor_ = Aligned<float>(n_ * n_);
+    damping_ = UntilPositive(method.damping, [&](double damping) {
+      for (int64_t i = 0; i < n_; ++i) damped_[i * n_ + i] = static_cast<float>(diagonal_[i] + AddedFor(damping, mean));
+      ParallelFor(n_ * n_, 4096, [&](int64_t begin, int64_t end) {
+        std::copy(damped_.get() + begin, damped_.get() + end, factor_.get() + begin);
+      });
+      return Factorize(Whole(factor_, n_), n_) < 0;
+    });
   }
-  damped_ = DampedMatrix<float>(moment, order_, 0);
-  { const Moment gone = std::move(moment); }
-  damping_ = UntilPositive(method.damping, [&](double damping) {
-    for (int64_t i = 0; i < n_; ++i) damped_[i * n_ + i] = static_cast<float>(diagonal_[i] + Added(damping, mean));
-    factor_ = damped_;
-    return Factorize(std::span(factor_), n_) < 0;
-  });
+  added_ = AddedFor(damping_, mean);
+  MirrorLower(factor_.get(), n_);
 }
 
 namespace {
@@ -611,23 +677,25 @@ RoundedMatrix Round(const Tensor& weight, const Tensor* target, const Metric& me
 }
 
 RoundedMatrix RoundCorrected(const Tensor& weight, const Tensor& target, std::span<const float> change,
-                             const Metric& metric, const RoundingOptions& options) {
+                             double correction_added, const Metric& metric, const RoundingOptions& options) {
   RequireColumns(weight, metric.Columns());
   RequireWeightType(options.dtype);
   CIRCLET_CHECK(static_cast<int64_t>(change.size()) == weight.Elements(), "{} changes of a weight {}", change.size(),
                 weight.GetShape().ToString());
-  return MatrixRounding(weight, &target, change, metric, options).Run();
+  return MatrixRounding(weight, &target, change, metric, options, correction_added).Run();
 }
 
 InputCorrection::InputCorrection(const Moment& moment, double damping) : n_(moment.Columns()) {
   std::vector<int32_t> order(static_cast<size_t>(n_));
   std::iota(order.begin(), order.end(), 0);
   const double mean = MeanDiagonal(moment);
-  const auto factorize = [&]<typename T>(std::vector<T>& factor) {
-    UntilPositive(damping, [&](double added) {
-      factor = DampedMatrix<T>(moment, order, Added(added, mean));
-      return Factorize(std::span(factor), n_) < 0;
+  const auto factorize = [&]<typename T>(hwy::AlignedFreeUniquePtr<T[]>& factor) {
+    const double used = UntilPositive(damping, [&](double tried) {
+      factor = nullptr;
+      factor = DampedMatrix<T>(moment, order, AddedFor(tried, mean));
+      return Factorize(Whole(factor, n_), n_) < 0;
     });
+    added_ = AddedFor(used, mean);
   };
   n_ > kCorrectionFloat64Columns ? factorize(factor32_) : factorize(factor64_);
 }
@@ -638,9 +706,9 @@ Tensor InputCorrection::Target(const Tensor& weight, std::span<const float> chan
   CIRCLET_CHECK(static_cast<int64_t>(change.size()) == rows * n_, "{} changes of a weight {}", change.size(),
                 weight.GetShape().ToString());
   const Tensor target = ToF32(weight).Clone();
-  const auto solve = [&]<typename T>(const std::vector<T>& factor) {
+  const auto solve = [&]<typename T>(const hwy::AlignedFreeUniquePtr<T[]>& factor) {
     std::vector<T> solution(change.begin(), change.end());
-    SolveWithFactor(std::span(factor), n_, std::span(solution), rows);
+    SolveWithFactor(std::span<const T>(Whole(factor, n_)), n_, std::span(solution), rows);
     for (int64_t i = 0; i < rows * n_; ++i) target.F32()[i] += static_cast<float>(solution[i]);
   };
   n_ > kCorrectionFloat64Columns ? solve(factor32_) : solve(factor64_);

@@ -21,6 +21,7 @@
 #include "circlet/base/tensor.h"
 #include "circlet/quant/affine.h"
 #include "circlet/quant/weight_rounding.h"
+#include "hwy/aligned_allocator.h"
 #include "quant/weights/moments.h"
 
 namespace circlet::weights {
@@ -43,18 +44,20 @@ class Metric {
 
   int64_t Columns() const { return n_; }
   double Damping() const { return damping_; }    // that was used: ten times more when the matrix was not positive
+  double Added() const { return added_; }        // to the diagonal, for that
   int64_t DeadColumns() const { return dead_; }  // whose inputs are all zero: rounded to the nearest
   const std::vector<int32_t>& Order() const { return order_; }
-  const float* Damped() const { return damped_.data(); }            // [n,n], rows and columns in Order()
-  const float* Factor() const { return factor_.data(); }            // [n,n], lower half: L
+  const float* Damped() const { return damped_.get(); }             // [n,n], rows and columns in Order()
+  const float* Factor() const { return factor_.get(); }             // [n,n], lower half: L, upper half: its transpose
   const std::vector<float>& Diagonal() const { return diagonal_; }  // of H, undamped, in Order()
 
  private:
   int64_t n_;
-  double damping_;
+  double damping_, added_;
   int64_t dead_ = 0;
   std::vector<int32_t> order_;
-  std::vector<float> damped_, factor_, diagonal_;
+  std::vector<float> diagonal_;
+  hwy::AlignedFreeUniquePtr<float[]> damped_, factor_;
 };
 
 struct RoundedMatrix {
@@ -76,18 +79,22 @@ class InputCorrection {
  public:
   InputCorrection(const Moment& moment, double damping);
 
+  double Added() const { return added_; }  // to the diagonal of H
+
   // `change` is the sum above, [rows, columns] row-major. float32 [rows, columns].
   Tensor Target(const Tensor& weight, std::span<const float> change) const;
 
  private:
   int64_t n_;
-  std::vector<double> factor64_;
-  std::vector<float> factor32_;
+  double added_;
+  hwy::AlignedFreeUniquePtr<double[]> factor64_;
+  hwy::AlignedFreeUniquePtr<float[]> factor32_;
 };
 
 // Each row for the weight or for `target` of an InputCorrection, whichever has the smaller true loss E |W x_f - Q x|^2
 // before descent; none worse by that than rounded to the nearest. `loss` is by the target that the row took.
+// `correction_added`: its Added().
 RoundedMatrix RoundCorrected(const Tensor& weight, const Tensor& target, std::span<const float> change,
-                             const Metric& metric, const RoundingOptions& options);
+                             double correction_added, const Metric& metric, const RoundingOptions& options);
 
 }  // namespace circlet::weights

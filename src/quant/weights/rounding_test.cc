@@ -161,9 +161,10 @@ TEST(RoundingTest, CodesAreThoseOfTheFloat64Reference) {
   EXPECT_GT(compared, 5000);
 }
 
-// tests/data/rounding/layer.safetensors.xz: all linears of layer 3 of the example, whose inputs hang together as they do in
-// a model. Sums of float32 differ from those of float64 in the last digits, so that a value right between two codes may
-// fall on either side, and the rest of its row makes up for another error: few rows do, and they come out as good.
+// tests/data/rounding/layer.safetensors.xz: all linears of layer 3 of the example, whose inputs hang together as they
+// do in a model. Sums of float32 differ from those of float64 in the last digits, so that a value right between two
+// codes may fall on either side, and the rest of its row makes up for another error: few rows do, and they come out as
+// good.
 TEST(RoundingTest, ALayerOfTheExampleGetsTheReferencesCodes) {
   const SafetensorsFile golden = OpenGolden("rounding/layer.safetensors.xz");
   const SafetensorsFile model = SafetensorsFile::Open(SourcePath("examples/tiny-gemma4/model.safetensors"));
@@ -300,7 +301,8 @@ TEST(RoundingTest, TheBetterOfTwoTargetsIsTakenRowByRow) {
   change.Add(differences, problem.x);
   const Metric metric(problem.moment.Copy(), {});
   const RoundedMatrix plain = Round(problem.weight, nullptr, metric, {});
-  const Tensor target = InputCorrection(problem.moment, 0.3).Target(problem.weight, change.Values());
+  const InputCorrection correction(problem.moment, 0.3);
+  const Tensor target = correction.Target(problem.weight, change.Values());
   const RoundedMatrix corrected = Round(problem.weight, &target, metric, {});
   const auto true_loss = [&](const RoundedMatrix& rounded) {
     std::vector<double> loss = LossOf(problem.weight, rounded.weight, problem.moment, metric.Damping());
@@ -312,7 +314,7 @@ TEST(RoundingTest, TheBetterOfTwoTargetsIsTakenRowByRow) {
     return loss;
   };
   const std::vector<double> a = true_loss(plain), b = true_loss(corrected);
-  const RoundedMatrix both = RoundCorrected(problem.weight, target, change.Values(), metric, {});
+  const RoundedMatrix both = RoundCorrected(problem.weight, target, change.Values(), correction.Added(), metric, {});
   const std::vector<double> best = true_loss(both);
   RoundingOptions to_nearest;
   to_nearest.method = {

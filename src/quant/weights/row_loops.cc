@@ -91,7 +91,7 @@ HWY_INLINE V Carried(const FactorBlock& block, int64_t i, int64_t width, int64_t
 }
 
 void CompensateBlockImpl(const FactorBlock& block, const RowGrid& rows, int64_t width, const float* target,
-                         float* codes, float* errors, double* loss) {
+                         float* codes, float* errors, float* lefts, double* loss) {
   for (int64_t r = 0; r < width; r += kLanes) {
     const Grid grid(rows, r);
     V sum = hn::Zero(kD);
@@ -103,21 +103,48 @@ void CompensateBlockImpl(const FactorBlock& block, const RowGrid& rows, int64_t 
       hn::StoreU(code, kD, codes + i * width + r);
       hn::StoreU(error, kD, errors + i * width + r);
       const V left = hn::MulAdd(pivot, error, carried);
+      hn::StoreU(left, kD, lefts + i * width + r);
       sum = hn::MulAdd(left, left, sum);
     }
     AddTo(sum, loss + r);
   }
 }
 
-void AddLossImpl(const FactorBlock& block, int64_t width, const float* errors, double* loss) {
+void AddLossImpl(const FactorBlock& block, int64_t width, const float* errors, float* lefts, double* loss) {
   for (int64_t r = 0; r < width; r += kLanes) {
     V sum = hn::Zero(kD);
     for (int64_t i = 0; i < block.count; ++i) {
       const V pivot = hn::Set(kD, block.factor[i * block.n + i]);
       const V left = hn::MulAdd(pivot, hn::LoadU(kD, errors + i * width + r), Carried(block, i, width, r, errors));
+      hn::StoreU(left, kD, lefts + i * width + r);
       sum = hn::MulAdd(left, left, sum);
     }
     AddTo(sum, loss + r);
+  }
+}
+
+void AddTransposedImpl(const FactorBlock& block, int64_t width, const float* left, float* gradient, int64_t stride) {
+  for (int64_t r = 0; r < width; r += kLanes)
+    for (int64_t i = 0; i < block.count; ++i) {
+      V sum = hn::LoadU(kD, gradient + i * stride + r);
+      for (int64_t k = i; k < block.count; ++k)
+        sum = hn::MulAdd(hn::Set(kD, block.factor[k * block.n + i]), hn::LoadU(kD, left + k * width + r), sum);
+      hn::StoreU(sum, kD, gradient + i * stride + r);
+    }
+}
+
+void SubtractCorrectionImpl(int64_t width, int64_t columns, float added, const float* errors, const float* target,
+                            const float* weight, const float* change, double* sums) {
+  const V factor = hn::Set(kD, added);
+  for (int64_t r = 0; r < width; r += kLanes) {
+    V sum = hn::Zero(kD);
+    for (int64_t at = r; at < columns * width; at += width) {
+      const V moved = hn::Sub(hn::LoadU(kD, target + at), hn::LoadU(kD, weight + at));
+      const V error = hn::LoadU(kD, errors + at);
+      const V other = hn::MulAdd(factor, hn::Add(moved, hn::Add(error, error)), hn::LoadU(kD, change + at));
+      sum = hn::NegMulAdd(moved, other, sum);
+    }
+    AddTo(sum, sums + r);
   }
 }
 
@@ -196,6 +223,8 @@ HWY_EXPORT(AddRangeLossImpl);
 HWY_EXPORT(AddDotsImpl);
 HWY_EXPORT(CompensateBlockImpl);
 HWY_EXPORT(AddLossImpl);
+HWY_EXPORT(AddTransposedImpl);
+HWY_EXPORT(SubtractCorrectionImpl);
 HWY_EXPORT(DescendBlockImpl);
 HWY_EXPORT(AddRowsImpl);
 HWY_EXPORT(AddRoundedImpl);
@@ -212,11 +241,18 @@ void AddDots(int64_t width, int64_t columns, const float* a, int64_t a_stride, c
   HWY_DYNAMIC_DISPATCH(AddDotsImpl)(width, columns, a, a_stride, b, sums);
 }
 void CompensateBlock(const FactorBlock& block, const RowGrid& grid, int64_t width, const float* target, float* codes,
-                     float* errors, double* loss) {
-  HWY_DYNAMIC_DISPATCH(CompensateBlockImpl)(block, grid, width, target, codes, errors, loss);
+                     float* errors, float* left, double* loss) {
+  HWY_DYNAMIC_DISPATCH(CompensateBlockImpl)(block, grid, width, target, codes, errors, left, loss);
 }
-void AddLoss(const FactorBlock& block, int64_t width, const float* errors, double* loss) {
-  HWY_DYNAMIC_DISPATCH(AddLossImpl)(block, width, errors, loss);
+void AddLoss(const FactorBlock& block, int64_t width, const float* errors, float* left, double* loss) {
+  HWY_DYNAMIC_DISPATCH(AddLossImpl)(block, width, errors, left, loss);
+}
+void AddTransposed(const FactorBlock& block, int64_t width, const float* left, float* gradient, int64_t stride) {
+  HWY_DYNAMIC_DISPATCH(AddTransposedImpl)(block, width, left, gradient, stride);
+}
+void SubtractCorrection(int64_t width, int64_t columns, float added, const float* errors, const float* target,
+                        const float* weight, const float* change, double* sums) {
+  HWY_DYNAMIC_DISPATCH(SubtractCorrectionImpl)(width, columns, added, errors, target, weight, change, sums);
 }
 bool DescendBlock(const float* damped, int64_t n, int64_t count, const RowGrid& grid, int64_t width, float* gradient,
                   const float* target, float* codes, float* errors, float* steps, double* loss) {

@@ -1,7 +1,7 @@
 #pragma once
 
-// The inner loops of rounding, over rows that lie side by side: element (column i, row r) of a panel is [i * width + r],
-// with width = gemm::PanelColumns(). Rows do not know of each other. Plain pointers; single-threaded; the same bits
+// The inner loops of rounding, over rows that lie side by side: element (column i, row r) of a panel is [i * width +
+// r], with width = gemm::PanelColumns(). Rows do not know of each other. Plain pointers; single-threaded; the same bits
 // wherever columns are cut. Sums of a call are float32 and added to float64 ones, so calls take tens of columns.
 
 #include <cstdint>
@@ -19,8 +19,8 @@ struct RowGrid {
 void Snap(const RowGrid& grid, int64_t width, int64_t columns, const float* values, const float* target, float* codes,
           float* errors);
 
-// loss[r] += sum_i weights[i] (value - nearest)^2; weights null: all 1. To compare ranges by: values are multiplied with
-// the scale's reciprocal.
+// loss[r] += sum_i weights[i] (value - nearest)^2; weights null: all 1. To compare ranges by: values are multiplied
+// with the scale's reciprocal.
 void AddRangeLoss(const RowGrid& grid, int64_t width, int64_t columns, const float* values, const float* weights,
                   double* loss);
 
@@ -35,11 +35,17 @@ struct FactorBlock {
   const float* carried;
   int64_t stride;
 };
-// Columns in order, each such that (L e)_i is least given those before; adds the losses, sum_i (L e)_i^2.
+// Columns in order, each such that (L e)_i is least given those before; `left` gets L e, the losses its squares.
 void CompensateBlock(const FactorBlock& block, const RowGrid& grid, int64_t width, const float* target, float* codes,
-                     float* errors, double* loss);
-// The losses of errors as they stand.
-void AddLoss(const FactorBlock& block, int64_t width, const float* errors, double* loss);
+                     float* errors, float* left, double* loss);
+// The same of errors as they stand.
+void AddLoss(const FactorBlock& block, int64_t width, const float* errors, float* left, double* loss);
+// gradient [count, stride] += the block's triangle of L, transposed, times `left`.
+void AddTransposed(const FactorBlock& block, int64_t width, const float* left, float* gradient, int64_t stride);
+
+// sums[r] -= sum_i d_i (change_i + added (d_i + 2 e_i)), d = target - weight (rounding.cc, TrueLosses).
+void SubtractCorrection(int64_t width, int64_t columns, float added, const float* errors, const float* target,
+                        const float* weight, const float* change, double* sums);
 
 // One pass of coordinate descent over `count` columns: `damped` is H' at the block's diagonal, row stride n; `gradient`
 // [count, width] is H' times the errors and follows them. steps [count, width] get what was added to the errors, the
