@@ -52,14 +52,16 @@ void Measure(int64_t rows, int64_t columns, double speed) {
   const double moments = clock.Lap();
   Tensor target;
   double factor = 0, targets = 0, added = 0;
+  hwy::AlignedFreeUniquePtr<float[]> room;
   {
-    const weights::InputCorrection correction(moment, method.correction_damping);
+    weights::InputCorrection correction(moment, method.correction_damping);
     factor = clock.Lap();
     added = correction.Added();
     target = correction.Target(weight, change.F32());
+    room = correction.GiveUp();
     targets = clock.Lap();
   }
-  const weights::Metric metric(std::move(moment), method);
+  const weights::Metric metric(std::move(moment), method, std::move(room));
   const double metrics = clock.Lap();
   weights::RoundCorrected(weight, target, change.F32(), added, metric, {.method = method});
   const double codes = clock.Lap();

@@ -7,7 +7,9 @@
 #include <fmt/ranges.h>
 #include <mutex>
 
+#include "base/large_pages.h"
 #include "circlet/base/error.h"
+#include "circlet/base/threads.h"
 
 namespace circlet {
 
@@ -63,7 +65,9 @@ class FreeBlocks {
         return found;
       }
     }
-    return {std::aligned_alloc(kAlignment, static_cast<size_t>(bytes)), bytes};
+    const Block fresh{std::aligned_alloc(kAlignment, static_cast<size_t>(bytes)), bytes};
+    if (fresh.memory != nullptr) AskForLargePages(fresh.memory, bytes);
+    return fresh;
   }
 
   void Give(const Block& block) {
@@ -198,7 +202,10 @@ Tensor Tensor::Slice(int64_t begin, int64_t end, int axis) const {
 
 Tensor Tensor::Clone() const {
   Tensor copy = Uninitialized(type_);
-  if (Bytes() > 0) std::memcpy(copy.Raw(), data_, static_cast<size_t>(Bytes()));
+  constexpr int64_t kPiece = int64_t{1} << 20;
+  ParallelFor(Bytes(), kPiece, [&](int64_t begin, int64_t end) {
+    std::memcpy(copy.Raw() + begin, data_ + begin, static_cast<size_t>(end - begin));
+  });
   return copy;
 }
 

@@ -547,6 +547,7 @@ void StepRounding::Solve(size_t group, Moments moments) {
   std::map<std::string, Tensor> targets;
   std::map<std::string, std::vector<float>> changes;
   double correction_added = 0;
+  hwy::AlignedFreeUniquePtr<float[]> room;
   if (method.correct_inputs) {
     Tensor differences;
     if (moments.differences) {
@@ -554,7 +555,7 @@ void StepRounding::Solve(size_t group, Moments moments) {
       differences = Tensor::Of<float>({columns, columns}, moments.differences->Values());
       moments.differences.reset();
     }
-    const weights::InputCorrection correction(*moments.inputs, method.correction_damping);
+    weights::InputCorrection correction(*moments.inputs, method.correction_damping);
     correction_added = correction.Added();
     for (const std::string& name : weights_[group]) {
       std::vector<float>& change = changes[name];
@@ -569,9 +570,10 @@ void StepRounding::Solve(size_t group, Moments moments) {
       }
       targets[name] = correction.Target(c_.stored(name), change);
     }
+    room = correction.GiveUp();
   }
   const int64_t positions = moments.inputs->Positions();
-  const weights::Metric metric(*std::move(moments.inputs), method);
+  const weights::Metric metric(*std::move(moments.inputs), method, std::move(room));
   for (const std::string& name : weights_[group]) {
     c_.say("rounding " + name);
     Within(name, [&] {

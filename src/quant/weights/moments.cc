@@ -6,6 +6,7 @@
 #include <limits>
 #include <new>
 
+#include "base/large_pages.h"
 #include "circlet/base/error.h"
 #include "circlet/base/threads.h"
 #include "ops/aligned.h"
@@ -110,6 +111,7 @@ Moment::Moment(Kind kind, Compute compute, int64_t rows, int64_t columns, double
   quantum_ = std::exp2(std::ceil(std::log2(largest)) - 60);
   sums_.reset(static_cast<int64_t*>(std::calloc(static_cast<size_t>(size_), sizeof(int64_t))));
   if (sums_ == nullptr) throw std::bad_alloc();
+  AskForLargePages(sums_.get(), Bytes());
 }
 
 int64_t Moment::RowStart(int64_t row) const {

@@ -25,11 +25,12 @@ constexpr int64_t kBlock = 32;  // columns whose errors reach each other one by 
 
 // ---- Factors ------------------------------------------------------------------------------------------------------
 
-// The damped moment in `order` as T, row-major.
+// The damped moment in `order` as T, row-major; in `room` where there is some.
 template <typename T>
-hwy::AlignedFreeUniquePtr<T[]> DampedMatrix(const Moment& moment, const std::vector<int32_t>& order, double added) {
+hwy::AlignedFreeUniquePtr<T[]> DampedMatrix(const Moment& moment, const std::vector<int32_t>& order, double added,
+                                            hwy::AlignedFreeUniquePtr<T[]> room = nullptr) {
   const auto n = static_cast<int64_t>(order.size());
-  auto matrix = Aligned<T>(n * n);
+  auto matrix = room != nullptr ? std::move(room) : Aligned<T>(n * n);
   std::vector<int32_t> place(order.size());
   for (int64_t i = 0; i < n; ++i) place[order[i]] = static_cast<int32_t>(i);
   // A stored row, which begins at its diagonal, fills a part of one row; the rest are mirror images.
@@ -624,7 +625,8 @@ class MatrixRounding {
 
 }  // namespace
 
-Metric::Metric(Moment moment, const WeightRounding& method) : n_(moment.Columns()) {
+Metric::Metric(Moment moment, const WeightRounding& method, hwy::AlignedFreeUniquePtr<float[]> room)
+    : n_(moment.Columns()) {
   order_.resize(static_cast<size_t>(n_));
   std::iota(order_.begin(), order_.end(), 0);
   if (method.order_by_moment)
@@ -644,9 +646,9 @@ Metric::Metric(Moment moment, const WeightRounding& method) : n_(moment.Columns(
       });
       return true;
     });
-    damped_ = DampedMatrix<float>(moment, order_, AddedFor(damping_, mean));
+    damped_ = DampedMatrix<float>(moment, order_, AddedFor(damping_, mean), std::move(room));
   } else {
-    damped_ = DampedMatrix<float>(moment, order_, 0);
+    damped_ = DampedMatrix<float>(moment, order_, 0, std::move(room));
     { const Moment gone = std::move(moment); }
     factor_ = Aligned<float>(n_ * n_);
     damping_ = UntilPositive(method.damping, [&](double damping) {

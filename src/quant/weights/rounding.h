@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "circlet/base/dtype.h"
@@ -40,7 +41,8 @@ struct RoundingOptions {
 // moment, given away, is gone before the second one stands.
 class Metric {
  public:
-  Metric(Moment moment, const WeightRounding& method);
+  // `room`: n * n values that nobody needs any more, or null. Fresh memory costs more than what is computed in it.
+  Metric(Moment moment, const WeightRounding& method, hwy::AlignedFreeUniquePtr<float[]> room = nullptr);
 
   int64_t Columns() const { return n_; }
   double Damping() const { return damping_; }    // that was used: ten times more when the matrix was not positive
@@ -80,6 +82,9 @@ class InputCorrection {
   InputCorrection(const Moment& moment, double damping);
 
   double Added() const { return added_; }  // to the diagonal of H
+
+  // The factor's memory, [n, n], for a Metric; null up to 512 columns. Nothing is left to ask for.
+  hwy::AlignedFreeUniquePtr<float[]> GiveUp() { return std::move(factor32_); }
 
   // `change` is the sum above, [rows, columns] row-major. float32 [rows, columns].
   Tensor Target(const Tensor& weight, std::span<const float> change) const;
