@@ -509,7 +509,9 @@ class MatrixRounding {
     RowGrids grids = BestRanges(group, w.weight, low, high);
     std::vector<double> loss = Compensate(group, grids, low, high);
     if (Corrects()) {
-      // Which target a row takes shows once columns have made up for each other; what follows goes on from there.
+      // Which target a row takes shows once columns have made up for each other; what follows goes on from there. The
+      // two losses are known to some 1e-5 of themselves.
+      constexpr double kLeastGain = 1e-4;
       const std::vector<double> plain_loss = loss, plain_true = TrueLosses(w, loss);
       const RowGrids plain_grids = grids;
       w.plain_codes->CopyFrom(group.Codes());
@@ -519,7 +521,7 @@ class MatrixRounding {
       const std::vector<double> corrected_true = TrueLossesFromTarget(w, loss);
       std::vector<uint8_t> plain(loss.size());
       for (size_t r = 0; r < loss.size(); ++r) {
-        plain[r] = !(corrected_true[r] < plain_true[r]);
+        plain[r] = !(corrected_true[r] < plain_true[r] - kLeastGain * plain_loss[r]);
         rounded.corrected[r] = plain[r] == 0;
         if (plain[r] != 0) loss[r] = plain_loss[r];
       }
