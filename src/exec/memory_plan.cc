@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <limits>
 #include <map>
+#include <optional>
+
+#include "ops/joins.h"
 
 namespace circlet {
 namespace {
@@ -58,11 +61,10 @@ std::vector<PlaceInWhole> PlacesInWholes(const Graph& graph, const std::vector<c
   std::vector<PlaceInWhole> places(graph.Values().size());
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {
     const Node& node = graph.Nodes()[i];
-    const auto* concat = std::get_if<Concat>(&node.op.kind);
-    if (concat == nullptr || !needed[i]) continue;
     const Shape& whole = graph.TypeOf(node.out[0]).shape;
-    const int axis = concat->axis < 0 ? concat->axis + whole.Rank() : concat->axis;
-    const auto before = whole.Sizes().first(static_cast<size_t>(axis));
+    const std::optional<int> axis = JoinedAxis(node.op, whole.Rank());
+    if (!axis || !needed[i]) continue;
+    const auto before = whole.Sizes().first(static_cast<size_t>(*axis));
     if (std::ranges::any_of(before, [](int64_t size) { return size != 1; })) continue;
     int64_t offset = 0;
     for (const ValueId in : node.in) {

@@ -7,6 +7,7 @@
 #include "circlet/base/threads.h"
 #include "ops/codes.h"
 #include "ops/internal.h"
+#include "ops/joins.h"
 #include "ops/strided_copy.h"
 #include "ops/table.h"
 
@@ -281,6 +282,12 @@ Parsed<SplitV> SplitV::Parse(const CircleNode& node) {
 }
 
 // ---- Concat -------------------------------------------------------------------------------------------------------
+
+std::optional<int> JoinedAxis(const Op& op, int rank) {
+  const auto* const concat = std::get_if<Concat>(&op.kind);
+  if (concat == nullptr) return std::nullopt;
+  return concat->axis < 0 ? concat->axis + rank : concat->axis;
+}
 
 std::vector<TensorType> Concat::Infer(Types in) const {
   if (in.empty()) ShapeError(kName, in, "it takes at least one input");
