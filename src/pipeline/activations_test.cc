@@ -33,6 +33,28 @@ std::vector<int64_t> OpenFiles(const fs::path& directory) {
   return sizes;
 }
 
+// Another's part of the budget is given up at once, by late readers' values first, and is there again behind it.
+TEST(ActivationStoreTest, WhatIsSetAsideGoesToFilesUntilItIsGivenBack) {
+  const TempDirectory directory;
+  ActivationStore store;
+  constexpr int64_t kBytes = kSmall * 4;
+  store.UseFiles(directory.Path(), /*memory_bytes=*/3 * kBytes, ActivationStore::Files::kNameless);
+  store.Put(0, Chain::kFloat, "soon", Filled(kSmall, 1));
+  store.Put(0, Chain::kFloat, "late", Filled(kSmall, 2), ActivationStore::Read::kLate);
+  EXPECT_EQ(store.SpilledBytes(), 0);
+  store.SetAside(2 * kBytes);
+  EXPECT_EQ(store.SpilledBytes(), kBytes);
+  store.Put(0, Chain::kFloat, "more", Filled(kSmall, 3));
+  EXPECT_EQ(store.SpilledBytes(), 2 * kBytes) << "no more fits beside what is set aside";
+  store.SetAside(9 * kBytes);
+  EXPECT_EQ(store.SpilledBytes(), 3 * kBytes) << "more than there is: nothing stays";
+  store.SetAside(0);
+  store.Put(0, Chain::kFloat, "behind", Filled(kSmall, 4));
+  EXPECT_EQ(store.SpilledBytes(), 3 * kBytes);
+  for (const auto& [key, value] : std::map<std::string, float>{{"soon", 1}, {"late", 2}, {"more", 3}, {"behind", 4}})
+    EXPECT_EQ(store.Get(0, Chain::kFloat, key).F32()[kSmall - 1], value) << key;
+}
+
 TEST(NamelessFilesTest, OneDescriptorServesAllKeysAndItsRoomIsUsedAgain) {
   const TempDirectory directory;
   ActivationStore store;

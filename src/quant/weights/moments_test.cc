@@ -72,6 +72,43 @@ TEST(MomentTest, AnyOrderAnyThreadsAndAnyProcessGiveTheSameBits) {
   }
 }
 
+TEST(MomentTest, InBf16EachProductIsOffByAFewThousandths) {
+  if (!Bf16Supported()) GTEST_SKIP() << "needs a processor with AVX-512 BF16";
+  const Tensor x = Random({2100, 37}, 1), a = Random({2100, 5}, 2);
+  Moment exact = Moment::Cross(5, 37, 8, 2100), rounded = Moment::Cross(5, 37, 8, 2100, Compute::kBf16);
+  exact.Add(a, x);
+  rounded.Add(a, x);
+  bool differs = false;
+  for (int64_t i = 0; i < 5; ++i)
+    for (int64_t j = 0; j < 37; ++j) {
+      double magnitudes = 0;
+      for (int64_t t = 0; t < 2100; ++t) magnitudes += std::abs(double{a.F32()[t * 5 + i]} * x.F32()[t * 37 + j]);
+      EXPECT_NEAR(rounded.At(i, j), exact.At(i, j), magnitudes / 256);
+      differs |= rounded.At(i, j) != exact.At(i, j);
+    }
+  EXPECT_TRUE(differs);
+}
+
+// Columns that were set for one tensor serve several moments, and the next tensor.
+TEST(MomentTest, ColumnsServeSeveralMomentsAndTheNextTensor) {
+  PositionColumns columns, others;
+  Moment once = Moment::Symmetric(12, 8, 90), cross = Moment::Cross(4, 12, 8, 90);
+  Moment by_tensor = Moment::Symmetric(12, 8, 90), cross_by_tensor = Moment::Cross(4, 12, 8, 90);
+  for (const int64_t count : {50, 7, 33}) {
+    const Tensor x = Random({count, 12}, static_cast<int>(count)), a = Random({count, 4}, 5);
+    std::vector<float> weights(static_cast<size_t>(count), 0.5f);
+    columns.Set(x, weights);
+    others.Set(a, weights);
+    once.Add(columns);
+    cross.Add(others, columns);
+    by_tensor.Add(x, weights);
+    cross_by_tensor.Add(a, x, weights);
+  }
+  EXPECT_TRUE(std::ranges::equal(once.Raw(), by_tensor.Raw()));
+  EXPECT_TRUE(std::ranges::equal(cross.Raw(), cross_by_tensor.Raw()));
+  EXPECT_EQ(once.Positions(), 90);
+}
+
 TEST(MomentTest, ValuesBeyondTheBoundAndNaNAreErrors) {
   Moment moment = Moment::Symmetric(2, 4, 10);
   const float big[] = {1, -5}, nan[] = {std::nanf(""), 0};
