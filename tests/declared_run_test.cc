@@ -83,6 +83,31 @@ TEST_F(DeclaredRun, FrozenGridsLeaveOutTheReadingThatObserves) {
   EXPECT_NEAR(Quantize(options_).products->flops / frozen, 1, 0.1);
 }
 
+// A run with moments is held against two forward runs and the moments as they are defined, whatever less it computes.
+TEST_F(DeclaredRun, RoundingIsHeldAgainstForwardRunsAndWholeMoments) {
+  options_.timings = true;
+  EXPECT_EQ(Quantize(options_).products->plain_flops, 0);
+  options_.recipe = "w4a16-gptq";
+  const QuantizeResult corrected = Quantize(options_);
+  double linears = 0, moments = 0;
+  for (const RoundedLinear& linear : corrected.linears) {
+    const auto n = static_cast<double>(linear.columns), positions = static_cast<double>(linear.positions);
+    linears += 2 * static_cast<double>(linear.rows) * n * positions;
+    // Those of the text read with another one what has its moment already; a picture's clip their inputs for
+    // themselves.
+    const std::string& name = linear.name;
+    const bool shares =
+        name.ends_with(".k_proj.weight") || name.ends_with(".v_proj.weight") || name.ends_with(".up_proj.weight");
+    if (!shares) moments += 2 * n * n * positions;
+  }
+  const double both = corrected.products->plain_flops;
+  EXPECT_GT(both, 2 * linears + 2 * moments);  // attention
+  EXPECT_LT(both, 2.5 * linears + 2 * moments);
+  EXPECT_GT(corrected.products->plain_seconds, 0);
+  options_.set = {"pipeline.gptq.correct_inputs=false"};
+  EXPECT_DOUBLE_EQ(both - Quantize(options_).products->plain_flops, moments);
+}
+
 TEST_F(DeclaredRun, TheCallerSeesEachStageAndMayEndTheRun) {
   std::vector<double> done;
   options_.on_progress = [&](const ProgressInfo& info) {
@@ -151,8 +176,8 @@ TEST_F(DeclaredRun, PipelineJsonTellsWholeGraphsFromTheirParts) {
       EXPECT_EQ(unit.at("kind"), "part");
     }
   }
-  EXPECT_THAT(whole, testing::UnorderedElementsAre("gemma4_model", "gemma4_model_full", "vision_encoder", "vision_model",
-                                                   "vision_prefill"));
+  EXPECT_THAT(whole, testing::UnorderedElementsAre("gemma4_model", "gemma4_model_full", "vision_encoder",
+                                                   "vision_model", "vision_prefill"));
 }
 
 TEST_F(DeclaredRun, PipelineJsonTellsHowUnitsAreRun) {

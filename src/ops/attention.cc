@@ -23,8 +23,11 @@ std::vector<TensorType> Attention::Infer(Types in) const {
 }
 
 // Of both products, whatever the mask keeps out.
-double Attention::Flops(Types in) const {
-  return 4.0 * static_cast<double>(in[0].shape.Elements()) * static_cast<double>(in[1].shape[2]);
+std::vector<MatrixProduct> Attention::Products(Types in) const {
+  const Shape& q = in[0].shape;
+  const int64_t keys = in[1].shape[2];
+  return {{.m = q[2], .n = keys, .k = q[3], .count = q[1]},
+          {.m = q[2], .n = q[3], .k = keys, .transposed = false, .count = q[1]}};
 }
 
 namespace {

@@ -59,8 +59,9 @@ std::vector<TensorType> FullyConnected::Infer(Types in) const {
   return {out};
 }
 
-double FullyConnected::Flops(Types in) const {
-  return 2.0 * static_cast<double>(in[0].shape.Elements()) * static_cast<double>(in[1].shape[0]);
+std::vector<MatrixProduct> FullyConnected::Products(Types in) const {
+  const int64_t n = in[1].shape[0], k = in[1].shape[1];
+  return {{.m = k == 0 ? 0 : in[0].shape.Elements() / k, .n = n, .k = k}};
 }
 
 void FullyConnected::Eval(const EvalContext& context) const {
@@ -174,9 +175,10 @@ std::vector<TensorType> BatchMatMul::Infer(Types in) const {
   return {{DType::kF32, Shape(std::move(sizes))}};
 }
 
-double BatchMatMul::Flops(Types in) const {
-  const auto outputs = static_cast<double>(Infer(in)[0].shape.Elements());
-  return 2.0 * outputs * static_cast<double>(in[0].shape[-1]);
+std::vector<MatrixProduct> BatchMatMul::Products(Types in) const {
+  const Shape y = Infer(in)[0].shape;
+  return {
+      {.m = y[-2], .n = y[-1], .k = in[0].shape[-1], .transposed = transpose_b, .count = Product(Leading(y).Sizes())}};
 }
 
 void BatchMatMul::Eval(const EvalContext& context) const {

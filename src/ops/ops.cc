@@ -63,10 +63,10 @@ int Op::TableInput() const {
   });
 }
 
-double Op::Flops(Types in) const {
-  return OfKind(kind, [&](const auto& op) {
-    if constexpr (requires { op.Flops(in); }) return op.Flops(in);
-    return 0.0;
+std::vector<MatrixProduct> Op::Products(Types in) const {
+  return OfKind(kind, [&](const auto& op) -> std::vector<MatrixProduct> {
+    if constexpr (requires { op.Products(in); }) return op.Products(in);
+    return {};
   });
 }
 

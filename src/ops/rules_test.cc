@@ -258,16 +258,21 @@ TEST(OpTest, TraitsComeFromTheOperators) {
   EXPECT_EQ(Op(BatchMatMul{}).WeightInput(), -1);
 }
 
-// A product of [M,K] and [K,N] takes 2 M N K, whichever operator it stands in.
-TEST(OpTest, FlopsAreThoseOfTheProducts) {
+TEST(OpTest, ProductsOfEachOperator) {
+  using Products = std::vector<MatrixProduct>;
   const std::vector<TensorType> linear{F32({1, 5, 8}), F32({6, 8}), F32({6})};
-  EXPECT_EQ(Op(FullyConnected{}).Flops(linear), 2 * 5 * 6 * 8);
+  EXPECT_EQ(Op(FullyConnected{}).Products(linear), (Products{{.m = 5, .n = 6, .k = 8}}));
+  EXPECT_EQ(Op(FullyConnected{}).Products(linear)[0].Flops(), 2 * 5 * 6 * 8);
   const std::vector<TensorType> matrices{F32({3, 5, 8}), F32({1, 8, 7})}, transposed{F32({3, 5, 8}), F32({1, 7, 8})};
-  EXPECT_EQ(Op(BatchMatMul{}).Flops(matrices), 3 * 2 * 5 * 7 * 8);
-  EXPECT_EQ(Op(BatchMatMul{.transpose_b = true}).Flops(transposed), 3 * 2 * 5 * 7 * 8);
+  EXPECT_EQ(Op(BatchMatMul{}).Products(matrices),
+            (Products{{.m = 5, .n = 7, .k = 8, .transposed = false, .count = 3}}));
+  EXPECT_EQ(Op(BatchMatMul{}).Products(matrices)[0].Flops(), 3 * 2 * 5 * 7 * 8);
+  EXPECT_EQ(Op(BatchMatMul{.transpose_b = true}).Products(transposed),
+            (Products{{.m = 5, .n = 7, .k = 8, .count = 3}}));
   const std::vector<TensorType> heads{F32({1, 4, 5, 8}), F32({1, 2, 7, 8}), F32({1, 2, 7, 8}), F32({1, 5, 7})};
-  EXPECT_EQ(Op(Attention{}).Flops(heads), 4 * 2 * (2 * 5 * 7 * 8));
-  EXPECT_EQ(Op(Softmax{}).Flops(linear), 0);
+  EXPECT_EQ(Op(Attention{}).Products(heads), (Products{{.m = 5, .n = 7, .k = 8, .count = 4},
+                                                       {.m = 5, .n = 8, .k = 7, .transposed = false, .count = 4}}));
+  EXPECT_TRUE(Op(Softmax{}).Products(linear).empty());
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <iterator>
 #include <set>
 
 #include "circlet/base/threads.h"
@@ -30,13 +31,19 @@ int64_t WorkingBytes(const Graph& graph) {
 
 }  // namespace
 
-double ProductFlops(const Graph& graph) {
-  double flops = 0;
+std::vector<MatrixProduct> ProductsOf(const Graph& graph) {
+  std::vector<MatrixProduct> products;
   for (const Node& node : graph.Nodes()) {
     std::vector<TensorType> in;
     for (const ValueId id : node.in) in.push_back(graph.TypeOf(id));
-    flops += node.op.Flops(in);
+    std::ranges::copy(node.op.Products(in), std::back_inserter(products));
   }
+  return products;
+}
+
+double ProductFlops(const Graph& graph) {
+  double flops = 0;
+  for (const MatrixProduct& product : ProductsOf(graph)) flops += product.Flops();
   return flops;
 }
 

@@ -14,6 +14,7 @@
 namespace circlet {
 
 // Products of one run of a graph: linears, and those of attention for the keys of all positions.
+std::vector<MatrixProduct> ProductsOf(const Graph& graph);
 double ProductFlops(const Graph& graph);
 
 StageEstimate EstimateStage(const Stage& stage, const ItemSet& items, int rank);

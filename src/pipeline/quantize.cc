@@ -163,6 +163,7 @@ class Run {
   std::vector<PhaseSpec> phases_;  // emptied behind each: what it alone holds goes with it
   Schedule schedule_{{}};
   std::vector<StageEstimate> estimates_;
+  std::optional<gemm::Tally> plain_products_;  // with timings, of a run that rounds with moments
   std::set<int> verification_{kCodesItem};  // items whose values units read
   ActivationStore store_;
   QuantizeResult result_;
@@ -187,11 +188,14 @@ void Run::Declare() {
   phases_ = job_.Phases();
   schedule_ = ScheduleOf(phases_, settings_, job_.GetCalibration());
   estimates_.clear();
+  if (settings_.options.timings && job_.GetCalibration().GetRecipe().rounding) plain_products_.emplace();
   for (const PhaseSpec& phase : phases_) {
     estimates_.push_back(phase.output ? phase.output->Estimate()
                                       : EstimateStage(phase.stage, *phase.items, settings_.world.Rank()));
     AddRounding(phase.stage, *phase.items, job_.GetCalibration(), settings_.world.Rank(), estimates_.back());
     if (settings_.watcher != nullptr) estimates_.back().working_bytes += WatchedBytes(phase);
+    if (plain_products_)
+      AddPlainProducts(phase.stage, *phase.items, job_.GetCalibration(), settings_.world.Rank(), *plain_products_);
     for (const Item& item : *phase.items)
       if (phase.items->PassageOf(item).exported) verification_.insert(item.id);
   }
@@ -477,6 +481,10 @@ QuantizeResult Run::Compute() {
     result_.products = ProductTimes{.flops = static_cast<double>(tally.Flops()),
                                     .alone_seconds = gemm::SecondsAlone(tally),
                                     .run_seconds = run_seconds};
+  if (options.timings && plain_products_) {
+    result_.products->plain_flops = static_cast<double>(plain_products_->Flops());
+    result_.products->plain_seconds = gemm::SecondsAlone(*plain_products_);
+  }
   return std::move(result_);
 }
 

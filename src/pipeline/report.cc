@@ -1,3 +1,5 @@
+#include "pipeline/report.h"
+
 #include <fmt/ranges.h>
 
 #include <algorithm>
@@ -12,7 +14,6 @@
 #include "circlet/report/terminal.h"
 #include "pipeline/manifest.h"
 #include "pipeline/quantize.h"
-#include "pipeline/report.h"
 
 namespace circlet {
 
@@ -265,6 +266,13 @@ std::string ReportText(const QuantizeResult& result, int columns) {
         "matrix products: {:.2f} TFLOP, {:.1f} s alone in oneDNN; the run took {:.1f} s, {:.2f} times that\n",
         result.products->flops / 1e12, result.products->alone_seconds, result.products->run_seconds,
         result.products->run_seconds / result.products->alone_seconds);
+  if (result.products && result.products->plain_flops > 0)
+    text += fmt::format(
+        "two float32 forward runs and the moments' plain products: {:.2f} TFLOP, {:.1f} s alone in oneDNN; the run "
+        "took "
+        "{:.2f} times that\n",
+        result.products->plain_flops / 1e12, result.products->plain_seconds,
+        result.products->run_seconds / result.products->plain_seconds);
   if (result.spilled_bytes > 0)
     text += fmt::format("activations past the memory limit went to files: {}\n", HumanBytes(result.spilled_bytes));
   if (const std::string note = MemoryNote(result); !note.empty()) text += note + "\n";

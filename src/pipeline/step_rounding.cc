@@ -29,14 +29,23 @@ std::string NormedName(size_t group, size_t i) { return fmt::format("normed.{}.{
 std::string SumName(size_t group) { return fmt::format("sum.{}", group); }
 std::string ResidualName(size_t group) { return fmt::format("residual.{}", group); }
 
+int64_t RealPositions(const Item& item) {
+  int64_t count = 0;
+  for (const auto& [begin, end] : item.real) count += end - begin;
+  return count;
+}
+
+bool HasPadding(const Item& item, const Shape& shape) {
+  const bool by_position = shape.Rank() >= 3 && shape[1] == item.length && shape.Elements() == item.length * shape[-1];
+  return by_position && RealPositions(item) < item.length;
+}
+
 // The positions that are no padding, [rows, width]; all of a tensor without positions.
 Tensor RealRows(const Item& item, const Tensor& tensor) {
   const Shape& shape = tensor.GetShape();
   const int64_t width = shape[-1], rows = tensor.Elements() / width;
-  if (shape.Rank() < 3 || shape[1] != item.length || rows != item.length) return tensor.Reshaped({rows, width});
-  int64_t count = 0;
-  for (const auto& [begin, end] : item.real) count += end - begin;
-  if (count == rows) return tensor.Reshaped({rows, width});
+  if (!HasPadding(item, shape)) return tensor.Reshaped({rows, width});
+  const int64_t count = RealPositions(item);
   const Tensor real = Tensor::Uninitialized({DType::kF32, {count, width}});
   float* to = real.F32().data();
   for (const auto& [begin, end] : item.real)
@@ -208,6 +217,15 @@ namespace {
 // the outputs'.
 bool TakesDifferences(int64_t rows, int64_t columns) { return columns <= 2 * rows; }
 
+// Of a group's matrices, one below the other.
+std::pair<int64_t, int64_t> RowsAndColumns(const Graph& graph, const LinearGroup& group) {
+  int64_t rows = 0;
+  for (const Value& value : graph.Values())
+    if (value.kind == ValueKind::kWeight && std::ranges::find(group.weights, value.name) != group.weights.end())
+      rows += value.type.shape[0];
+  return {rows, graph.TypeOf(group.input).shape[-1]};
+}
+
 // What the moments of a group take and what is made of them (rounding.h).
 int64_t SolverBytes(int64_t rows, int64_t columns, bool makes_up, const WeightRounding& method) {
   const bool square = TakesDifferences(rows, columns);
@@ -257,12 +275,7 @@ void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& ca
     if (!groups.empty() && calibration.GetDialect().requantizing_points)
       estimate.flops += ProductFlops(graph) * positions / static_cast<double>(longest->length);
     for (const LinearGroup& group : groups) {
-      int64_t all_rows = 0, columns = 0;
-      for (const Value& value : graph.Values())
-        if (value.kind == ValueKind::kWeight && std::ranges::find(group.weights, value.name) != group.weights.end()) {
-          all_rows += value.type.shape[0];
-          columns = value.type.shape[1];
-        }
+      const auto [all_rows, columns] = RowsAndColumns(graph, group);
       const bool square = TakesDifferences(all_rows, columns);
       const auto n = static_cast<double>(columns), rows = static_cast<double>(all_rows);
       estimate.flops += positions * n * n + targets * n * n * n / 3 + 2 * (solves + targets - 1) * rows * n * n;
@@ -270,6 +283,33 @@ void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& ca
       const bool makes_up = method.residual_target > 0 && !group.behind.gain.empty();
       if (makes_up && square) estimate.flops += 2 * positions * n * rows;
       estimate.rounding_bytes = std::max(estimate.rounding_bytes, SolverBytes(all_rows, columns, makes_up, method));
+    }
+  }
+}
+
+void AddPlainProducts(const Stage& stage, const ItemSet& items, const Calibration& calibration, int rank,
+                      gemm::Tally& tally) {
+  if (!calibration.GetRecipe().rounding) return;
+  const int moments = calibration.GetRecipe().rounding->correct_inputs ? 2 : 1;
+  for (const Step& step : stage.steps) {
+    // By what shapes a graph, and by how much of it is no padding.
+    std::map<std::tuple<int64_t, std::string, int64_t>, std::pair<const Item*, int64_t>> counts;
+    for (const Item& item : items)
+      if (item.rank == rank && items.PassageOf(item).observed)
+        ++counts.try_emplace({item.length, item.variant, RealPositions(item)}, &item, 0).first->second.second;
+    for (const auto& [shape, counted] : counts) {
+      const auto& [item, count] = counted;
+      const Graph graph = step.build(*item);
+      for (const MatrixProduct& product : ProductsOf(graph))
+        tally.Add({.m = product.m, .n = product.n, .k = product.k, .transposed = product.transposed},
+                  2 * count * product.count);
+      for (const LinearGroup& group : LinearGroupsOf(graph, calibration)) {
+        const TensorType& x = graph.TypeOf(group.input);
+        const int64_t columns = x.shape[-1];
+        const int64_t rows = x.shape.Elements() / columns;
+        tally.Add({.m = columns, .n = columns, .k = HasPadding(*item, x.shape) ? RealPositions(*item) : rows},
+                  moments * count);
+      }
     }
   }
 }
@@ -294,6 +334,7 @@ StepRounding::StepRounding(const StageContext& context, const Step& step, std::v
     bounds_.resize(groups.size());
     for (size_t g = 0; g < groups.size(); ++g) {
       weights_.push_back(groups[g].weights);
+      sizes_.push_back(RowsAndColumns(graph, groups[g]));
       const NormsBehind& behind = groups[g].behind;
       const std::vector<ValueId> cut = CutBehind(graph, groups, g);
       const auto residual = std::ranges::find(cut, behind.residual);
@@ -486,7 +527,7 @@ StepRounding::Moments StepRounding::Gather(size_t group) const {
   if (positions == 0) return moments;
   const std::vector<std::string>& names = weights_[group];
   std::map<std::string, Tensor> weights;
-  const auto [rows, columns] = RowsAndColumns(group);
+  const auto [rows, columns] = sizes_[group];
   const auto bound = [](float largest) { return largest > 0 ? double{largest} : 1.0; };
   const float input = all.inputs.rounded, difference = all.inputs.in_float + all.inputs.rounded;
   moments.inputs = weights::Moment::Symmetric(columns, bound(input), positions);
@@ -604,21 +645,10 @@ void StepRounding::Solve(size_t group, Moments moments) {
   }
 }
 
-// Of the group's matrices, one below the other.
-std::pair<int64_t, int64_t> StepRounding::RowsAndColumns(size_t group) const {
-  int64_t rows = 0, columns = 0;
-  for (const std::string& name : weights_[group]) {
-    const Shape shape = c_.stored(name).GetShape();
-    rows += shape[0];
-    columns = shape[1];
-  }
-  return {rows, columns};
-}
-
 void StepRounding::Run() {
   for (size_t group = 0; group < weights_.size(); ++group) {
     Advance(group);
-    const auto [rows, columns] = RowsAndColumns(group);
+    const auto [rows, columns] = sizes_[group];
     c_.store.SetAside(SolverBytes(rows, columns, !behind_[group].gain.empty(), *c_.calibration.GetRecipe().rounding));
     Solve(group, Gather(group));
     c_.store.SetAside(0);

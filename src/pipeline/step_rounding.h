@@ -17,6 +17,7 @@
 #include "circlet/graph/graph.h"
 #include "circlet/quant/weight_rounding.h"
 #include "graph/norms_behind.h"
+#include "ops/tally.h"
 #include "pipeline/stage.h"
 
 namespace circlet {
@@ -35,6 +36,11 @@ std::vector<LinearGroup> LinearGroupsOf(const Graph& graph, const Calibration& c
 // What that adds to a stage's memory, products and values in the store.
 void AddRounding(const Stage& stage, const ItemSet& items, const Calibration& calibration, int rank,
                  StageEstimate& estimate);
+
+// What a run that rounds with moments is held against: the float32 products of two forward runs of the items that are
+// observed, and of each item's moments as they are defined, sum x x^T and sum (x_f - x) x^T, all columns by all.
+void AddPlainProducts(const Stage& stage, const ItemSet& items, const Calibration& calibration, int rank,
+                      gemm::Tally& tally);
 
 class StepRounding {
  public:
@@ -68,7 +74,6 @@ class StepRounding {
   std::map<std::string, Tensor> Given(const Item& item, size_t group) const;
   void Advance(size_t group);
   Moments Gather(size_t group) const;
-  std::pair<int64_t, int64_t> RowsAndColumns(size_t group) const;
   void Solve(size_t group, Moments moments);
   Tensor FloatRows(const Item& item, size_t group) const;
   Tensor ResidualRows(const Item& item, size_t group) const;
@@ -78,6 +83,7 @@ class StepRounding {
   std::vector<std::string> outputs_;
   std::vector<const Item*> items_;                 // of this process, that grids are taken from
   std::vector<std::vector<std::string>> weights_;  // by group; none: nothing is to be done
+  std::vector<std::pair<int64_t, int64_t>> sizes_;  // of all a group's matrices, one below the other
   // Of LinearGroup, what token weights and targets need.
   struct BehindGroup {
     size_t norms = 0;

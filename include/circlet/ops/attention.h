@@ -50,7 +50,7 @@ struct Attention {
 
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;
-  double Flops(Types in) const;
+  std::vector<MatrixProduct> Products(Types in) const;
   std::vector<ValueId> Expand(GraphSink& sink, std::span<const ValueId> in, std::span<const Point> points) const;
   bool operator==(const Attention&) const = default;
 };

@@ -15,7 +15,7 @@ struct FullyConnected {
 
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;
-  double Flops(Types in) const;
+  std::vector<MatrixProduct> Products(Types in) const;
   CircleOp Emit(Types in, Types out) const;
   static Parsed<FullyConnected> Parse(const CircleNode& node);
   bool operator==(const FullyConnected&) const = default;
@@ -31,7 +31,7 @@ struct BatchMatMul {
 
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;
-  double Flops(Types in) const;
+  std::vector<MatrixProduct> Products(Types in) const;
   CircleOp Emit(Types in, Types out) const;
   static Parsed<BatchMatMul> Parse(const CircleNode& node);
   bool operator==(const BatchMatMul&) const = default;

@@ -22,7 +22,7 @@
 //   kOutputPoints    which of the node's points act on the output, nothing but moves behind them; the last first
 //   kWeightInput     a linear's weight: taken as bf16 too, and as codes that are multiplied with those of input 0
 //   kTableInput      rows of it are looked up: taken as codes too
-//   double Flops(Types in) const   of its products, for estimates
+//   std::vector<MatrixProduct> Products(Types in) const   what it multiplies, for estimates
 
 #include <cstdint>
 #include <functional>
@@ -40,6 +40,17 @@ namespace circlet {
 
 using ValueId = int32_t;
 using Types = std::span<const TensorType>;
+
+// y[m,n] = a[m,k] b, `count` times; b as [n,k] where it is transposed, else as [k,n].
+struct MatrixProduct {
+  int64_t m, n, k;
+  bool transposed = true;
+  int64_t count = 1;
+  double Flops() const {
+    return 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) * static_cast<double>(count);
+  }
+  bool operator==(const MatrixProduct&) const = default;
+};
 
 // Which default of a recipe a point follows (quantization.md 4.2).
 enum class PointRole : uint8_t { kActivation, kWeight };

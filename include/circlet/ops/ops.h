@@ -57,7 +57,7 @@ struct Op {
   int TableInput() const;
   bool Fused() const;
   std::span<const int> OutputPoints() const;
-  double Flops(Types in) const;
+  std::vector<MatrixProduct> Products(Types in) const;
   std::vector<TensorType> Infer(Types in) const;
   void Eval(const EvalContext& context) const;
   bool operator==(const Op&) const = default;

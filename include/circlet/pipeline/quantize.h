@@ -175,6 +175,9 @@ struct ProductTimes {
   double flops = 0;
   double alone_seconds = 0;
   double run_seconds = 0;  // of all stages and files
+  // Of a run that rounds with second moments, what it is held against: two float32 forward runs of the calibration
+  // samples and the moments as they are defined, sum x x^T and sum (x_f - x) x^T, each as one plain product.
+  double plain_flops = 0, plain_seconds = 0;
 };
 
 // Where the grids of a run with QuantizeOptions::qparams come from.

@@ -161,10 +161,10 @@ class RowGroup {
   Panels& Left() { return left_; }  // L e, behind Compensate() and Loss()
   int64_t Rows() const { return rows_; }
 
-  // Every column to the nearest code.
-  void RoundToNearest(const RowGrids& grids) {
+  // Every column to the code that is nearest to `values`; errors are those from the target.
+  void RoundToNearest(Panels& values, const RowGrids& grids) {
     for (int64_t panel = 0; panel < target_.Count(); ++panel)
-      Snap(GridOf(grids, panel), width_, n_, target_.At(panel, 0), target_.At(panel, 0), codes_.At(panel, 0),
+      Snap(GridOf(grids, panel), width_, n_, values.At(panel, 0), target_.At(panel, 0), codes_.At(panel, 0),
            errors_.At(panel, 0));
   }
 
@@ -501,13 +501,14 @@ class MatrixRounding {
     rounded.nearest.resize(static_cast<size_t>(count));
     rounded.corrected.resize(static_cast<size_t>(group.Rows()));
     const RowGrids widest = GridsOf(options_, low, high, 1);
-    group.RoundToNearest(widest);
+    group.RoundToNearest(group.Target(), widest);
     rounded.nearest_loss = group.Loss();
     const std::vector<double> nearest_true = TrueLosses(w, rounded.nearest_loss);
     rounded.best = ResultOf(group, widest, rounded.nearest_loss, count);
 
     RowGrids grids = BestRanges(group, w.weight, low, high);
     std::vector<double> loss = Compensate(group, grids, low, high);
+    std::vector<double> offsets;  // from the nearest codes' loss to the corrected target to their true one
     if (Corrects()) {
       // Which target a row takes shows once columns have made up for each other; what follows goes on from there. The
       // two losses are known to some 1e-5 of themselves.
@@ -517,6 +518,8 @@ class MatrixRounding {
       w.plain_codes->CopyFrom(group.Codes());
       w.plain_left->CopyFrom(group.Left());
       Fill(group.Target(), target_.F32().data(), first, count);
+      group.RoundToNearest(w.weight, widest);
+      offsets = TrueLossesFromTarget(w, std::vector<double>(loss.size()));
       loss = Compensate(group, grids, low, high);
       const std::vector<double> corrected_true = TrueLossesFromTarget(w, loss);
       std::vector<uint8_t> plain(loss.size());
@@ -548,10 +551,12 @@ class MatrixRounding {
     const GroupResult improved = ResultOf(group, grids, loss, count);
     for (int64_t r = 0; r < count; ++r) {
       rounded.nearest[r] = !(improved_true[r] < nearest_true[r]);
-      if (rounded.nearest[r] != 0)
+      if (rounded.nearest[r] != 0) {
         rounded.corrected[r] = 0;
-      else
-        rounded.best.Take(r, improved, n_);
+        continue;
+      }
+      rounded.best.Take(r, improved, n_);
+      if (rounded.corrected[r] != 0) rounded.nearest_loss[r] = nearest_true[r] - offsets[r];
     }
     return rounded;
   }
@@ -563,7 +568,7 @@ class MatrixRounding {
   std::vector<double> Compensate(RowGroup& group, RowGrids& grids, const std::vector<float>& low,
                                  const std::vector<float>& high) const {
     if (!options_.method.compensate) {
-      group.RoundToNearest(grids);
+      group.RoundToNearest(group.Target(), grids);
       return group.Loss();
     }
     std::vector<double> loss = group.Compensate(grids);

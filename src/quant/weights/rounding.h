@@ -97,7 +97,7 @@ class InputCorrection {
 };
 
 // Each row for the weight or for `target` of an InputCorrection, whichever has the smaller true loss E |W x_f - Q x|^2
-// before descent; none worse by that than rounded to the nearest. `loss` is by the target that the row took.
+// before descent; none worse by that than rounded to the nearest. Both losses of a row are by the target that it took.
 // `correction_added`: its Added().
 RoundedMatrix RoundCorrected(const Tensor& weight, const Tensor& target, std::span<const float> change,
                              double correction_added, const Metric& metric, const RoundingOptions& options);

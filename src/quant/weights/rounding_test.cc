@@ -329,9 +329,21 @@ struct TwoTargets {
     RoundingOptions to_nearest;
     to_nearest.method = {
         .range = WeightRounding::Range::kMinMax, .compensate = false, .descent_passes = 0, .scale_refits = 0};
-    nearest = true_loss(Round(problem.weight, nullptr, metric, to_nearest));
+    const RoundedMatrix rounded_to_nearest = Round(problem.weight, nullptr, metric, to_nearest);
+    nearest = true_loss(rounded_to_nearest);
+    loss = both.loss;
+    nearest_loss = both.nearest_loss;
+    const auto from = [&](const Tensor& wanted, const RoundedMatrix& rounded) {
+      return LossOf(wanted, rounded.weight, problem.moment, metric.Damping());
+    };
+    from_weight = from(problem.weight, both);
+    from_target = from(target, both);
+    nearest_from_weight = from(problem.weight, rounded_to_nearest);
+    nearest_from_target = from(target, rounded_to_nearest);
   }
-  std::vector<double> plain, corrected, nearest, best;
+  std::vector<double> plain, corrected, nearest, best;  // true losses
+  std::vector<double> loss, nearest_loss;               // as RoundCorrected tells them
+  std::vector<double> from_weight, from_target, nearest_from_weight, nearest_from_target;  // (Q - T) H' (Q - T)^T
   int64_t rows_corrected = 0;
 };
 
@@ -384,6 +396,27 @@ TEST(RoundingTest, TheBetterTargetIsTakenRowByRow) {
     }
   EXPECT_GT(corrected, rows / 10);
   EXPECT_LT(corrected, rows * 9 / 10);
+}
+
+// What a row gained shows by the target that it took: the nearest codes' loss to the weight would be too small beside
+// that of codes which make up for more than rounding.
+TEST(RoundingTest, BothLossesOfARowAreByTheTargetThatItTook) {
+  int64_t corrected = 0, apart = 0;
+  for (unsigned seed = 0; seed < 20; ++seed) {
+    const TwoTargets losses(seed, 0.3f, {});
+    for (size_t r = 0; r < losses.loss.size(); ++r) {
+      const double by_weight = losses.from_weight[r], by_target = losses.from_target[r];
+      const bool to_weight = std::abs(losses.loss[r] - by_weight) < std::abs(losses.loss[r] - by_target);
+      // The loss of a corrected row follows descent in float32.
+      EXPECT_NEAR(losses.loss[r], to_weight ? by_weight : by_target, 1e-3 * losses.loss[r]) << seed << " row " << r;
+      const double expected = to_weight ? losses.nearest_from_weight[r] : losses.nearest_from_target[r];
+      EXPECT_NEAR(losses.nearest_loss[r], expected, 1e-4 * losses.nearest_from_target[r]) << seed << " row " << r;
+      corrected += !to_weight;
+      apart += !to_weight && losses.nearest_from_target[r] > 1.5 * losses.nearest_from_weight[r];
+    }
+  }
+  EXPECT_GT(corrected, 50);
+  EXPECT_GT(apart, 10);
 }
 
 }  // namespace
