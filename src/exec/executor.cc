@@ -101,6 +101,7 @@ struct Executor::Plan {
   std::vector<std::vector<PointVisitor*>> visitors;      // by node
   std::vector<std::vector<const QParams*>> point_grids;  // the same
   bool points_write = false;
+  std::vector<int> passed_by;  // by value: the point that an input passes before anything runs (PassesCodes); -1: none
   ExecutorOptions options;
   struct Reader {
     const Node* node;  // null: the graph's output
@@ -166,6 +167,27 @@ struct Executor::Plan {
         readers[id], [](const Reader& reader) { return reader.node != nullptr && reader.node->op.IsPoint(); });
   }
 
+  // Whether a point does to an input what the input brings with it as codes, for readers that take those: then nothing
+  // is widened between.
+  bool PassesCodes(const Node& node, size_t index) const {
+    if (!node.op.IsPoint() || !points_write || visitors[index][0] == nullptr || point_grids[index][0] == nullptr ||
+        graph.At(node.in[0]).kind != ValueKind::kInput)
+      return false;
+    const auto is_read = [&](ValueId id) {
+      return std::ranges::any_of(graph.Outputs(), [&](const Graph::Output& output) { return output.value == id; });
+    };
+    if (is_read(node.in[0]) || is_read(node.out[0])) return false;
+    bool taken = false;
+    for (const Node& other : graph.Nodes())
+      for (size_t k = 0; k < other.in.size(); ++k) {
+        if (&other != &node && other.in[k] == node.in[0]) return false;
+        if (other.in[k] != node.out[0]) continue;
+        if (!other.op.TakesCodes(static_cast<int>(k))) return false;
+        taken = true;
+      }
+    return taken;
+  }
+
   // A parameter in the form that its readers compute with.
   Tensor Bound(ValueId id, const Tensor& given) const {
     Tensor tensor = given;
@@ -189,14 +211,21 @@ struct Executor::Plan {
       const Value& value = graph.At(id);
       const auto it = inputs.find(value.name);
       if (it == inputs.end()) Fail("input \"{}\" ({}) is missing", value.name, value.type.ToString());
-      if (IsCodesOf(it->second, value.type)) {
-        tensors[id] = ReadAtPointsOnly(id) ? it->second : Dequantized(it->second);
-        continue;
-      }
-      if (it->second.Type() != value.type)
+      const bool codes = IsCodesOf(it->second, value.type);
+      if (!codes && it->second.Type() != value.type)
         Fail("input \"{}\" is {}, expected {}", value.name, it->second.Type().ToString(), value.type.ToString());
-      tensors[id] = it->second;
+      tensors[id] = passed_by[id] >= 0               ? Passed(it->second, codes, passed_by[id])
+                    : codes && !ReadAtPointsOnly(id) ? Dequantized(it->second)
+                                                     : it->second;
     }
+  }
+
+  // Behind the point: codes that are on its grid already as they are.
+  Tensor Passed(const Tensor& given, bool codes, int point) const {
+    if (codes && *given.Grid() == *point_grids[point][0]) return given;
+    const Tensor values = codes ? Dequantized(given) : given.Clone();
+    VisitAll(*visitors[point][0], values);
+    return values;
   }
 
   void BindWeights(const WeightSource& weights) {
@@ -258,6 +287,13 @@ Executor::Executor(Graph given, PointReading* reading, ExecutorOptions options) 
       if (plan_->visitors[i].back() != nullptr) uses[i] = {true, reading->Writes(), reading->Observes()};
     }
   }
+  plan_->passed_by.assign(graph.Values().size(), -1);
+  for (size_t i = 0; i < graph.Nodes().size(); ++i) {
+    const Node& node = graph.Nodes()[i];
+    if (uses[i].observes || !plan_->PassesCodes(node, i)) continue;
+    plan_->passed_by[node.in[0]] = static_cast<int>(i);
+    uses[i] = {};
+  }
   plan_->memory = PlanMemory(graph, uses);
   plan_->FindReaders();
   plan_->grids = GridsOfValues(graph, plan_->visitors, plan_->point_grids, plan_->points_write);
@@ -301,7 +337,9 @@ std::map<std::string, Tensor> Executor::RunInPlace(const std::map<std::string, T
     const Node& node = plan.graph.Nodes()[i];
     const Plan::Operands& operands = plan.operands[i];
     try {
-      if (node.op.IsPoint() && IsInteger(operands.in[0].GetDType())) {
+      if (node.op.IsPoint() && plan.passed_by[node.in[0]] >= 0) {
+        // passed with the inputs
+      } else if (node.op.IsPoint() && IsInteger(operands.in[0].GetDType())) {
         const QParams& grid = *operands.in[0].Grid();
         Dequantize(operands.in[0], grid, 0, operands.out[0].F32());
         const QParams* const own = plan.point_grids[i][0];

@@ -274,6 +274,56 @@ TEST(ExecutorTest, InputsMayBeCodesWithTheirGrid) {
     }
 }
 
+// The cache of a decode step: what reads it gets the very bytes, and there is no room for them as float32.
+TEST(ExecutorTest, CodesPassAPointToAnOperatorThatTakesThem) {
+  Halves halves;
+  const QParams other{.dtype = DType::kU8, .scale = {0.3f}, .zero_point = {9}};
+  const auto attention = [](const char* read_elsewhere) {
+    Graph graph;
+    const Builder b(graph);
+    std::map<std::string, ValueId> at;
+    for (const char* name : {"past_k", "past_v"}) at[name] = b.Point(name, b.Input(name, {1, 1, 300, 16}));
+    const ValueId q = b.Input("q", {1, 4, 1, 16}), k = b.Input("k", {1, 1, 1, 16}), v = b.Input("v", {1, 1, 1, 16}),
+                  mask = b.Input("mask", {1, 1, 301});
+    b.Output("y", b.AddFused(Attention{.skip_masked = false}, {q, k, v, mask, at["past_k"], at["past_v"]}, {}));
+    if (read_elsewhere != nullptr) b.Output("also", b.Add(Neg{}, {at[read_elsewhere]}));
+    return graph;
+  };
+  std::mt19937 random(3);
+  std::map<std::string, Tensor> given;
+  const Graph graph = attention(nullptr), expanded = Expanded(graph);
+  for (const ValueId id : graph.Inputs()) {
+    const Value& input = graph.At(id);
+    given[input.name] = Tensor(input.type);
+    for (float& value : given[input.name].F32()) value = static_cast<float>(random() % 64) / 8 - 4;
+  }
+  for (const QParams* grid : {&halves.grid, &other}) {
+    std::map<std::string, Tensor> values = given, codes = given;
+    for (const char* name : {"past_k", "past_v"}) {
+      const Tensor of_it(TensorType{grid->dtype, {1, 1, 300, 16}});
+      for (int64_t i = 0; i < of_it.Bytes(); ++i) of_it.Raw()[i] = static_cast<std::byte>(random() % 64 * (i % 2));
+      codes[name] = of_it.WithGrid(grid);
+      Dequantize(codes[name], *grid, 0, values[name].F32());
+    }
+    Executor executor(graph, &halves), apart(expanded, &halves), beside(attention("past_k"), &halves);
+    std::vector<const std::byte*> seen;
+    executor.SetProbe([&](const Node& node, int, const Tensor& tensor) {
+      if (node.op.IsPoint()) seen.push_back(tensor.Raw());
+    });
+    EXPECT_LT(executor.PlannedBytes(), 16 * 300 * 4);
+    EXPECT_GT(beside.PlannedBytes(), 16 * 300 * 4);
+    const std::vector<float> expected = List(apart.Run(values, NoWeights()).at("y"));
+    EXPECT_EQ(List(executor.Run(codes, NoWeights()).at("y")), expected);
+    if (grid == &halves.grid) EXPECT_THAT(seen, testing::ElementsAre(codes["past_k"].Raw(), codes["past_v"].Raw()));
+    EXPECT_EQ(List(executor.Run(values, NoWeights()).at("y")), expected) << "as values";
+    EXPECT_EQ(List(beside.Run(codes, NoWeights()).at("y")), expected) << "with another reader";
+    const std::vector<float> before = List(given["past_k"]);
+    EXPECT_EQ(List(executor.Run(given, NoWeights()).at("y")), List(apart.Run(given, NoWeights()).at("y")))
+        << "values off the grid";
+    EXPECT_EQ(List(given["past_k"]), before) << "what is given is not written";
+  }
+}
+
 TEST(ExecutorTest, ProductsAreSummedInIntegersWhereBothSidesLieOnGrids) {
   const auto plain = [](const Builder&, ValueId x) { return x; };
   const auto at = [](const char* point) {

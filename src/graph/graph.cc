@@ -165,33 +165,4 @@ std::vector<Point> PointsOf(const Graph& graph) {
   return points;
 }
 
-Graph Expanded(const Graph& graph) {
-  Graph result;
-  std::vector<ValueId> renamed(graph.Values().size(), -1);
-  for (size_t id = 0; id < renamed.size(); ++id) {
-    const Value& value = graph.Values()[id];
-    if (value.kind == ValueKind::kInput) renamed[id] = result.AddInput(value.name, value.type);
-    if (value.kind == ValueKind::kWeight)
-      renamed[id] = result.AddWeight(value.name, value.type.shape, value.weight_point, value.weight_axis);
-    if (value.kind == ValueKind::kConstant) renamed[id] = result.AddConstant(value.constant);
-  }
-  for (const Node& node : graph.Nodes()) {
-    std::vector<ValueId> in, out;
-    for (const ValueId id : node.in) in.push_back(renamed[id]);
-    if (node.op.Fused()) {
-      std::visit(
-          [&](const auto& op) {
-            if constexpr (FusedOp<std::decay_t<decltype(op)>>) out = op.Expand(result, in, node.points);
-          },
-          node.op.kind);
-    } else {
-      out = result.Add(node.op, std::move(in), node.points);
-    }
-    CIRCLET_CHECK(out.size() == node.out.size(), "{} expands to {} values", node.op.Name(), out.size());
-    for (size_t i = 0; i < out.size(); ++i) renamed[node.out[i]] = out[i];
-  }
-  for (const Graph::Output& output : graph.Outputs()) result.AddOutput(output.name, renamed[output.value]);
-  return result;
-}
-
 }  // namespace circlet

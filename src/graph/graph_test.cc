@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "circlet/graph/builder.h"
 
 namespace circlet {
@@ -65,6 +67,55 @@ TEST(GraphTest, ExpansionKeepsInputsOutputsAndPoints) {
 }
 
 // input -> linear -> point -> gelu -> out, beside a second input that only the end reads.
+bool OfOneName(const Point& a, const Point& b) { return a.name == b.name; }
+
+// Points of the heads' tensors have names of their own in files; here those of one attention share them.
+TEST(GraphTest, AnExpandedAttentionFoldsBack) {
+  struct Kind {
+    int64_t heads, kv_heads, past;
+    bool transpose;
+  };
+  for (const Kind& kind : {Kind{8, 1, 0, false}, {4, 2, 7, false}, {1, 1, 7, true}, {6, 3, 0, true}}) {
+    Graph graph;
+    const Builder b(graph);
+    const auto cache = [&](const char* name, int64_t keys) { return b.Input(name, {1, kind.kv_heads, keys, 8}); };
+    std::vector<ValueId> in{b.Input("q", {1, kind.heads, 2, 8}), cache("k", 3), cache("v", 3),
+                            b.Input("mask", {1, 2, 3 + kind.past})};
+    if (kind.past > 0) in.insert(in.end(), {cache("past_k", kind.past), cache("past_v", kind.past)});
+    std::vector<Builder::NamedPoint> points(Attention::kPoints);
+    points[Attention::kLogits] = {"logits"};
+    points[Attention::kSoftmax] = {"softmax"};
+    points[Attention::kAttnOut] = {"attn_out"};
+    const Attention op{.skip_masked = false, .explicit_transpose = kind.transpose};
+    b.Output("out", b.Point("behind", b.AddFused(op, in, points)));
+    EXPECT_EQ(Dump(Folded(Expanded(graph), OfOneName)), Dump(graph));
+    const Graph unlike = Folded(Expanded(graph), [](const Point&, const Point&) { return false; });
+    EXPECT_EQ(Dump(unlike), Dump(Expanded(graph))) << "points that round differently";
+  }
+}
+
+TEST(GraphTest, WhatIsReadElsewhereIsNotFoldedAway) {
+  const auto attention_of = [](std::string_view read) {
+    Graph graph;
+    const Builder b(graph);
+    const ValueId q = b.Input("q", {1, 2, 1, 8}), k = b.Input("k", {1, 1, 1, 8}), v = b.Input("v", {1, 1, 1, 8}),
+                  mask = b.Input("mask", {1, 1, 4}), past_k = b.Input("past_k", {1, 1, 3, 8}),
+                  past_v = b.Input("past_v", {1, 1, 3, 8});
+    b.Output("out", b.AddFused(Attention{.skip_masked = false}, {q, k, v, mask, past_k, past_v}, {}));
+    Graph expanded = Expanded(graph);
+    const auto node = std::ranges::find(expanded.Nodes(), read, [](const Node& n) { return n.op.Name(); });
+    expanded.AddOutput("also", node->out[0]);
+    const Graph folded = Folded(expanded, OfOneName);
+    size_t operands = 0;
+    for (const Node& node : folded.Nodes())
+      if (node.op.Name() == Attention::kName) operands = node.in.size();
+    EXPECT_EQ(folded.Outputs().size(), 2u);
+    return operands;
+  };
+  EXPECT_EQ(attention_of("concat"), 4u) << "the keys are joined ahead of it";
+  EXPECT_EQ(attention_of("softmax"), 0u);
+}
+
 TEST(GraphTest, APartComputesWhatLiesBetween) {
   Graph graph;
   const Builder b(graph);

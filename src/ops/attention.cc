@@ -7,7 +7,8 @@
 namespace circlet {
 
 std::vector<TensorType> Attention::Infer(Types in) const {
-  ExpectInputs(kName, in, 4);
+  if (in.size() != 4 && in.size() != 6)
+    ShapeError(kName, in, "it takes q, k, v, a mask and perhaps k and v of the past");
   ExpectFloat(kName, in);
   const Shape &q = in[0].shape, &k = in[1].shape, &v = in[2].shape, &mask = in[3].shape;
   if (q.Rank() != 4 || k.Rank() != 4 || q[0] != 1 || k[0] != 1 || k != v || q[3] != k[3])
@@ -15,17 +16,24 @@ std::vector<TensorType> Attention::Infer(Types in) const {
   if (k[1] == 0 || q[1] % k[1] != 0)
     ShapeError(kName, in, fmt::format("{} query heads do not share {} key heads evenly", q[1], k[1]));
   if (q[2] == 0 || k[2] == 0 || q[3] == 0) ShapeError(kName, in, "there must be at least one query and one key");
+  int64_t keys = k[2];
+  if (in.size() == 6) {
+    const Shape& past = in[4].shape;
+    if (past.Rank() != 4 || past != in[5].shape || Shape{past[0], past[1], k[2], past[3]} != k)
+      ShapeError(kName, in, fmt::format("k and v of the past must be [1,{},P,{}]", k[1], k[3]));
+    keys += past[2];
+  }
   if (form == Form::kBatched && mask.Rank() != 4)
-    ShapeError(kName, in, fmt::format("the mask must be [1,1,{},{}]", q[2], k[2]));
-  if (mask != Shape{1, 1, q[2], k[2]} && mask != Shape{1, q[2], k[2]})
-    ShapeError(kName, in, fmt::format("the mask must be [1,1,{0},{1}] or [1,{0},{1}]", q[2], k[2]));
+    ShapeError(kName, in, fmt::format("the mask must be [1,1,{},{}]", q[2], keys));
+  if (mask != Shape{1, 1, q[2], keys} && mask != Shape{1, q[2], keys})
+    ShapeError(kName, in, fmt::format("the mask must be [1,1,{0},{1}] or [1,{0},{1}]", q[2], keys));
   return {{DType::kF32, {1, q[2], q[1] * q[3]}}};
 }
 
 // Of both products, whatever the mask keeps out.
 std::vector<MatrixProduct> Attention::Products(Types in) const {
   const Shape& q = in[0].shape;
-  const int64_t keys = in[1].shape[2];
+  const int64_t keys = in[3].shape[-1];
   return {{.m = q[2], .n = keys, .k = q[3], .count = q[1]},
           {.m = q[2], .n = q[3], .k = keys, .transposed = false, .count = q[1]}};
 }
@@ -114,10 +122,12 @@ ValueId ExpandBatched(const AttentionSizes& sizes, GraphSink& sink, const Expans
 
 std::vector<ValueId> Attention::Expand(GraphSink& sink, std::span<const ValueId> in,
                                        std::span<const Point> points) const {
-  const AttentionSizes sizes(sink.TypeOf(in[0]).shape, sink.TypeOf(in[1]).shape);
   const Expansion expansion(sink, points);
-  if (form == Form::kBatched) return {ExpandBatched(sizes, sink, expansion, in)};
-  return {ExpandByHead(*this, sizes, expansion, in, sink.TypeOf(in[3]).shape.Rank() == 3)};
+  std::vector<ValueId> whole(in.begin(), in.begin() + 4);
+  for (size_t i = 4; i < in.size(); ++i) whole[i - 3] = expansion.One(Concat{.axis = 2}, {in[i], in[i - 3]});
+  const AttentionSizes sizes(sink.TypeOf(whole[0]).shape, sink.TypeOf(whole[1]).shape, 0);
+  if (form == Form::kBatched) return {ExpandBatched(sizes, sink, expansion, whole)};
+  return {ExpandByHead(*this, sizes, expansion, whole, sink.TypeOf(in[3]).shape.Rank() == 3)};
 }
 
 }  // namespace circlet

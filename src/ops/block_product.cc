@@ -178,24 +178,39 @@ void MultiplyQuadsImpl(const float* a, int64_t a_stride, int64_t m, const Panels
     MultiplyWith<ByteHalves>(a, a_stride, m, b, part, c, c_stride);
 }
 
-// ---- One row --------------------------------------------------------------------------------------------------------
+// ---- Few rows -------------------------------------------------------------------------------------------------------
 
 HWY_INLINE float MulAddOne(float a, float b, float sum) {
   const hn::CappedTag<float, 1> d;
   return hn::GetLane(hn::MulAdd(hn::Set(d, a), hn::Set(d, b), hn::Set(d, sum)));
 }
 
-// kVectors vectors of columns of a b.
-template <int kVectors>
-HWY_INLINE void RowOfColumns(const float* a, const float* b, int64_t k, int64_t n, float* c) {
-  V sum[kVectors];
-  for (V& s : sum) s = hn::Zero(kD);
+// Whether step i is 0 in all rows of a.
+template <int kRows>
+HWY_INLINE bool NothingToAdd(const float* a, int64_t a_stride, int64_t i) {
+  for (int r = 0; r < kRows; ++r)
+    if (a[r * a_stride + i] != 0) return false;
+  return true;
+}
+
+// kVectors vectors of columns of c += a b.
+template <int kRows, int kVectors>
+HWY_INLINE void RowsOfColumns(const float* a, int64_t a_stride, const float* b, int64_t k, int64_t n, float* c,
+                              int64_t c_stride) {
+  V sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::LoadU(kD, c + r * c_stride + v * kLanes);
   for (int64_t i = 0; i < k; ++i) {
-    if (a[i] == 0) continue;
-    const V factor = hn::Set(kD, a[i]);
-    for (int v = 0; v < kVectors; ++v) sum[v] = hn::MulAdd(factor, hn::LoadU(kD, b + i * n + v * kLanes), sum[v]);
+    if (NothingToAdd<kRows>(a, a_stride, i)) continue;
+    V right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = hn::LoadU(kD, b + i * n + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const V factor = hn::Set(kD, a[r * a_stride + i]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(factor, right[v], sum[r][v]);
+    }
   }
-  for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[v], kD, c + v * kLanes);
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[r][v], kD, c + r * c_stride + v * kLanes);
 }
 
 #if HWY_TARGET != HWY_SCALAR
@@ -212,10 +227,12 @@ HWY_INLINE hn::Vec<D> Blocks(D d, const float* row, int64_t stride) {
 }
 #endif
 
-// c[0, kLanes) = a b^T for as many rows of b [.,k]: four steps of k at a time, turned so that a vector has one of all
-// rows.
-HWY_INLINE void RowOfRows(const float* a, const float* b, int64_t k, float* c) {
-  V sum = hn::Zero(kD);
+// c[.][0, kLanes) += a b^T for as many rows of b [.,k]: four steps of k at a time, turned so that a vector has one of
+// all rows.
+template <int kRows>
+HWY_INLINE void RowsOfRows(const float* a, int64_t a_stride, const float* b, int64_t k, float* c, int64_t c_stride) {
+  V sum[kRows];
+  for (int r = 0; r < kRows; ++r) sum[r] = hn::LoadU(kD, c + r * c_stride);
   int64_t i = 0;
 #if HWY_TARGET != HWY_SCALAR
   const hn::Repartition<double, Floats> d64;
@@ -226,34 +243,54 @@ HWY_INLINE void RowOfRows(const float* a, const float* b, int64_t k, float* c) {
     const auto low23 = hn::BitCast(d64, hn::InterleaveLower(kD, v2, v3));
     const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(kD, v0, v1));
     const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(kD, v2, v3));
-    sum = hn::MulAdd(hn::Set(kD, a[i]), hn::BitCast(kD, hn::InterleaveLower(d64, low01, low23)), sum);
-    sum = hn::MulAdd(hn::Set(kD, a[i + 1]), hn::BitCast(kD, hn::InterleaveUpper(d64, low01, low23)), sum);
-    sum = hn::MulAdd(hn::Set(kD, a[i + 2]), hn::BitCast(kD, hn::InterleaveLower(d64, high01, high23)), sum);
-    sum = hn::MulAdd(hn::Set(kD, a[i + 3]), hn::BitCast(kD, hn::InterleaveUpper(d64, high01, high23)), sum);
+    const V turned[] = {hn::BitCast(kD, hn::InterleaveLower(d64, low01, low23)),
+                        hn::BitCast(kD, hn::InterleaveUpper(d64, low01, low23)),
+                        hn::BitCast(kD, hn::InterleaveLower(d64, high01, high23)),
+                        hn::BitCast(kD, hn::InterleaveUpper(d64, high01, high23))};
+    for (int r = 0; r < kRows; ++r)
+      for (int step = 0; step < 4; ++step)
+        sum[r] = hn::MulAdd(hn::Set(kD, a[r * a_stride + i + step]), turned[step], sum[r]);
   }
 #endif
-  HWY_ALIGN float sums[kLanes];
-  hn::Store(sum, kD, sums);
-  for (; i < k; ++i)
-    for (int64_t row = 0; row < kLanes; ++row) sums[row] = MulAddOne(a[i], b[row * k + i], sums[row]);
-  std::memcpy(c, sums, sizeof(sums));
+  for (int r = 0; r < kRows; ++r) {
+    float* const to = c + r * c_stride;
+    hn::StoreU(sum[r], kD, to);
+    for (int64_t rest = i; rest < k; ++rest)
+      for (int64_t row = 0; row < kLanes; ++row)
+        to[row] = MulAddOne(a[r * a_stride + rest], b[row * k + rest], to[row]);
+  }
 }
 
-void MultiplyRowImpl(const float* a, const float* b, int64_t k, int64_t n, bool transposed, int64_t first, int64_t last,
-                     float* c) {
+template <int kRows>
+void MultiplyTile(const float* a, int64_t a_stride, const float* b, int64_t k, int64_t n, bool transposed,
+                  int64_t first, int64_t last, float* c, int64_t c_stride) {
   int64_t j = first;
   if (transposed) {
-    for (; j + kLanes <= last; j += kLanes) RowOfRows(a, b + j * k, k, c + j);
+    for (; j + kLanes <= last; j += kLanes) RowsOfRows<kRows>(a, a_stride, b + j * k, k, c + j, c_stride);
   } else {
-    for (; j + 8 * kLanes <= last; j += 8 * kLanes) RowOfColumns<8>(a, b + j, k, n, c + j);
-    for (; j + kLanes <= last; j += kLanes) RowOfColumns<1>(a, b + j, k, n, c + j);
+    constexpr int kVectors = kRows == 1 ? 8 : kLanes == 16 ? 4 : 2;  // the sums of a tile fit the registers
+    for (; j + kVectors * kLanes <= last; j += kVectors * kLanes)
+      RowsOfColumns<kRows, kVectors>(a, a_stride, b + j, k, n, c + j, c_stride);
+    for (; j + kLanes <= last; j += kLanes) RowsOfColumns<kRows, 1>(a, a_stride, b + j, k, n, c + j, c_stride);
   }
-  for (; j < last; ++j) {
-    float sum = 0;
-    for (int64_t i = 0; i < k; ++i)
-      if (transposed || a[i] != 0) sum = MulAddOne(a[i], transposed ? b[j * k + i] : b[i * n + j], sum);
-    c[j] = sum;
-  }
+  for (; j < last; ++j)
+    for (int r = 0; r < kRows; ++r) {
+      float& sum = c[r * c_stride + j];
+      for (int64_t i = 0; i < k; ++i)
+        if (transposed || !NothingToAdd<kRows>(a, a_stride, i))
+          sum = MulAddOne(a[r * a_stride + i], transposed ? b[j * k + i] : b[i * n + j], sum);
+    }
+}
+
+void MultiplyFewRowsImpl(const float* a, int64_t a_stride, int64_t m, const float* b, int64_t k, int64_t n,
+                         bool transposed, int64_t first, int64_t last, float* c, int64_t c_stride) {
+  int64_t row = 0;
+  const auto advance = [&](auto tile, int64_t rows) {
+    for (; row + rows <= m; row += rows)
+      tile(a + row * a_stride, a_stride, b, k, n, transposed, first, last, c + row * c_stride, c_stride);
+  };
+  advance(MultiplyTile<4>, 4);
+  advance(MultiplyTile<1>, 1);
 }
 
 // One panel from rows of the transposed operand. They go through a small tile: rows whose distance is a multiple of
@@ -296,7 +333,7 @@ HWY_EXPORT(PanelColumnsImpl);
 HWY_EXPORT(MultiplyImpl);
 HWY_EXPORT(MultiplyPairsImpl);
 HWY_EXPORT(MultiplyQuadsImpl);
-HWY_EXPORT(MultiplyRowImpl);
+HWY_EXPORT(MultiplyFewRowsImpl);
 HWY_EXPORT(PackImpl);
 
 int64_t PanelColumns() { return HWY_DYNAMIC_DISPATCH(PanelColumnsImpl)(); }
@@ -310,9 +347,9 @@ void Multiply(const float* a, int64_t a_stride, int64_t m, const Panels& b, cons
               int64_t c_stride) {
   HWY_DYNAMIC_DISPATCH(MultiplyImpl)(a, a_stride, m, b, part, c, c_stride);
 }
-void MultiplyRow(const float* a, const float* b, int64_t k, int64_t n, bool transposed, int64_t first, int64_t last,
-                 float* c) {
-  HWY_DYNAMIC_DISPATCH(MultiplyRowImpl)(a, b, k, n, transposed, first, last, c);
+void MultiplyFewRows(const float* a, int64_t a_stride, int64_t m, const float* b, int64_t k, int64_t n, bool transposed,
+                     int64_t first, int64_t last, float* c, int64_t c_stride) {
+  HWY_DYNAMIC_DISPATCH(MultiplyFewRowsImpl)(a, a_stride, m, b, k, n, transposed, first, last, c, c_stride);
 }
 void MultiplyPairs(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
                    int64_t c_stride) {

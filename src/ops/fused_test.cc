@@ -10,6 +10,7 @@
 #include "circlet/exec/executor.h"
 #include "circlet/graph/builder.h"
 #include "circlet/ops/ops.h"
+#include "ops/codes.h"
 #include "ops/gemm.h"
 #include "ops/simd.h"
 #include "ops/tally.h"
@@ -416,6 +417,54 @@ TEST(AttentionTest, ThreadsChangeNoBit) {
     EXPECT_TRUE(SameBits(Fused(Attention{}, in), alone)) << threads;
   }
   SetThreads(before);
+}
+
+// Codes of a [1,KV,T,h] on a grid, and what they stand for in its place.
+Tensor OnGrid(Tensor& values, const QParams& grid, uint32_t seed) {
+  const Tensor codes(TensorType{grid.dtype, values.GetShape()});
+  std::mt19937 random(seed);
+  for (int64_t i = 0; i < codes.Bytes(); ++i) codes.Raw()[i] = static_cast<std::byte>(random());
+  values = Tensor(values.Type());
+  Dequantize(codes, grid, 0, values.F32());
+  return codes.WithGrid(&grid);
+}
+
+// Few query rows and many; parts that end within a vector; what is given widened, and what as codes.
+TEST(AttentionTest, TakesKeysAndValuesInTwoPartsAndAsCodes) {
+  std::vector<Case> cases = kCases;
+  cases.insert(cases.end(), {{8, 1, 1, 512, 64, true}, {4, 2, 2, 37, 24}, {6, 2, 1, 530, 7}});
+  const QParams wide{.dtype = DType::kI16, .scale = {1e-4f}, .zero_point = {0}},
+      bytes{.dtype = DType::kU8, .scale = {0.02f}, .zero_point = {120}};
+  for (const Case& c : cases)
+    for (const Mask mask : {Mask::kOpen, Mask::kSliding, Mask::kHoles})
+      for (const QParams* grid : {&wide, &bytes})
+        for (const bool skip : {true, false}) {
+          SCOPED_TRACE(c.Text(mask) + (skip ? " skip " : " ") + std::string(Name(grid->dtype)));
+          const Attention op{.skip_masked = skip};
+          std::vector<Tensor> in = Operands(c, mask, 5), codes = in;
+          for (const size_t i : {1, 2}) codes[i] = OnGrid(in[i], *grid, static_cast<uint32_t>(i));
+          EagerSink sink;
+          const std::vector<float> expected = Expansion(op, in, {}, sink);
+          EXPECT_TRUE(SameBits(Fused(op, in), expected));
+          const auto eval = [&](const std::vector<Tensor>& operands) {
+            const std::vector<Tensor> out{Tensor(TensorType{DType::kF32, {1, c.queries, c.heads * c.head_size}})};
+            op.Eval({.in = operands, .out = out});
+            return Values(out[0]);
+          };
+          EXPECT_TRUE(SameBits(eval(codes), expected));
+          for (const int64_t past : {c.keys - 1, c.keys / 2}) {
+            const auto part = [&](const Tensor& whole, int64_t begin, int64_t end) {
+              return whole.Slice(begin, end, 2).WithGrid(whole.Grid());
+            };
+            for (const bool of_codes : {true, false}) {
+              const std::vector<Tensor>& ahead = of_codes ? codes : in;
+              EXPECT_TRUE(SameBits(eval({in[0], part(in[1], past, c.keys), part(in[2], past, c.keys), in[3],
+                                         part(ahead[1], 0, past), part(ahead[2], 0, past)}),
+                                   expected))
+                  << past << " of the past" << (of_codes ? ", codes" : "");
+            }
+          }
+        }
 }
 
 // The form of the reference's files (format.md 7).

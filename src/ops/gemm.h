@@ -47,10 +47,11 @@ struct Part {
 void Multiply(const float* a, int64_t a_stride, int64_t m, const Panels& b, const Part& part, float* c,
               int64_t c_stride);
 
-// c[j] = sum over k of a[k] b[k,j], first <= j < last, for one row: the bits of Multiply, without packing b. b [k,n],
-// or [n,k] when `transposed`. Terms whose a is 0 are left out of the former.
-void MultiplyRow(const float* a, const float* b, int64_t k, int64_t n, bool transposed, int64_t first, int64_t last,
-                 float* c);
+// c[i,j] += sum over k of a[i,k] b[k,j], i < m, first <= j < last, for few rows: the bits of Multiply, without packing
+// b; c holds the sums over what comes before along k, zeros where nothing does. b [k,n], or [n,k] when `transposed`.
+// Terms of the former whose a is 0 in all rows are left out.
+void MultiplyFewRows(const float* a, int64_t a_stride, int64_t m, const float* b, int64_t k, int64_t n, bool transposed,
+                     int64_t first, int64_t last, float* c, int64_t c_stride);
 
 // The same in bf16 (needs Bf16Supported()). Two neighbours along k, rounded to bf16, stand where one float32 stands
 // otherwise, a 0 behind an odd k: sizes, strides and parts of a, b and its panels count pairs, and Pack moves them.

@@ -210,9 +210,12 @@ void BatchMatMul::Eval(const EvalContext& context) const {
     for (size_t i = 0; i < a_index.size(); ++i)
       ParallelFor((n + kColumns - 1) / kColumns, std::max<int64_t>(1, RowGrain(depth) / kColumns),
                   [&](int64_t begin, int64_t end) {
-                    gemm::MultiplyRow(a_tensor.F32().data() + a_index[i] * depth,
-                                      b_tensor.F32().data() + b_index[i] * depth * n, depth, n, transpose_b,
-                                      begin * kColumns, std::min(n, end * kColumns), y + static_cast<int64_t>(i) * n);
+                    const int64_t first = begin * kColumns, last = std::min(n, end * kColumns);
+                    float* const to = y + static_cast<int64_t>(i) * n;
+                    std::fill(to + first, to + last, 0.0f);
+                    gemm::MultiplyFewRows(a_tensor.F32().data() + a_index[i] * depth, depth, 1,
+                                          b_tensor.F32().data() + b_index[i] * depth * n, depth, n, transpose_b, first,
+                                          last, to, n);
                   });
     return;
   }

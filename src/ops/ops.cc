@@ -1,5 +1,7 @@
 #include "circlet/ops/ops.h"
 
+#include <algorithm>
+
 namespace circlet {
 namespace {
 
@@ -63,6 +65,13 @@ int Op::TableInput() const {
   });
 }
 
+bool Op::TakesCodes(int input) const {
+  return OfKind(kind, [&](const auto& op) {
+    if constexpr (requires { op.kCodeInputs; }) return std::ranges::find(op.kCodeInputs, input) != op.kCodeInputs.end();
+    return false;
+  });
+}
+
 std::vector<MatrixProduct> Op::Products(Types in) const {
   return OfKind(kind, [&](const auto& op) -> std::vector<MatrixProduct> {
     if constexpr (requires { op.Products(in); }) return op.Products(in);
@@ -79,6 +88,13 @@ int Op::GridInput() const {
 
 bool Op::Fused() const {
   return OfKind(kind, [](const auto& op) { return FusedOp<std::decay_t<decltype(op)>>; });
+}
+
+std::vector<ValueId> Op::Expand(GraphSink& sink, std::span<const ValueId> in, std::span<const Point> points) const {
+  return OfKind(kind, [&](const auto& op) -> std::vector<ValueId> {
+    if constexpr (FusedOp<std::decay_t<decltype(op)>>) return op.Expand(sink, in, points);
+    throw Bug(fmt::format("{} has no expansion", op.kName));
+  });
 }
 
 std::span<const int> Op::OutputPoints() const {

@@ -20,6 +20,14 @@ namespace {
 
 namespace fs = std::filesystem;
 
+// Points of a file round alike where their tensors have one grid.
+AlikePoints SameGrids(const std::map<std::string, QParams>& grids) {
+  return [&grids](const Point& a, const Point& b) {
+    const auto of_a = grids.find(a.name), of_b = grids.find(b.name);
+    return of_a != grids.end() && of_b != grids.end() && of_a->second == of_b->second;
+  };
+}
+
 // What manifest.json says of the files beside it.
 class Inventory {
  public:
@@ -136,7 +144,7 @@ class FileUnit final : public RunnableUnit {
     explicit Plan(circle::FileGraph file)
         : constants(std::move(file.constants)),
           reading(file.grids),
-          executor(std::move(file.graph), &reading, {.keep_codes = true}) {}
+          executor(Folded(file.graph, SameGrids(file.grids)), &reading, {.keep_codes = true}) {}
     std::map<std::string, int32_t> constants;
     circle::FileReading reading;
     Executor executor;

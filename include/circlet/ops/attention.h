@@ -27,14 +27,17 @@ struct Rope {
 };
 
 // Scaled-by-1 dot-product attention: o_h = softmax(q_h k_g^T + mask) v_g with g = h / (H / KV).
-// Inputs: q [1,H,S,h], k and v [1,KV,T,h], mask [1,1,S,T] or [1,S,T] additive; output [1,S,H*h].
-// Runs by blocks of query rows, so no [H,S,T] tensor ever stands in memory.
+// Inputs: q [1,H,S,h], k and v [1,KV,T,h], mask [1,1,S,T] or [1,S,T] additive; output [1,S,H*h]. Two more, k and v of
+// the past [1,KV,P,h], stand ahead of the others; the mask is [..,P+T] then. Runs by blocks of query rows, so no
+// [H,S,T] tensor ever stands in memory. Eval also takes each of k and v as codes of its Grid(); few query rows widen a
+// few keys at a time.
 struct Attention {
   static constexpr std::string_view kName = "attention";
   // Points of the node; any may be absent (empty names, or missing at the end). kScale is a factor 1 of the logits,
   // between kLogitsRaw and kLogits.
   enum At : uint8_t { kLogitsRaw, kLogits, kMaskAdd, kSoftmax, kAttnOut, kAttnWeights, kAttnOutH, kScale, kPoints };
   static constexpr std::array<int, 2> kOutputPoints{kAttnOutH, kAttnOut};
+  static constexpr std::array<int, 4> kCodeInputs{1, 2, 4, 5};
   // Keys whose mask value is at most half of `mask_fill` are kept out of products, statistics and rounding; their
   // probability is exactly 0. A row that keeps no key (a padded query) weighs all of them, as its expansion does, but
   // does not show them to visitors that only look. Otherwise every key is computed and observed (the reference).

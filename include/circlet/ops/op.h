@@ -22,6 +22,7 @@
 //   kOutputPoints    which of the node's points act on the output, nothing but moves behind them; the last first
 //   kWeightInput     a linear's weight: taken as bf16 too, and as codes that are multiplied with those of input 0
 //   kTableInput      rows of it are looked up: taken as codes too
+//   kCodeInputs      computed values that are taken as codes of their grid too
 //   std::vector<MatrixProduct> Products(Types in) const   what it multiplies, for estimates
 
 #include <cstdint>

@@ -55,7 +55,10 @@ struct Op {
   // Index of that input; -1: it has none.
   int WeightInput() const;
   int TableInput() const;
+  bool TakesCodes(int input) const;
   bool Fused() const;
+  // Of a fused one.
+  std::vector<ValueId> Expand(GraphSink& sink, std::span<const ValueId> in, std::span<const Point> points) const;
   std::span<const int> OutputPoints() const;
   std::vector<MatrixProduct> Products(Types in) const;
   std::vector<TensorType> Infer(Types in) const;
