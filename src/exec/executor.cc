@@ -157,7 +157,7 @@ struct Executor::Plan {
       if (reader.Table()) return true;
       if (!reader.LinearWeight()) return false;
       return options.keep_codes || codes.Elements() > kLargeElements ||
-             SummedInIntegers(grids[reader.node->in[0]], codes.Grid(), codes.GetShape()[-1]);
+             SummedInIntegers(grids[reader.node->in[reader.operand - 1]], codes.Grid(), codes.GetShape()[-1]);
     });
   }
 

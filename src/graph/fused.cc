@@ -154,6 +154,15 @@ std::vector<Fusion> AttentionsAt(const Graph& graph, const Node& last) {
   return found;
 }
 
+// The same of a product's factor that is a linear without a bias.
+std::vector<Fusion> GatedLinearsAt(const Graph& graph, const Node& last) {
+  if (!std::holds_alternative<Mul>(last.op.kind)) return {};
+  Origin origin(graph, GatedLinear::kPoints);
+  const Node* const linear = origin.Of<FullyConnected>(last.in[1], {GatedLinear::kProduct});
+  if (linear == nullptr || linear->in.size() != 2) return {};
+  return {{GatedLinear{}, {last.in[0], linear->in[0], linear->in[1]}, origin.points}};
+}
+
 // The nodes of the fusion's expansion, if the graph has it, ends it with `last` and reads nothing of it elsewhere.
 std::optional<std::set<int>> Expansion(const Fusion& fusion, const Node& last, Finder finder) {
   std::vector<TensorType> types;
@@ -187,7 +196,9 @@ Graph Folded(const Graph& graph, const AlikePoints& alike) {
   std::vector<bool> within(graph.Nodes().size());
   for (size_t i = 0; i < graph.Nodes().size(); ++i) {
     const Node& last = graph.Nodes()[i];
-    for (Fusion& fusion : AttentionsAt(graph, last)) {
+    std::vector<Fusion> may_be = AttentionsAt(graph, last);
+    if (may_be.empty()) may_be = GatedLinearsAt(graph, last);
+    for (Fusion& fusion : may_be) {
       const auto nodes = Expansion(fusion, last, Finder(graph, readers, alike));
       if (!nodes) continue;
       for (const int node : *nodes) within[node] = true;

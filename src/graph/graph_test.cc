@@ -94,6 +94,20 @@ TEST(GraphTest, AnExpandedAttentionFoldsBack) {
   }
 }
 
+TEST(GraphTest, AnExpandedGatedLinearFoldsBack) {
+  Graph graph;
+  const Builder b(graph);
+  const ValueId x = b.Input("x", {1, 4, 16}), gate = b.Input("gate", {1, 4, 8});
+  std::vector<Builder::NamedPoint> points{{"product"}};
+  b.Output("y", b.Point("behind",
+                        b.AddFused(GatedLinear{}, {gate, x, b.Weight("w", {8, 16}, WeightKind::kLinear)}, points)));
+  const Graph expanded = Expanded(graph);
+  EXPECT_EQ(Dump(Folded(expanded, OfOneName)), Dump(graph));
+  Graph read = expanded;
+  read.AddOutput("also", read.Nodes()[0].out[0]);
+  EXPECT_EQ(Dump(Folded(read, OfOneName)), Dump(read)) << "the product is read elsewhere";
+}
+
 TEST(GraphTest, WhatIsReadElsewhereIsNotFoldedAway) {
   const auto attention_of = [](std::string_view read) {
     Graph graph;

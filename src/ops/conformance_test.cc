@@ -84,6 +84,9 @@ const std::vector<Row>& Rows() {
       {QuantPoint{}, {F32({3, 5})}},
       {Rope{}, {F32({1, 9, 4, 16}), F32({1, 9, 16}), F32({1, 9, 16})}, 3e-7},
       {Rope{.parts = 2, .negated_sin = false}, {F32({1, 50, 3, 20}), F32({1, 50, 20}), F32({1, 50, 20})}, 3e-7},
+      {GatedLinear{}, {F32({1, 24, 33}), F32({1, 24, 64}), F32({33, 64})}, 2e-6},
+      {GatedLinear{}, {F32({300, 2500}), F32({300, 8}), F32({2500, 8})}, 2e-6},
+      {GatedLinear{}, {F32({0, 3}), F32({0, 5}), F32({3, 5})}},
       {Attention{}, {F32({1, 8, 70, 16}), F32({1, 2, 70, 16}), F32({1, 2, 70, 16}), F32({1, 1, 70, 70})}, 2e-6},
       {Attention{}, {F32({1, 4, 1, 24}), F32({1, 1, 37, 24}), F32({1, 1, 37, 24}), F32({1, 1, 37})}, 2e-6},
       {Attention{.skip_masked = false},
@@ -271,6 +274,10 @@ double Plain(const Rope& op, const Arrays& in, int, const Index& i) {
   const double sign = !op.negated_sin && within < half ? -1 : 1;
   const Index table{0, i[1], i[3]};
   return in[0].At(i) * in[1].At(table) + sign * in[0].At(other) * in[2].At(table);
+}
+double Plain(const GatedLinear&, const Arrays& in, int output, const Index& i) {
+  const Arrays linear{in[1], in[2]};
+  return in[0].At(i) * Plain(FullyConnected{}, linear, output, i);
 }
 double Plain(const Attention&, const Arrays& in, int, const Index& i) {
   const Shape &q = in[0].shape, &k = in[1].shape;

@@ -507,6 +507,36 @@ std::vector<Point> RopePointsOf(const Rope& op) {
   return points;
 }
 
+// In float, and on grids where sums are of integers; slices that end within the last one.
+TEST(GatedLinearTest, EqualsItsExpansion) {
+  const QParams grid{.dtype = DType::kI16, .scale = {1e-4f}, .zero_point = {0}},
+      packed{.dtype = DType::kU4, .scale = {0.1f}, .zero_point = {7}};
+  for (const int64_t rows : {1, 3, 600})
+    for (const bool of_codes : {false, true}) {
+      const int64_t n = 2300, k = 34;
+      Graph graph;
+      const Builder b(graph);
+      const ValueId x = b.Point("x", b.Input("x", {1, rows, k})), gate = b.Input("gate", {1, rows, n});
+      std::vector<Builder::NamedPoint> points{{"product"}};
+      b.Output("y", b.AddFused(GatedLinear{}, {gate, x, b.Weight("w", {n, k}, WeightKind::kLinear)}, points));
+      Tensor w = NormalTensor({n, k}, 3);
+      if (of_codes) {
+        w = Tensor(TensorType{DType::kU4, {n, k}}).WithGrid(&packed);
+        std::mt19937 random(4);
+        for (int64_t i = 0; i < w.Bytes(); ++i) w.Raw()[i] = static_cast<std::byte>(random());
+      }
+      Grids grids({{"x", grid}, {"product", {.dtype = DType::kI16, .scale = {1e-3f}, .zero_point = {0}}}});
+      const std::map<std::string, Tensor> inputs{{"x", NormalTensor({1, rows, k}, 1)},
+                                                 {"gate", NormalTensor({1, rows, n}, 2)}};
+      Executor whole(Expanded(graph), &grids), sliced(graph, &grids);
+      const auto run = [&](Executor& executor) {
+        return executor.Run(inputs, [&](const std::string&) { return w; }).at("y");
+      };
+      EXPECT_TRUE(SameBits(run(sliced).F32(), run(whole).F32())) << rows << " rows" << (of_codes ? ", codes" : "");
+      if (rows == 600) EXPECT_LT(sliced.PlannedBytes(), whole.PlannedBytes() / 3 * 2);
+    }
+}
+
 TEST(RopeTest, EqualsItsExpansion) {
   for (const auto& [positions, heads, head_size] : {std::tuple{1, 4, 32}, {70, 2, 12}, {300, 1, 64}, {24, 8, 256}})
     for (const Rope& op :

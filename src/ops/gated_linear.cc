@@ -26,13 +26,13 @@ std::vector<TensorType> GatedLinear::Infer(Types in) const {
   return product;
 }
 
-double GatedLinear::Flops(Types in) const { return FullyConnected{}.Flops(in.subspan(1)); }
+std::vector<MatrixProduct> GatedLinear::Products(Types in) const { return FullyConnected{}.Products(in.subspan(1)); }
 
 void GatedLinear::Eval(const EvalContext& context) const {
   const Tensor &a = context.in[0], &x = context.in[1], &w = context.in[2], &y = context.out[0];
   const int64_t n = w.GetShape()[0], rows = n == 0 ? 0 : y.Elements() / n;
-  // Two MiB of the product at a time. Whole vectors of codes, and so many rows of W that what is done once for a row of x
-  // is little beside them.
+  // Two MiB of the product at a time. Whole vectors of codes, and so many rows of W that what is done once for a row of
+  // x is little beside them.
   constexpr int64_t kSliceElements = int64_t{1} << 19, kFewest = 1024;
   const int64_t slice = std::min(n, std::max(kFewest, kSliceElements / std::max<int64_t>(1, rows) / kFewest * kFewest));
   PointVisitor* const visitor = context.points.empty() ? nullptr : context.points[kProduct];

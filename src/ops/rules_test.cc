@@ -84,6 +84,19 @@ TEST(ShapeRuleTest, EachRefusalNamesOperatorShapesAndRule) {
        {F32({1, 4, 5, 8}), F32({1, 2, 7, 6}), F32({1, 2, 7, 6}), F32({1, 5, 7})},
        "float32[1,4,5,8], float32[1,2,7,6]",
        "k and v [1,KV,T,h]"},
+      {Attention{},
+       {F32({1, 4, 5, 8}), F32({1, 2, 7, 8}), F32({1, 2, 7, 8}), F32({1, 5, 7}), F32({1, 2, 3, 8})},
+       "attention: inputs are",
+       "perhaps k and v of the past"},
+      {Attention{},
+       {F32({1, 4, 5, 8}), F32({1, 2, 7, 8}), F32({1, 2, 7, 8}), F32({1, 5, 7}), F32({1, 1, 3, 8}), F32({1, 1, 3, 8})},
+       "float32[1,1,3,8]",
+       "k and v of the past must be [1,2,P,8]"},
+      {Attention{},
+       {F32({1, 4, 5, 8}), F32({1, 2, 7, 8}), F32({1, 2, 7, 8}), F32({1, 5, 7}), F32({1, 2, 3, 8}), F32({1, 2, 3, 8})},
+       "float32[1,5,7]",
+       "the mask must be [1,1,5,10] or [1,5,10]"},
+      {GatedLinear{}, {F32({1, 4, 6}), F32({1, 4, 8}), F32({5, 8})}, "gated_linear", "a must be float32[1,4,5]"},
       {QuantPoint{}, {I64({3})}, "point: inputs are (int64[3])", "must be float32"},
   };
   for (const Refused& c : cases)
@@ -253,6 +266,9 @@ TEST(OpTest, TraitsComeFromTheOperators) {
   EXPECT_TRUE(Op(QuantPoint{}).IsPoint());
   EXPECT_FALSE(Op(Requantize{}).IsPoint());
   EXPECT_EQ(Op(FullyConnected{}).WeightInput(), 1);
+  EXPECT_EQ(Op(GatedLinear{}).WeightInput(), 2);
+  EXPECT_TRUE(Op(Attention{}).TakesCodes(4));
+  EXPECT_FALSE(Op(Attention{}).TakesCodes(0));
   EXPECT_EQ(Op(FullyConnected{}).TableInput(), -1);
   EXPECT_EQ(Op(Gather{}).TableInput(), 0);
   EXPECT_EQ(Op(BatchMatMul{}).WeightInput(), -1);
@@ -272,6 +288,8 @@ TEST(OpTest, ProductsOfEachOperator) {
   const std::vector<TensorType> heads{F32({1, 4, 5, 8}), F32({1, 2, 7, 8}), F32({1, 2, 7, 8}), F32({1, 5, 7})};
   EXPECT_EQ(Op(Attention{}).Products(heads), (Products{{.m = 5, .n = 7, .k = 8, .count = 4},
                                                        {.m = 5, .n = 8, .k = 7, .transposed = false, .count = 4}}));
+  EXPECT_EQ(Op(GatedLinear{}).Products(std::vector<TensorType>{F32({1, 5, 6}), linear[0], linear[1]}),
+            Op(FullyConnected{}).Products(linear));
   EXPECT_TRUE(Op(Softmax{}).Products(linear).empty());
 }
 

@@ -85,9 +85,9 @@ Graph PartOf(const Graph& graph, std::span<const ValueId> given, std::span<const
 // The same graph with each fused operator replaced by its expansion.
 Graph Expanded(const Graph& graph);
 
-// The way back, for attentions by heads: where their expansion stands in a graph and nothing else reads of it, the
-// operator stands in its place, with the points of the first head. `alike`: whether two points do the same to values.
-// All keys are computed, as in the expansion.
+// The way back, for attentions by heads and gated linears: where their expansion stands in a graph and nothing else
+// reads of it, the operator stands in its place, an attention with the points of its first head. `alike`: whether two
+// points do the same to values. All keys are computed, as in the expansion.
 using AlikePoints = std::function<bool(const Point&, const Point&)>;
 Graph Folded(const Graph& graph, const AlikePoints& alike);
 

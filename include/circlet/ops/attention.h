@@ -58,4 +58,20 @@ struct Attention {
   bool operator==(const Attention&) const = default;
 };
 
+// y = a * (x W^T), element by element: a gated feed-forward's, a being the activated gate. Inputs: a [..,N], x [..,K],
+// W [N,K], which may be what FullyConnected's may be. The product is made in slices of its columns, so that it never
+// stands in memory whole; visitors get the parts of its rows.
+struct GatedLinear {
+  static constexpr std::string_view kName = "gated_linear";
+  enum At : uint8_t { kProduct, kPoints };
+  static constexpr bool kInPlace = true;
+  static constexpr int kWeightInput = 2;
+
+  std::vector<TensorType> Infer(Types in) const;
+  void Eval(const EvalContext& context) const;
+  std::vector<MatrixProduct> Products(Types in) const;
+  std::vector<ValueId> Expand(GraphSink& sink, std::span<const ValueId> in, std::span<const Point> points) const;
+  bool operator==(const GatedLinear&) const = default;
+};
+
 }  // namespace circlet

@@ -20,7 +20,7 @@
 //   kClamps          holds input 0 against a bound, input 1
 //   kIsPoint         computes nothing: its point is what it is there for
 //   kOutputPoints    which of the node's points act on the output, nothing but moves behind them; the last first
-//   kWeightInput     a linear's weight: taken as bf16 too, and as codes that are multiplied with those of input 0
+//   kWeightInput     a linear's weight: taken as bf16 too, and as codes that are multiplied with those of the input ahead
 //   kTableInput      rows of it are looked up: taken as codes too
 //   kCodeInputs      computed values that are taken as codes of their grid too
 //   std::vector<MatrixProduct> Products(Types in) const   what it multiplies, for estimates

@@ -38,7 +38,7 @@ using OpList = std::variant<Ops...>;
 struct Op {
   using List = OpList<Add, Sub, Mul, Maximum, Minimum, Neg, Tanh, Gelu, FullyConnected, BatchMatMul, RmsNorm, Softmax,
                       Reshape, Transpose, Slice, Split, SplitV, Concat, BroadcastTo, Gather, Requantize, QuantPoint, Rope,
-                      Attention>;
+                      Attention, GatedLinear>;
   List kind;
 
   template <typename T>
