@@ -622,6 +622,21 @@ TEST_F(CliTest, AnUnwritablePlaceIsRefusedBeforeAnythingIsComputed) {
   ExpectRefused(With(Quantize(), out_, samples_ + "/out"), AllOf(HasSubstr(samples_), HasSubstr("Not a directory")));
 }
 
+// A file that takes a name by renaming would take that of a device or a link, too.
+TEST_F(CliTest, AReportTakesThePlaceOfNothingButAFileAndThatIsToldAtOnce) {
+  const fs::path link = directory_.Path() / "link";
+  fs::create_symlink("/dev/null", link);
+  const auto evaluate = [&](const std::string& report) {
+    return std::vector<std::string>{"evaluate", model_, "--samples", samples_, "--json", report};
+  };
+  ExpectRefused(evaluate(link), HasSubstr("--json: " + link.string() + ": is a link to /dev/null; name the file"));
+  ExpectRefused(evaluate("/dev/null"), HasSubstr("--json: /dev/null: is a device; name a file"));
+  ExpectRefused(evaluate(directory_.Path()), HasSubstr(": is a directory; name a file"));
+  ExpectRefused(evaluate("/proc/circlet/x.json"), HasSubstr("/proc/circlet/x.json: cannot be written: No such file"));
+  EXPECT_TRUE(fs::is_symlink(link));
+  EXPECT_TRUE(fs::is_character_file("/dev/null"));
+}
+
 TEST_F(CliTest, AnOutputThatIsAFileIsRefused) {
   const std::string file = directory_.Path() / "result";
   WriteFile(file, "mine");

@@ -8,6 +8,7 @@
 #include "circlet/io/safetensors.h"
 #include "circlet/pipeline/verify.h"
 #include "cli/commands.h"
+#include "cli/flags.h"
 #include "cli/print.h"
 
 namespace circlet {
@@ -24,7 +25,9 @@ void AddVerify(CLI::App& app, std::function<int()>& command) {
   verify->add_option("DIR", options->verify.directory, "Output directory of quantize")->required();
   verify->add_option("--samples", options->verify.codes, "Other inputs and codes, keys as in verify.safetensors")
       ->type_name("FILE");
-  verify->add_option("--json", options->json, "Also write the verdict as JSON")->type_name("FILE");
+  verify->add_option("--json", options->json, "Also write the verdict as JSON")
+      ->check(WritableFile())
+      ->type_name("FILE");
   verify->add_flag("--quiet", options->quiet, "No progress");
   verify->callback([options, &command] {
     command = [options] {
@@ -76,7 +79,10 @@ void AddRun(CLI::App& app, std::function<int()>& command) {
       ->required();
   run->add_option("--unit", options->run.unit, "Take UNIT.in.0, UNIT.in.1, ... of the inputs, as in verify.safetensors")
       ->type_name("UNIT");
-  run->add_option("--outputs", options->outputs, "out.0, out.1, ... as float32")->type_name("FILE")->required();
+  run->add_option("--outputs", options->outputs, "out.0, out.1, ... as float32")
+      ->check(WritableFile())
+      ->type_name("FILE")
+      ->required();
   run->add_flag("--codes", options->run.codes, "Outputs as codes of their tensors' types");
   run->callback([options, &command] {
     command = [options] {

@@ -8,6 +8,9 @@
 #include <cmath>
 #include <string_view>
 
+#include "circlet/base/error.h"
+#include "circlet/io/file.h"
+
 namespace circlet {
 namespace {
 
@@ -56,6 +59,24 @@ CLI::Validator OneOf(std::vector<std::string> words) {
 
 CLI::Validator WholeNumber(int64_t least, int64_t most) { return InRange(least, most, "whole number"); }
 CLI::Validator Number(double least, double most) { return InRange(least, most, "number"); }
+
+CLI::Validator NotEmpty() {
+  return CLI::Validator(
+      [](std::string& text) { return std::string(text.empty() ? "is empty; give a value, or leave it out" : ""); }, "");
+}
+
+CLI::Validator WritableFile() {
+  return CLI::Validator(
+      [](std::string& text) {
+        try {
+          RequireWritable(text);
+        } catch (const Error& error) {
+          return std::string(error.what());
+        }
+        return std::string();
+      },
+      "");
+}
 
 CLI::Validator Size() {
   return CLI::Validator(

@@ -19,6 +19,12 @@ CLI::Validator WholeNumber(int64_t least, int64_t most);
 // A number in [least, most], fractions too.
 CLI::Validator Number(double least, double most);
 
+// Anything but nothing, as of a variable of the shell that has no value.
+CLI::Validator NotEmpty();
+
+// A path that a file can be written to: told before the work whose result goes there.
+CLI::Validator WritableFile();
+
 // "3GB", "20.5MiB", "4096": bytes; the text becomes their number.
 CLI::Validator Size();
 

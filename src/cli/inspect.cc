@@ -228,8 +228,8 @@ void AddTraceOptions(CLI::App& verb, const std::string& model, InspectOptions& o
       ->type_name("FILE");
   verb.add_option("--explain", options.explain, "Histogram of one point, or a parameter's rows; names as in recipes")
       ->type_name("POINT");
-  verb.add_option("--json", options.json, "Also write all points as JSON")->type_name("FILE");
-  verb.add_option("--csv", options.csv, "Also write all points as a table")->type_name("FILE");
+  verb.add_option("--json", options.json, "Also write all points as JSON")->check(WritableFile())->type_name("FILE");
+  verb.add_option("--csv", options.csv, "Also write all points as a table")->check(WritableFile())->type_name("FILE");
   verb.add_option("--widen", options.widen,
                   "Channels for copies of a checkpoint's outliers: auto, off, or how many; default: the recipe's")
       ->type_name("N|auto|off");

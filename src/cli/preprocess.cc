@@ -10,6 +10,7 @@
 #include "circlet/preprocess/image.h"
 #include "circlet/preprocess/tokenizer.h"
 #include "cli/commands.h"
+#include "cli/flags.h"
 #include "preprocess/data_lines.h"
 
 namespace circlet {
@@ -68,7 +69,10 @@ void AddPreprocess(CLI::App& app, std::function<int()>& command) {
   preprocess->footer("Example:\n  circlet preprocess out/ cat.png --output in.safetensors");
   preprocess->add_option("DIR", options->directory, "Output directory of quantize, or a checkpoint")->required();
   preprocess->add_option("PICTURE", options->picture, "PNG, JPEG, BMP ... (docs/data.md)")->required();
-  preprocess->add_option("--output,-o", options->output, "Safetensors file")->type_name("FILE")->required();
+  preprocess->add_option("--output,-o", options->output, "Safetensors file")
+      ->check(WritableFile())
+      ->type_name("FILE")
+      ->required();
   preprocess->callback([options, &command] {
     command = [options] {
       const ImageRules rules = LoadImageRules(options->directory);

@@ -231,7 +231,9 @@ void AddEvaluate(CLI::App& app, std::function<int()>& command) {
       ->check(CLI::IsMember({"float"}))
       ->type_name("float");
   evaluate->option_defaults()->group("Output");
-  evaluate->add_option("--json", options->json, "Also write the report as JSON")->type_name("FILE");
+  evaluate->add_option("--json", options->json, "Also write the report as JSON")
+      ->check(WritableFile())
+      ->type_name("FILE");
   evaluate->add_flag("--quiet", options->quiet, "No progress");
   evaluate->callback([options, evaluate, &command] {
     command = [options, evaluate] {

@@ -1,6 +1,7 @@
 #include "circlet/io/file.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -29,6 +30,19 @@ std::string ReadFile(const fs::path& path, int64_t limit_bytes) {
   return std::string(reinterpret_cast<const char*>(file->Bytes().data()), file->Bytes().size());
 }
 
+void RequireWritable(const fs::path& path) {
+  if (!path.has_filename()) Fail("\"{}\": names no file; give its name, too", path.string());
+  struct stat status {};
+  if (lstat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) {
+    std::error_code error;
+    if (S_ISLNK(status.st_mode))
+      Fail("{}: is a link to {}; name the file itself", path.string(), fs::read_symlink(path, error).string());
+    Fail("{}: is {}; name a file", path.string(), KindOf(status.st_mode));
+  }
+  const fs::path directory = path.has_parent_path() ? path.parent_path() : fs::path(".");
+  if (faccessat(AT_FDCWD, directory.c_str(), W_OK | X_OK, AT_EACCESS) != 0) FailErrno(path, "written");
+}
+
 struct AtomicFile::State {
   fs::path path;
   fs::path temporary;
@@ -54,6 +68,7 @@ struct AtomicFile::State {
 AtomicFile::AtomicFile(fs::path path) : state_(std::make_unique<State>()) {
   static std::atomic<int> serial{0};
   state_->path = std::move(path);
+  RequireWritable(state_->path);
   const std::string name =
       fmt::format(".{}{}{}-{}", state_->path.filename().string(), kTemporaryMark, getpid(), serial++);
   const fs::path temporary = state_->path.parent_path() / name;

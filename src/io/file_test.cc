@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <csignal>
 #include <nlohmann/json.hpp>
@@ -79,6 +80,24 @@ TEST(AtomicFileTest, MissingDirectoryNamesTheFinalPath) {
   const fs::path path = directory.Path() / "no" / "out.bin";
   EXPECT_EQ(ErrorText([&] { WriteFile(path, ""); }),
             path.string() + ": cannot be written: No such file or directory; is the path right?");
+}
+
+TEST(AtomicFileTest, TakesThePlaceOfNothingButARegularFile) {
+  const TempDirectory directory;
+  const fs::path pipe = directory.Path() / "pipe", link = directory.Path() / "link", file = directory.Path() / "file";
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  WriteFile(file, "old");
+  fs::create_symlink(file, link);
+  EXPECT_EQ(ErrorText([&] { WriteFile(pipe, "new"); }), pipe.string() + ": is a pipe; name a file");
+  EXPECT_EQ(ErrorText([&] { WriteFile(directory.Path(), "new"); }),
+            directory.Path().string() + ": is a directory; name a file");
+  EXPECT_EQ(ErrorText([&] { WriteFile(link, "new"); }),
+            link.string() + ": is a link to " + file.string() + "; name the file itself");
+  EXPECT_EQ(ErrorText([] { RequireWritable(""); }), "\"\": names no file; give its name, too");
+  EXPECT_EQ(ErrorText([] { RequireWritable("/dev/null"); }), "/dev/null: is a device; name a file");
+  EXPECT_EQ(ReadFile(file), "old");
+  EXPECT_TRUE(fs::is_fifo(pipe));
+  EXPECT_THAT(NamesIn(directory.Path()), UnorderedElementsAre("file", "link", "pipe"));
 }
 
 TEST(AtomicFileTest, AFailedWriteIsAnErrorWithTheSystemsTextAndLeavesNothing) {

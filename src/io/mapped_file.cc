@@ -32,14 +32,14 @@ struct Closer {
   ~Closer() { close(file); }
 };
 
+}  // namespace
+
 std::string_view KindOf(mode_t mode) {
   if (S_ISDIR(mode)) return "a directory";
   if (S_ISFIFO(mode)) return "a pipe";
   if (S_ISCHR(mode) || S_ISBLK(mode)) return "a device";
   return "not a regular file";
 }
-
-}  // namespace
 
 MappedFile::Stamp MappedFile::StampOf(const struct ::stat& status) {
   return {.device = status.st_dev,

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string_view>
 
 namespace circlet {
 
@@ -52,6 +53,9 @@ class MappedFile {
   Stamp stamp_;
   int slot_ = -1;  // in the list that PathOfMapping reads
 };
+
+// What a file that is no regular one is: "a directory", "a pipe" ...
+std::string_view KindOf(mode_t mode);
 
 // A descriptor of a new file in `directory` without a name, so that it is gone with the process; negative: errno tells.
 int OpenNameless(const std::filesystem::path& directory);

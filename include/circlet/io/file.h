@@ -18,9 +18,13 @@ inline constexpr int64_t kTextLimitBytes = int64_t{256} << 20;
 // than `limit_bytes`.
 std::string ReadFile(const std::filesystem::path& path, int64_t limit_bytes = kTextLimitBytes);
 
+// That a file can come to stand at `path`: its directory is there and may be written to, and what has that name, if
+// anything, is a regular file. Else an Error: a new file would take the place of a device, a pipe or a link.
+void RequireWritable(const std::filesystem::path& path);
+
 // A file that appears whole or not at all: bytes go to a temporary name in the same directory; Commit() flushes them to
-// the disk and renames. Without Commit() nothing remains. Failures (no space, no permission, missing directory) are
-// Errors naming the final path and the system's text.
+// the disk and renames. Without Commit() nothing remains. Failures (no space, no permission, missing directory, a path
+// that RequireWritable() refuses) are Errors naming the final path and the system's text.
 class AtomicFile {
  public:
   explicit AtomicFile(std::filesystem::path path);
