@@ -399,6 +399,15 @@ TEST_F(CliTest, MixtureOfExpertsIsRefusedByName) {
   ExpectRefused(Quantize(), AllOf(HasSubstr("config.json: text_config.enable_moe_block"), HasSubstr("experts")));
 }
 
+// Names of files are bytes; those of a run are hashed and written down.
+TEST_F(CliTest, ACheckpointOfAnyNameIsQuantizedAndGoesOn) {
+  const std::string model = model_ + "\xff";
+  fs::rename(model_, model);
+  const ProgramResult result = RunProgram(With(Quantize(), model_, model));
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_EQ(RunProgram(With(Quantize({"--resume"}), model_, model)).exit_code, 0);
+}
+
 TEST_F(CliTest, DamagedConfigIsNamedWithItsLine) {
   WriteFile(model_ + "/config.json", "{\n  \"model_type\": \"gemma4\",\n  \"text_config\": {\n");
   ExpectRefused(Quantize(), AllOf(HasSubstr(model_ + "/config.json"), HasSubstr("line 4")));

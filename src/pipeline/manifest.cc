@@ -61,7 +61,7 @@ bool OutputRun::Begin(const nlohmann::json& identity) {
   nlohmann::json run = identity;
   run.erase("number of processes");
   samples_hash_ = identity.at(kSamplesIdentity);
-  const std::string text = run.dump();
+  const std::string text = run.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);  // names of files
   run_ = Sha256(std::as_bytes(std::span(text)));
   const bool done = world_.Rank() == 0 && options_.resume && !directory_.GoesOn() && directory_.Taken() && IsDone();
   if (world_.Rank() == 0 && !done) directory_.Begin();

@@ -93,7 +93,7 @@ HeadResult RestoreHead(const nlohmann::json& json) {
 }
 
 std::string HashOf(const nlohmann::json& json) {
-  const std::string text = json.dump();
+  const std::string text = json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);  // names of files
   return Sha256(std::as_bytes(std::span(text)));
 }
 

@@ -186,7 +186,7 @@ std::string ToText(const ParameterStore& store, const json& header) {
   for (const std::string& name : store.Names())
     if (const PointParams* const params = store.Find(name); !params->GivenWithCodes()) written.push_back(params);
   members["points"] = written.size();
-  std::string text = members.dump(1);
+  std::string text = members.dump(1, ' ', false, nlohmann::json::error_handler_t::replace);  // names of files
   text.resize(text.size() - 2);  // without "\n}"
   text += ",\n \"quant_points\":{\n";
   for (size_t i = 0; i < written.size(); ++i) {
