@@ -596,6 +596,14 @@ TEST_F(CliTest, AnEmptyRecipeIsRefusedAndOneWithoutAStageSaysWhatItDoes) {
   EXPECT_THAT(result.out, HasSubstr("recipe.yaml: its pipeline has no ptq stage; every point is int16\n"));
 }
 
+TEST_F(CliTest, AGptqStageThatHasNothingToRoundIsNoted) {
+  const fs::path recipe = directory_.Path() / "recipe.yaml";
+  WriteFile(recipe, "pipeline:\n  - {name: gptq}\n  - {name: ptq, linear_weight: int16}\n");
+  const ProgramResult result = RunProgram(With(Quantize(), "w8a16", recipe));
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("recipe.yaml: its gptq stage has rounded nothing: no linear's weight has up to 8"));
+}
+
 TEST_F(CliTest, AnAssignmentWithoutAValueIsRefused) {
   ExpectRefused(Quantize({"--set", "pipeline.0.activation"}),
                 AllOf(HasSubstr("pipeline.0.activation"), HasSubstr("=")));

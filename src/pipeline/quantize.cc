@@ -547,6 +547,10 @@ void Run::FillResult() {
   result_.activation_bytes = store_.PeakBytes();
   result_.memory_limit = settings_.options.memory_limit;
   Describe(result_);
+  if (settings_.recipe.rounding && settings_.options.qparams.empty() && result_.linears.empty())
+    result_.notes.push_back(
+        fmt::format("{}: its gptq stage has rounded nothing: no linear's weight has up to 8 bits and a grid a row",
+                    settings_.recipe.Name()));
 }
 
 // What is known before anything is computed.

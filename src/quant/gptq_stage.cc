@@ -37,6 +37,7 @@ void ReadMse(const JsonObject& stage, WeightRounding& method) {
   using Range = WeightRounding::Range;
   constexpr int kSolvedRanges = 10;
   if (!stage.Has("mse")) return;
+  if (stage.Has("range")) stage.FailAt("mse", "and range say the same thing in two ways; leave one of them out");
   const auto [range, solved] = Choice<std::pair<Range, int>>(stage, "mse",
                                                              {{"mse", {Range::kMse, 0}},
                                                               {"smse", {Range::kMoments, 0}},

@@ -156,6 +156,8 @@ TEST(RecipeTest, AGptqStageSaysHowWeightsAreRounded) {
                                                    "stage has 4 bits; make them the same, or take 2 or 3"));
   EXPECT_THAT(error(", percdamp: 1.5"), HasSubstr("percdamp: is 1.5, must be 0 to 1"));
   EXPECT_THAT(error(", mse: min"), HasSubstr("mse: unknown \"min\""));
+  EXPECT_THAT(error(", mse: mse, range: moments"),
+              HasSubstr("mse: and range say the same thing in two ways; leave one of them out"));
   EXPECT_THAT(error(", token_weights: fisher"), HasSubstr("token_weights: unknown \"fisher\""));
   EXPECT_THAT(error(", residual_target: 1.5"), HasSubstr("residual_target: is 1.5, must be 0 to 1"));
   EXPECT_THAT(error(", residual_target: 0.5, correct_inputs: false"),
