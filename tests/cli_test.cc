@@ -1202,6 +1202,7 @@ TEST_F(CliTest, UnknownFlagsAndVerbsNameTheNearest) {
 }
 
 TEST_F(CliTest, AFlagWithoutItsValueIsNamed) {
+  ExpectRefused(Quantize({"--widen", ""}), HasSubstr("--widen: is empty; give a value, or leave it out"));
   const ProgramResult result = RunProgram({"quantize", model_, "--output"});
   EXPECT_EQ(result.exit_code, 2);
   EXPECT_THAT(result.err, HasSubstr("--output"));

@@ -28,6 +28,7 @@ namespace {
 namespace fs = std::filesystem;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using ::testing::StartsWith;
 
 const fs::path kTiny = SourcePath("examples/tiny-gemma4");
@@ -805,7 +806,7 @@ TEST_F(RuntimeTest, GenerateTellsIdsAndTextsOfAFileOfPrompts) {
 }
 
 TEST_F(RuntimeTest, GenerateRefusesWhatHasNoEffect) {
-  const auto refused = [](const std::vector<std::string>& more, const char* text) {
+  const auto refused = [&](const std::vector<std::string>& more, const char* text) {
     std::vector<std::string> arguments{"generate", Text()};
     arguments.insert(arguments.end(), more.begin(), more.end());
     const ProgramResult result = RunProgram(arguments);
@@ -813,6 +814,17 @@ TEST_F(RuntimeTest, GenerateRefusesWhatHasNoEffect) {
     EXPECT_THAT(result.err, AllOf(StartsWith("circlet: "), HasSubstr(text)));
   };
   refused({}, "give a --prompt or a --prompt-file");
+  refused({"--prompt", "x", "--prompt-file", "y"}, "--prompt and --prompt-file: give one of them");
+  refused({"--prompt", "x", "--stop", ""}, "--stop: is empty");
+  refused({"--prompt", "x", "--dialect", "onnx"}, "--dialect: \"onnx\" is none of default, tico");
+  refused({"--prompt", "x\xff"}, "--prompt: text: byte 1 (0xFF) is not UTF-8");
+  refused({"--prompt", "x\xff", "--chat"}, "--prompt: byte 1 (0xFF) is not UTF-8");
+  refused({"--prompt", "x", "--chat", "--system", "\xff"}, "--system: byte 0 (0xFF) is not UTF-8");
+  refused({"--prompt", "x", "--chat", "--image", "\xff.png"}, "--image: byte 0 (0xFF) is not UTF-8");
+  WriteFile(own_.Path() / "tools.json", "{}");
+  refused({"--prompt", "x", "--chat", "--tools", own_.Path() / "tools.json"}, "tools.json: expected a list of objects");
+  WriteFile(own_.Path() / "prompts.jsonl", "{\"Prompt\": \"x\"}\n");
+  refused({"--prompt-file", own_.Path() / "prompts.jsonl"}, "prompts.jsonl:1: prompt: is missing; expected a string");
   refused({"--prompt", "x", "--image", "cat.png"}, "give --chat too");
   refused({"--prompt", "x", "--context", "100"}, "its units have a context of their own");
   refused({"--prompt", "x", "--top-p", "0"}, "top_p: 0, expected more than 0");
@@ -829,6 +841,36 @@ TEST_F(RuntimeTest, GenerateRefusesWhatHasNoEffect) {
   const ProgramResult no_data = RunProgram({"generate", kTiny, "--prompt", "x", "--recipe", "w8a8"});
   EXPECT_EQ(no_data.exit_code, 2);
   EXPECT_THAT(no_data.err, HasSubstr("calibration data: give"));
+}
+
+TEST_F(RuntimeTest, AnotherTokenizerBesideIsTold) {
+  const fs::path copy = Copy();
+  const std::string other = ReadFile(copy / "tokenizer.json") + "\n";
+  fs::remove(copy / "tokenizer.json");
+  WriteFile(copy / "tokenizer.json", other);
+  const auto said = [&](const fs::path& beside) {
+    return RunProgram({"generate", Text(), "--prompt", "Emma", "--max-new-tokens", "1", "--beside", beside}).err;
+  };
+  EXPECT_THAT(said(copy),
+              HasSubstr("copy/tokenizer.json is another than " + Text().string() + "/tokenizer.json; the "));
+  EXPECT_THAT(said(Text()), Not(HasSubstr("is another than")));
+}
+
+TEST_F(RuntimeTest, WhatATemplatePassesOverIsTold) {
+  WriteFile(own_.Path() / "tools.json", R"([{"type": "function", "function": {"name": "clock"}}])");
+  const ProgramResult result = RunProgram({"generate", kTiny, "--chat", "--prompt", "Hm.", "--system", "Be brief.",
+                                           "--tools", own_.Path() / "tools.json", "--max-new-tokens", "1"});
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_THAT(result.err, HasSubstr("circlet: --tools: changes nothing; the model's chat template passes it over\n"));
+  EXPECT_THAT(result.err, Not(HasSubstr("--system: changes nothing")));
+}
+
+TEST_F(RuntimeTest, WhatWasSaidInAnotherCharacterSetIsNoBug) {
+  WriteFile(own_.Path() / "said", "Ol\xe9\n");
+  const ProgramResult result =
+      RunProgram({"chat", Text(), "--max-new-tokens", "3"}, "exec < " + (own_.Path() / "said").string() + "; ");
+  EXPECT_EQ(result.exit_code, 2);
+  EXPECT_THAT(result.err, HasSubstr("what was said: byte 2 (0xE9) is not UTF-8; convert the text"));
 }
 
 TEST_F(RuntimeTest, ABrokenTemplateIsToldBeforeAnythingIsRun) {

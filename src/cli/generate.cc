@@ -7,8 +7,10 @@
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "circlet/base/error.h"
+#include "circlet/io/file.h"
 #include "circlet/io/json.h"
 #include "circlet/runtime/measure.h"
 #include "circlet/runtime/prompts.h"
@@ -16,6 +18,7 @@
 #include "cli/commands.h"
 #include "cli/flags.h"
 #include "cli/stop.h"
+#include "preprocess/utf8.h"
 
 namespace circlet {
 namespace {
@@ -52,18 +55,51 @@ runtime::Sampling SamplingOf(const GenerateFlags& flags) {
   return sampling;
 }
 
+// A part of a conversation, which is UTF-8.
+const std::string& Utf8(const std::string& text, std::string_view part) {
+  if (const size_t at = FirstNonUtf8(text); at != std::string::npos)
+    Fail("{}: byte {} (0x{:02X}) is not UTF-8; convert the text", part, at, static_cast<uint8_t>(text[at]));
+  return text;
+}
+
+// Functions that the model may call, of a file.
+json ToolsOf(const std::string& path) {
+  json tools = ReadJson(path);
+  if (!tools.is_array() || !std::ranges::all_of(tools, [](const json& tool) { return tool.is_object(); }))
+    Fail("{}: expected a list of objects, such as [{{\"type\": \"function\", \"function\": {{...}}}}]", path);
+  return tools;
+}
+
 std::string Conversation(const GenerateFlags& flags) {
   json messages = json::array();
-  if (!flags.system.empty()) messages.push_back({{"role", "system"}, {"content", flags.system}});
-  for (const json& message : UserTurn(*flags.prompt, flags.images)) messages.push_back(message);
+  if (!flags.system.empty()) messages.push_back({{"role", "system"}, {"content", Utf8(flags.system, "--system")}});
+  for (const std::string& image : flags.images) Utf8(image, "--image");
+  for (const json& message : UserTurn(Utf8(*flags.prompt, "--prompt"), flags.images)) messages.push_back(message);
   json conversation{{"messages", messages}};
-  if (!flags.tools.empty()) conversation["tools"] = ReadJson(flags.tools);
+  if (!flags.tools.empty()) conversation["tools"] = ToolsOf(flags.tools);
   return conversation.dump();
+}
+
+// The conversation of the flags. A part that the model's template passes over is told.
+Sample ChatOf(const GenerateFlags& flags, const Processor& processor, const runtime::ModelFacts& facts) {
+  const auto sample_of = [&](const GenerateFlags& of) {
+    return runtime::ChatPromptSample(Conversation(of), processor, facts, std::filesystem::current_path(), "--prompt");
+  };
+  Sample sample = sample_of(flags);
+  for (const auto& [part, name] : {std::pair{&GenerateFlags::tools, "--tools"}, {&GenerateFlags::system, "--system"}}) {
+    if ((flags.*part).empty()) continue;
+    GenerateFlags without = flags;
+    (without.*part).clear();
+    if (sample_of(without).input_ids == sample.input_ids)
+      Warn(fmt::format("{}: changes nothing; the model's chat template passes it over", name));
+  }
+  return sample;
 }
 
 std::vector<Sample> PromptsOf(const GenerateFlags& flags, const Processor& processor,
                               const runtime::ModelFacts& facts) {
-  if (flags.prompt.has_value() == !flags.prompt_file.empty()) Fail("give a --prompt or a --prompt-file");
+  if (flags.prompt && !flags.prompt_file.empty()) Fail("--prompt and --prompt-file: give one of them");
+  if (!flags.prompt && flags.prompt_file.empty()) Fail("give a --prompt or a --prompt-file");
   if (!flags.prompt_file.empty()) {
     if (flags.chat || !flags.system.empty() || !flags.tools.empty() || !flags.images.empty())
       Fail(
@@ -71,12 +107,11 @@ std::vector<Sample> PromptsOf(const GenerateFlags& flags, const Processor& proce
           "--chat, --system, --tools and --image");
     return runtime::LoadPrompts(flags.prompt_file, processor, facts);
   }
-  if (flags.chat)
-    return {
-        runtime::ChatPromptSample(Conversation(flags), processor, facts, std::filesystem::current_path(), "--prompt")};
+  if (flags.chat) return {ChatOf(flags, processor, facts)};
   if (!flags.system.empty() || !flags.tools.empty() || !flags.images.empty())
     Fail("--system, --tools and --image are parts of a conversation; give --chat too");
-  return {runtime::TextPrompt(*flags.prompt, processor, facts, "--prompt")};
+  return Within("--prompt",
+                [&] { return std::vector{runtime::TextPrompt(*flags.prompt, processor, facts, "--prompt")}; });
 }
 
 // The fastest step beside the fastest plain read of its weights: what both cost when nothing else runs.
@@ -152,6 +187,14 @@ void TakeFromRecipe(GenerateFlags& flags) {
     Warn(fmt::format("{}: changes nothing; pictures of any size may stand anywhere in a prompt", key));
 }
 
+// Both get the ids of one tokenizer, that of `directory`.
+void TellOfAnotherTokenizer(const std::filesystem::path& directory, const std::filesystem::path& beside) {
+  constexpr char kFile[] = "tokenizer.json";
+  if (Sha256File(directory / kFile) != Sha256File(beside / kFile))
+    Warn(fmt::format("{} is another than {}; the ids of the latter are given to both, and make both texts",
+                     (beside / kFile).string(), (directory / kFile).string()));
+}
+
 int RunBeside(const GenerateFlags& flags, runtime::Session& session, runtime::Session& beside,
               const Processor& processor, const std::vector<Sample>& prompts, runtime::GenerateOptions options) {
   options.said = [](std::string_view) { return !StopAsked(); };
@@ -194,6 +237,7 @@ int RunGenerate(GenerateFlags flags) {
   options.max_new_tokens = flags.max_new_tokens.value_or(options.max_new_tokens);
   runtime::Sampler{options.sampling};
   if (session == nullptr) session = Open(flags);
+  if (!flags.beside.empty()) TellOfAnotherTokenizer(flags.directory, flags.beside);
   if (!flags.beside.empty() && beside == nullptr)
     beside = runtime::OpenSession(flags.beside, {.context = session->Facts().context});
   if (beside != nullptr) return RunBeside(flags, *session, *beside, processor, prompts, options);
@@ -212,6 +256,7 @@ int RunGenerate(GenerateFlags flags) {
     const runtime::Generation made =
         Within(prompt.source, [&] { return runtime::Generate(*session, processor.tokenizer, prompt, options); });
     if (!flags.as_json) fmt::print("\n");
+    std::fflush(stdout);  // ahead of what goes to stderr
     if (flags.timings) Warn(TimingsText(made, count, *session));
     const std::string why = runtime::Describe(made, session->Facts());
     if (!flags.as_json && (made.reason == runtime::StopReason::kContextFull || prompts.size() == 1))
@@ -249,7 +294,7 @@ int RunChat(GenerateFlags flags) {
   if (person) Warn("/image FILE puts a picture in front of what you say next, /new begins again, Ctrl-D ends");
   const auto begin = [&] {
     json messages = json::array();
-    if (!flags.system.empty()) messages.push_back({{"role", "system"}, {"content", flags.system}});
+    if (!flags.system.empty()) messages.push_back({{"role", "system"}, {"content", Utf8(flags.system, "--system")}});
     return messages;
   };
   json messages = begin();
@@ -268,14 +313,17 @@ int RunChat(GenerateFlags flags) {
       images.push_back(line.substr(7));
       continue;
     }
-    json asked = messages;
-    for (const json& message : UserTurn(line, images)) asked.push_back(message);
-    images.clear();
+    const std::vector<std::string> pictures = std::exchange(images, {});
     try {
+      Utf8(line, "what was said");
+      for (const std::string& picture : pictures) Utf8(picture, "/image");
+      json asked = messages;
+      for (const json& message : UserTurn(line, pictures)) asked.push_back(message);
       const Sample prompt = runtime::ChatPromptSample(json{{"messages", asked}}.dump(), processor, facts,
                                                       std::filesystem::current_path(), "the conversation");
       const runtime::Generation made = runtime::Generate(*session, processor.tokenizer, prompt, options);
       fmt::print("\n");
+      std::fflush(stdout);
       if (made.reason == runtime::StopReason::kContextFull || made.reason == runtime::StopReason::kMaxNewTokens)
         Warn(runtime::Describe(made, facts));
       asked.push_back({{"role", "assistant"}, {"content", made.text}});
@@ -313,7 +361,9 @@ void AddSampling(CLI::App& verb, GenerateFlags& flags) {
   verb.add_option("--qparams", run.qparams, "Or the grids of an earlier calibration with that recipe")
       ->type_name("FILE");
   verb.add_option("--set", run.set, "KEY=VALUE in the recipe (repeatable)")->type_name("KEY=VALUE");
-  verb.add_option("--dialect", flags.dialect, "default, or tico")->type_name("{default,tico}");
+  verb.add_option("--dialect", flags.dialect, "default, or tico")
+      ->check(OneOf({"default", "tico"}))
+      ->type_name("{default,tico}");
   verb.option_defaults()->group("Answer");
 }
 
@@ -350,7 +400,9 @@ void AddGenerate(CLI::App& app, std::function<int()>& command) {
   generate->add_option("--tools", flags->tools, "Functions that the model may call, a JSON list")->type_name("FILE");
   generate->add_option("--image", flags->images, "Picture in front of the text (repeatable)")->type_name("FILE");
   AddSampling(*generate, *flags);
-  generate->add_option("--stop", flags->stops, "Text that ends the answer (repeatable)")->type_name("TEXT");
+  generate->add_option("--stop", flags->stops, "Text that ends the answer (repeatable)")
+      ->check(NotEmpty())
+      ->type_name("TEXT");
   generate
       ->add_option("--beside", flags->beside,
                    "Another output directory, or a checkpoint: both texts, and how far the predictions differ")

@@ -104,7 +104,8 @@ int TellFailure(bool shared, circlet::Communicator* world, int exit_code, const 
 // What the system refused, in plain words.
 std::string TextOf(const std::system_error& error) {
   if (const auto* const of_file = dynamic_cast<const std::filesystem::filesystem_error*>(&error))
-    return fmt::format("{}: {}", of_file->path1().string(), error.code().message());
+    return fmt::format("{}: {}", of_file->path1().empty() ? "the working directory" : of_file->path1().string(),
+                       error.code().message());
   if (std::ferror(stdout) != 0) return fmt::format("standard output: cannot be written: {}", error.code().message());
   return error.what();
 }
@@ -140,7 +141,12 @@ int Run(int argc, char** argv) {
   };
   add_threads(app);
   app.get_version_ptr()->group(circlet::kGeneralGroup)->description("Version, instruction set, MPI");
-  for (CLI::App* verb : app.get_subcommands({})) add_threads(*verb);
+  for (CLI::App* verb : app.get_subcommands({})) {
+    add_threads(*verb);
+    // What is said to a model may be empty (CLI11's own type of a text); names of files and words may not.
+    for (CLI::Option* option : verb->get_options())
+      if (option->get_items_expected_max() > 0 && option->get_type_name() != "TEXT") option->check(circlet::NotEmpty());
+  }
 
   circlet::Communicator* world = nullptr;
   bool shared = false;  // whether the processes that were started together share one run; else each does the whole

@@ -31,7 +31,8 @@ void AddTokenize(CLI::App& app, std::function<int()>& command) {
   tokenize->add_flag("--json", options->json, "Ids and pieces as JSON, a line each");
   tokenize->callback([options, &command] {
     command = [options] {
-      if (options->text.has_value() == !options->file.empty()) Fail("give a --text or a --file");
+      if (options->text && !options->file.empty()) Fail("--text and --file: give one of them");
+      if (!options->text && options->file.empty()) Fail("give a --text or a --file");
       const Tokenizer tokenizer = Tokenizer::Load(options->directory);
       const auto tell = [&](const std::string& text) {
         const std::vector<int64_t> ids = tokenizer.Encode(text, /*add_special=*/!options->bare);
@@ -41,7 +42,7 @@ void AddTokenize(CLI::App& app, std::function<int()>& command) {
         fmt::print("{}\n", nlohmann::json{{"ids", ids}, {"pieces", pieces}}.dump());
       };
       if (options->text) {
-        tell(*options->text);
+        Within("--text", [&] { tell(*options->text); });
         return 0;
       }
       constexpr LineForm kTextLine{R"({"text": "..."})", "text"};

@@ -36,7 +36,7 @@ std::vector<Sample> LoadPrompts(const std::filesystem::path& path, const Process
       data,
       [&](const JsonObject& object, const DataLine& line) {
         const bool chat = object.Has("messages");
-        const char* const key = object.Has("prompt") ? "prompt" : "text";
+        const char* const key = object.Has("text") && !object.Has("prompt") ? "text" : "prompt";
         const std::string type = object.Optional<std::string>("type", chat ? "chat" : "text");
         if (type != (chat ? "chat" : "text"))
           object.FailAt("type", fmt::format("\"{}\"; expected \"chat\" with messages, or \"text\"", type));
