@@ -69,9 +69,9 @@ inline Tensor FnvTensor(const Parameter& parameter) {
   return tensor;
 }
 
-// Writes config.json and model.safetensors (float32) of Config A into `directory`, which must exist.
-inline void WriteFnvCheckpoint(const std::filesystem::path& directory) {
-  WriteFile(directory / "config.json", kConfigA);
+// Writes config.json and model.safetensors (float32) of Config A, or another, into `directory`, which must exist.
+inline void WriteFnvCheckpoint(const std::filesystem::path& directory, std::string_view config = kConfigA) {
+  WriteFile(directory / "config.json", config);
   std::map<std::string, Tensor> tensors;
   for (const Parameter& parameter : Parameters(ReadConfig(directory)))
     tensors.emplace(parameter.name, FnvTensor(parameter));

@@ -2,8 +2,6 @@
 
 #include <fmt/ranges.h>
 #include <gmock/gmock.h>
-#include <malloc.h>
-
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -17,6 +15,7 @@
 #include "circlet/runtime/prompts.h"
 #include "error_text.h"
 #include "golden_run.h"
+#include "heap_bytes.h"
 #include "ops/codes.h"
 #include "ops/simd.h"
 #include "ops/test_values.h"
@@ -748,16 +747,6 @@ TEST_F(RuntimeTest, AStepReadsTheLinearsOfItsUnitsAndTheHead) {
 }
 
 #ifndef __SANITIZE_ADDRESS__
-// Bytes of the heap that are in use; blocks of tensors that wait for their next use are as many each time.
-int64_t HeldBytes() {
-  {
-    std::vector<Tensor> blocks;
-    for (int i = 0; i < 8; ++i) blocks.push_back(Tensor::Uninitialized({DType::kU8, {int64_t{2} << 20}}));
-  }
-  const struct mallinfo2 heap = mallinfo2();
-  return static_cast<int64_t>(heap.uordblks + heap.hblkhd);
-}
-
 // Linears of 16 bits too are read from the mapped files. As float32 those of one phase would be twice the bytes that a
 // step reads; caches, hidden states and what is known of the units are less than that. Scratch memory is the thread's,
 // and there before.

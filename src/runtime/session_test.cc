@@ -12,6 +12,7 @@
 #include "circlet/runtime/prompts.h"
 #include "error_text.h"
 #include "fnv_checkpoint.h"
+#include "heap_bytes.h"
 #include "paths.h"
 #include "pipeline/gemma4/data.h"
 #include "temp_directory.h"
@@ -155,6 +156,37 @@ TEST_F(SessionTest, AnExportWithoutDecodeUnitsRunsPromptsAndSaysWhatItLacks) {
   EXPECT_THAT(ErrorText([&] { whole->Decode(3); }), HasSubstr("export.prefill_decode: false"));
   EXPECT_FALSE(whole->Facts().decodes);
 }
+
+#ifndef __SANITIZE_ADDRESS__
+// Weights of 25 million elements, 100 MB as float32, 25 MB of them in a wide layer: a session that widened a layer as a
+// whole would hold more than it may here, caches, values of a unit and scratch memory included.
+TEST_F(SessionTest, ItsOwnMemoryDoesNotGrowWithTheWeights) {
+  std::string config(kConfigA);
+  const auto set = [&](const std::string& from, const std::string& to) {
+    ASSERT_NE(config.find(from), std::string::npos) << from;
+    config.replace(config.find(from), from.size(), to);
+  };
+  set("\"hidden_size\": 32, \"intermediate_size\": 48", "\"hidden_size\": 256, \"intermediate_size\": 4096");
+  const fs::path model = own_.Path() / "wide";
+  fs::create_directory(model);
+  WriteFnvCheckpoint(model, config);
+  for (const char* recipe : {"w4a16", "default"}) {
+    QuantizeOptions run = Run(recipe);
+    run.model = model;
+    run.samples.clear();
+    run.random_samples = "1x20";
+    run.text_only = true;
+    const fs::path out = Exported(run);
+    const int64_t most = MostHeldBy([&] {
+      const auto session = OpenSession(out);
+      Followed(*session, Text());
+      EXPECT_GT(session->ReadWeights().bytes, 12 << 20);
+    });
+    EXPECT_LT(most, 16 << 20) << recipe;
+    EXPECT_GT(most, 1 << 16) << recipe;
+  }
+}
+#endif
 
 TEST_F(SessionTest, BrokenNumbersAreTold) {
   std::map<std::string, Tensor> tensors;
