@@ -108,6 +108,16 @@ TEST_F(DeclaredRun, RoundingIsHeldAgainstForwardRunsAndWholeMoments) {
   EXPECT_DOUBLE_EQ(both - Quantize(options_).products->plain_flops, moments);
 }
 
+// Parts of what an executor made are the store's own, of a single position too.
+TEST_F(DeclaredRun, SamplesOfOnePositionKeepTheirValues) {
+  options_.samples.clear();
+  options_.random_samples = "3x1";
+  for (const StageError& stage : Quantize(options_).stages) {
+    EXPECT_TRUE(stage.accumulated.Finite()) << stage.stage;
+    EXPECT_LT(stage.accumulated_by_position.median, 0.5) << stage.stage;
+  }
+}
+
 TEST_F(DeclaredRun, TheCallerSeesEachStageAndMayEndTheRun) {
   std::vector<double> done;
   options_.on_progress = [&](const ProgressInfo& info) {

@@ -179,8 +179,10 @@ void StageRunner::Keep(const Step& step, const Item& item, Chain chain, const st
         continue;
       }
       const auto layer = static_cast<int64_t>(i);
-      const Tensor part = tensor.Slice(layer, layer + 1, 2).Reshaped({1, tensor.GetShape()[1], tensor.GetShape()[3]});
-      c_.store.Put(item.id, chain, sink.keys[i], part, ActivationStore::Read::kLate);
+      // The slice of a single position is no copy, but a part of what the executor uses again.
+      const Tensor part = tensor.Slice(layer, layer + 1, 2).Clone();
+      c_.store.Put(item.id, chain, sink.keys[i], part.Reshaped({1, tensor.GetShape()[1], tensor.GetShape()[3]}),
+                   ActivationStore::Read::kLate);
     }
     if (Captures(sink) && item.kind == ItemKind::kEvaluation)
       c_.captured->Update(chain, item, sink.capture, [&](Tensor& value) { value = tensor.Clone(); });

@@ -596,7 +596,8 @@ void StepRounding::Solve(size_t group, Moments moments) {
       differences = Tensor::Of<float>({columns, columns}, moments.differences->Values());
       moments.differences.reset();
     }
-    weights::InputCorrection correction(*moments.inputs, method.correction_damping);
+    weights::InputCorrection correction = Within(
+        weights_[group][0], [&] { return weights::InputCorrection(*moments.inputs, method.correction_damping); });
     correction_added = correction.Added();
     for (const std::string& name : weights_[group]) {
       std::vector<float>& change = changes[name];
@@ -614,7 +615,8 @@ void StepRounding::Solve(size_t group, Moments moments) {
     room = correction.GiveUp();
   }
   const int64_t positions = moments.inputs->Positions();
-  const weights::Metric metric(*std::move(moments.inputs), method, std::move(room));
+  const weights::Metric metric =
+      Within(weights_[group][0], [&] { return weights::Metric(*std::move(moments.inputs), method, std::move(room)); });
   for (const std::string& name : weights_[group]) {
     c_.say("rounding " + name);
     Within(name, [&] {
