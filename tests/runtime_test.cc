@@ -355,6 +355,7 @@ TEST_F(RuntimeTest, PromptsThatDoNotFitNameTheExportsOption) {
   const auto error = [](Session& session, const Sample& prompt) { return ErrorText([&] { session.Prefill(prompt); }); };
   EXPECT_THAT(error(*text, IdsPrompt(long_ids)),
               AllOf(HasSubstr("401 tokens"), HasSubstr("400 positions"), HasSubstr("--max-seq-len 402")));
+  EXPECT_THAT(error(*OpenSession(kTiny, {.context = 400}), IdsPrompt(long_ids)), HasSubstr("give --context 402"));
   EXPECT_THAT(error(*text, IdsPrompt({})), HasSubstr("the prompt is empty"));
   EXPECT_THAT(error(*text, IdsPrompt(outside)), HasSubstr("token id 5000 is outside the vocabulary of 2048"));
   EXPECT_THAT(error(*text, IdsPrompt(video)), HasSubstr("placeholder 2047 of a video"));
@@ -402,6 +403,15 @@ TEST_F(RuntimeTest, DamagedDirectoriesAreNamed) {
   bytes[bytes.size() / 2] ^= 1;
   WriteFile(copy / "decoder_layer_prefill_3.q.circle", bytes);
   EXPECT_THAT(error(copy), AllOf(HasSubstr("decoder_layer_prefill_3.q.circle"), HasSubstr("SHA-256")));
+  // Still a template, of another text; and settings that are gone, for which others would stand in.
+  copy = Copy();
+  bytes = ReadFile(copy / "chat_template.jinja");
+  bytes[bytes.find("turn")] ^= 1;
+  WriteFile(copy / "chat_template.jinja", bytes);
+  EXPECT_THAT(error(copy), AllOf(HasSubstr("chat_template.jinja"), HasSubstr("SHA-256")));
+  copy = Copy();
+  fs::remove(copy / "generation_config.json");
+  EXPECT_THAT(error(copy), AllOf(HasSubstr("generation_config.json"), HasSubstr("No such file")));
 }
 
 // Anyone may hand us a directory with his own manifest, pipeline and files.
@@ -837,6 +847,10 @@ TEST_F(RuntimeTest, AnotherTokenizerBesideIsTold) {
   const std::string other = ReadFile(copy / "tokenizer.json") + "\n";
   fs::remove(copy / "tokenizer.json");
   WriteFile(copy / "tokenizer.json", other);
+  nlohmann::json manifest = ReadJson(copy / "manifest.json");
+  std::erase_if(manifest["outputs"].get_ref<nlohmann::json::array_t&>(),
+                [](const nlohmann::json& entry) { return entry.at("file") == "tokenizer.json"; });
+  WriteJson(copy / "manifest.json", manifest);
   const auto said = [&](const fs::path& beside) {
     return RunProgram({"generate", Text(), "--prompt", "Emma", "--max-new-tokens", "1", "--beside", beside}).err;
   };

@@ -119,6 +119,7 @@ class CheckpointUnits final : public UnitSource {
   }
 
   const ModelFacts& Facts() const override { return facts_; }
+  std::string_view LongerBy() const override { return "give --context"; }
   // Graphs are made for a length; those of one prompt serve others that are about as long. A simulation pads as files
   // do, since the order of float sums over keys follows from it.
   int64_t PaddedLength(int64_t length) const override {

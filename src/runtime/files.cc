@@ -61,6 +61,13 @@ class Inventory {
     return directory_ / name;
   }
 
+  // Tokenizer, template and settings, which others read from the directory.
+  void CheckSettings() const {
+    for (const auto& [name, entry] : files_)
+      if ((name.ends_with(".json") || name.ends_with(".jinja")) && name != "qparams.json" && name != "report.json")
+        Checked(name);
+  }
+
  private:
   struct Entry {
     int64_t bytes;
@@ -183,6 +190,7 @@ class Files final : public UnitSource {
  public:
   explicit Files(const fs::path& directory) : directory_(directory), inventory_(directory) {
     const std::string place = (directory / kPipelineFile).string();
+    inventory_.CheckSettings();
     const nlohmann::json tree = ReadJson(inventory_.Checked(kPipelineFile));
     const JsonObject pipeline(tree, place);
     const auto version = pipeline.Optional<int64_t>("schema_version", 1);
@@ -224,6 +232,7 @@ class Files final : public UnitSource {
 
   const ModelFacts& Facts() const override { return facts_; }
   int64_t PaddedLength(int64_t) const override { return facts_.context; }
+  std::string_view LongerBy() const override { return "export with --max-seq-len"; }
   std::vector<RunnableUnit*> Prefill(int64_t) override { return prefill_; }
   std::vector<RunnableUnit*> Decode() override {
     if (decode_.empty()) Fail("{}: {}", directory_.string(), kNoDecoding);

@@ -96,7 +96,8 @@ class UnitSession final : public Session {
     CheckId(id);
     if (length_ == 0) Fail("nothing stands in front of the token; begin with a prompt");
     if (length_ >= Facts().context)
-      Fail("the context of {} positions is full; export with a larger --max-seq-len", Facts().context);
+      Fail("the context of {} positions is full; {} {} or more", Facts().context, source_->LongerBy(),
+           Facts().context + 1);
     Step step{.first = length_, .count = 1, .real = 1, .ids = {id}};
     for (RunnableUnit* unit : source_->Decode()) Run(*unit, step);
     // The newest slot is the next token's.
@@ -138,7 +139,7 @@ class UnitSession final : public Session {
   struct Step {
     int64_t first, count, real;  // positions; those that are no padding
     std::vector<int64_t> ids;
-    std::vector<int64_t> places = {};         // of soft tokens
+    std::vector<int64_t> places = {};      // of soft tokens
     std::map<std::string, Tensor> values;  // by key
     std::map<std::string, Tensor> masks;   // by attention
   };
@@ -156,8 +157,8 @@ class UnitSession final : public Session {
     const auto count = static_cast<int64_t>(prompt.input_ids.size());
     if (count == 0) Fail("the prompt is empty; it needs a token at least");
     if (count > Facts().context)
-      Fail("the prompt has {} tokens, the context {} positions; shorten it, or export with --max-seq-len {}", count,
-           Facts().context, count + 1);
+      Fail("the prompt has {} tokens, the context {} positions; shorten it, or {} {}", count, Facts().context,
+           source_->LongerBy(), count + 1);
     const Placeholders& known = Facts().placeholders;
     for (const int64_t id : prompt.input_ids) {
       if (id >= 0 && (id == known.video || id == known.audio))

@@ -52,6 +52,8 @@ class UnitSource {
   virtual std::vector<RunnableUnit*> Prefill(int64_t length) = 0;
   // The length that a prompt is padded to.
   virtual int64_t PaddedLength(int64_t length) const = 0;
+  // What gives a longer context: an option of its export, or of the call.
+  virtual std::string_view LongerBy() const = 0;
   virtual std::vector<RunnableUnit*> Decode() = 0;
   virtual RunnableUnit& Head() = 0;
   // pixels [1,P,3 ps^2] uint8, positions [P,2] of one picture -> its soft tokens [n,D].
