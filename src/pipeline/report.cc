@@ -269,8 +269,7 @@ std::string ReportText(const QuantizeResult& result, int columns) {
   if (result.products && result.products->plain_flops > 0)
     text += fmt::format(
         "two float32 forward runs and the moments' plain products: {:.2f} TFLOP, {:.1f} s alone in oneDNN; the run "
-        "took "
-        "{:.2f} times that\n",
+        "took {:.2f} times that\n",
         result.products->plain_flops / 1e12, result.products->plain_seconds,
         result.products->run_seconds / result.products->plain_seconds);
   if (result.spilled_bytes > 0)
